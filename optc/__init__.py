@@ -1,0 +1,69 @@
+"""optc: what LLVM's opt is to programs, for neural networks.
+
+Names are imported on first use, so ``import optc`` (and ``optc --help``) does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from optc.capture.export import capture as capture
+    from optc.errors import OptcError as OptcError
+    from optc.lowering.backend import Backend as Backend
+    from optc.lowering.backend import Lowered as Lowered
+    from optc.lowering.backend import Runner as Runner
+    from optc.passmanager.contract import Calibration as Calibration
+    from optc.passmanager.contract import Change as Change
+    from optc.passmanager.contract import Instrument as Instrument
+    from optc.passmanager.contract import Numerics as Numerics
+    from optc.passmanager.contract import Pass as Pass
+    from optc.passmanager.contract import PassContext as PassContext
+    from optc.passmanager.contract import PassOptions as PassOptions
+    from optc.passmanager.contract import PassResult as PassResult
+    from optc.passmanager.contract import Skip as Skip
+    from optc.passmanager.manager import PassManager as PassManager
+    from optc.plugins.hookspecs import Entry as Entry
+    from optc.plugins.hookspecs import hookimpl as hookimpl
+    from optc.program import ModelInfo as ModelInfo
+    from optc.program import Preprocessing as Preprocessing
+    from optc.program import Program as Program
+    from optc.target import Target as Target
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "optc.capture.export": ("capture",),
+    "optc.errors": ("OptcError",),
+    "optc.lowering.backend": ("Backend", "Lowered", "Runner"),
+    "optc.passmanager.contract": (
+        "Calibration",
+        "Change",
+        "Instrument",
+        "Numerics",
+        "Pass",
+        "PassContext",
+        "PassOptions",
+        "PassResult",
+        "Skip",
+    ),
+    "optc.passmanager.manager": ("PassManager",),
+    "optc.plugins.hookspecs": ("Entry", "hookimpl"),
+    "optc.program": ("ModelInfo", "Preprocessing", "Program"),
+    "optc.target": ("Target",),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+__all__ = sorted([*_HOME, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'optc' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,1 @@
+"""Capture: from a name, a module or a file to a Program."""

@@ -1,0 +1,69 @@
+"""Errors meant for people: one line that says what went wrong, where, and how to mend it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class OptcError(Exception):
+    """Base of every error optc raises on purpose.
+
+    Args:
+        message: what went wrong and where, on one line.
+        hint: how to mend it, on one line; appended after an em dash.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        self.message = " ".join(message.split())
+        self.hint = " ".join(hint.split())
+        super().__init__(f"{self.message} — {self.hint}" if self.hint else self.message)
+
+
+class UnknownNameError(OptcError):
+    """A name (model, pass, backend, dataset, option) that nothing registered."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "") -> None:
+        close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+        suggestion = f"did you mean {', '.join(close)}?" if close else hint
+        super().__init__(f"unknown {kind} '{name}'", suggestion)
+        self.name = name
+        self.close_matches = close
+
+
+class PluginError(OptcError):
+    """Something went wrong inside a plugin; the message names the plugin."""
+
+
+class CaptureError(OptcError):
+    """The model could not be captured as a graph."""
+
+
+class WeightsError(OptcError):
+    """A checkpoint could not be read or does not fit the model."""
+
+
+class DataError(OptcError):
+    """A dataset could not be read or does not fit the model."""
+
+
+class PassContractError(OptcError):
+    """A pass broke the contract; the message is addressed to the pass's author."""
+
+
+class VerificationError(OptcError):
+    """A pass moved the model's outputs beyond what it declared."""
+
+
+class BackendError(OptcError):
+    """A backend cannot lower or load the model."""
+
+
+class ArtifactError(OptcError):
+    """An artifact folder cannot be written or read."""
+
+
+class MeasurementError(OptcError):
+    """A measurement could not be made or is not valid."""

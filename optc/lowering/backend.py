@@ -1,0 +1,89 @@
+"""The backend and runner interfaces: a program becomes files, files become something that runs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from optc.target import Target
+
+if TYPE_CHECKING:
+    from torch import fx
+
+    from optc.program import Program
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """What a backend wrote.
+
+    Attributes:
+        files: file names inside the folder, the one to load first.
+        details: facts worth keeping in the manifest (opset, operator counts, decomposed composites, fallbacks).
+    """
+
+    files: tuple[str, ...]
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Runner(ABC):
+    """A loaded model. Callable on arrays; says what really runs, not what was asked for.
+
+    Attributes:
+        provider: the runtime and execution provider in use, such as ``"onnxruntime CPUExecutionProvider"``.
+        precision: what the arithmetic runs in, such as ``"float32"``, ``"bfloat16"`` or ``"int8 (8 of 8 layers)"``.
+    """
+
+    provider: str
+    precision: str
+
+    @abstractmethod
+    def __call__(self, *inputs: Array) -> tuple[Array, ...]:
+        """Run one query: one array per model input, batch first, as float32 unless the model says otherwise."""
+
+    def close(self) -> None:
+        """Free what the runner holds; calling it afterwards is an error."""
+
+
+class Backend(ABC):
+    """Lowers programs to one runtime. Never rewrites semantics; may decompose composite operators."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    origin: str = "this module"
+
+    @classmethod
+    def unavailable(cls, target: Target) -> str | None:
+        """Why the backend cannot run here (one line with the mend), or ``None`` if it can."""
+        return None
+
+    def supports(self, node: fx.Node) -> str | None:
+        """``None`` if the backend can lower ``node``, else the reason in plain words."""
+        return None
+
+    @abstractmethod
+    def lower(self, program: Program, target: Target, folder: Path) -> Lowered:
+        """Write the runtime's own files into ``folder``.
+
+        Raises:
+            BackendError: the program cannot be lowered; names the nodes and reasons.
+        """
+
+    @abstractmethod
+    def load(self, folder: Path, files: tuple[str, ...], target: Target) -> Runner:
+        """Load what :meth:`lower` wrote. Never executes code from the files.
+
+        Raises:
+            BackendError: the runtime refuses the files.
+        """
+
+
+__all__ = ["Array", "Backend", "Lowered", "Runner", "np"]

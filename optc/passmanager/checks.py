@@ -1,0 +1,118 @@
+"""Holding a pass to its contract: graph lint, honest ``modified``, same inputs and outputs, untouched shared tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from optc.errors import OptcError, PassContractError, PluginError
+from optc.passmanager.contract import Pass, PassResult
+from optc.program import Program, get_constant, graph_module
+
+
+def operator_count(program: Program) -> int:
+    """Number of ``call_function`` nodes."""
+    return sum(node.op == "call_function" for node in program.graph.nodes)
+
+
+@contextmanager
+def blame(pass_: Pass) -> Iterator[None]:
+    """Turn whatever a pass raises into a :class:`PluginError` that names the pass and its provider."""
+    try:
+        yield
+    except OptcError:
+        raise
+    except Exception as error:
+        raise PluginError(
+            f"pass '{pass_.name}' (from {pass_.origin}) raised {type(error).__name__}: {error}",
+            "run with -v for the traceback",
+        ) from error
+
+
+class ContractGuard:
+    """Remembers what must not change while a pass runs, and checks it afterwards."""
+
+    def __init__(self, pass_: Pass, before: Program) -> None:
+        self._pass = pass_
+        self._fingerprint = before.fingerprint()
+        self._versions = [(name, tensor, tensor._version) for name, tensor in before.constants()]
+        self._inputs = [node.name for node in before.graph.find_nodes(op="placeholder")]
+        self._outputs = len(_outputs(before.graph))
+        self._before = before
+
+    def check(self, result: PassResult) -> Program:
+        """Return the result's program, cleaned of unreferenced constants and with complete ``meta["val"]``.
+
+        Raises:
+            PassContractError: the contract is broken; the message tells the pass's author how to mend it.
+        """
+        if not isinstance(result, PassResult):
+            raise self._broken(f"returned {type(result).__name__}", "return an optc.PassResult from run()")
+        after = result.program
+        for name, tensor, version in self._versions:
+            if tensor._version != version:
+                raise self._broken(
+                    f"wrote into constant '{name}', which other programs share",
+                    "build a new tensor and add it under a new name",
+                )
+        inputs = [node.name for node in after.graph.find_nodes(op="placeholder")]
+        if inputs != self._inputs:
+            raise self._broken(f"changed the inputs from {self._inputs} to {inputs}", "keep every placeholder")
+        outputs = len(_outputs(after.graph))
+        if outputs != self._outputs:
+            raise self._broken(f"changed the number of outputs from {self._outputs} to {outputs}", "keep every output")
+        modified = after.fingerprint() != self._fingerprint
+        if modified and not result.modified:
+            raise self._broken("said modified=False but the graph changed", "return modified=True when it does")
+        if result.modified and not modified:
+            raise self._broken("said modified=True but nothing changed", "return modified=False when nothing does")
+        if not modified:
+            return self._before
+        try:
+            after.graph.lint()
+        except Exception as error:
+            raise self._broken(f"left a graph that does not lint: {error}", "check the order and users of nodes") from error
+        after = replace(after, module=graph_module(after.module, after.graph))
+        try:
+            complete_meta(after)
+        except Exception as error:
+            raise self._broken(f"made a node that does not type-check: {error}", "check its arguments") from error
+        return after
+
+    def _broken(self, what: str, mend: str) -> PassContractError:
+        return PassContractError(f"pass '{self._pass.name}' (from {self._pass.origin}) {what}", mend)
+
+
+def complete_meta(program: Program) -> None:
+    """Give every node that lacks one a FakeTensor ``meta["val"]``, computed from its inputs' at the example shapes.
+
+    Shapes are plain integers: the batch dimension reads as the example inputs' (2 where the batch is dynamic).
+    """
+    mode = next(
+        (node.meta["val"].fake_mode for node in program.graph.nodes if isinstance(node.meta.get("val"), FakeTensor)),
+        None,
+    ) or FakeTensorMode(allow_non_fake_inputs=True)
+    examples = iter(program.example_inputs)
+    for node in program.graph.nodes:
+        example = next(examples) if node.op == "placeholder" else None
+        if "val" in node.meta or node.op == "output":
+            continue
+        if example is not None:
+            node.meta["val"] = mode.from_tensor(example)
+        elif node.op == "get_attr":
+            value = get_constant(program.module, str(node.target))
+            node.meta["val"] = mode.from_tensor(value) if isinstance(value, Tensor) else value
+        else:
+            with mode, torch.no_grad():
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+                node.meta["val"] = node.target(*args, **kwargs)
+
+
+def _outputs(graph: fx.Graph) -> tuple[fx.node.Argument, ...]:
+    outputs = graph.output_node().args[0]
+    return tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)

@@ -1,0 +1,250 @@
+"""The pass contract: what a pass is given, what it returns, and what its base class holds it to."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, final
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from optc.errors import OptcError, PassContractError, UnknownNameError
+from optc.target import Target
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from optc.program import Program
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """What a pass promises about the model's outputs, each compared with the captured model's.
+
+    Attributes:
+        exact: the outputs move by float rounding only.
+        min_sqnr_db: for an approximate pass, the least signal-to-quantization-noise ratio of the outputs, in dB
+            (10·log10(Σ ref² / Σ (ref − out)²)).
+        min_top1_agreement: for an approximate pass, the least share of verification samples (0 to 1) whose arg-max
+            stays the same; ``None`` does not check it.
+    """
+
+    exact: bool = True
+    min_sqnr_db: float | None = None
+    min_top1_agreement: float | None = None
+
+
+EXACT = Numerics()
+
+
+@dataclass(frozen=True)
+class Change:
+    """One rewrite that was made: ``rule`` (short kebab-case), the ``node`` it was made at, an optional ``detail``."""
+
+    rule: str
+    node: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Skip:
+    """One rewrite that was considered and not made, with the reason in plain words."""
+
+    rule: str
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What :meth:`Pass.run` returns.
+
+    Attributes:
+        program: the program after the pass.
+        modified: whether its graph or constants differ from what came in; checked against a fingerprint.
+        applied: each rewrite made.
+        skipped: each rewrite considered and not made, with a reason.
+    """
+
+    program: Program
+    modified: bool
+    applied: tuple[Change, ...] = ()
+    skipped: tuple[Skip, ...] = ()
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """What the history keeps of one leaf pass: JSON-ready, written into the artifact's manifest.
+
+    Attributes:
+        seconds: wall time of the pass itself, without instruments.
+        nodes_before, nodes_after: operator counts (``call_function`` nodes).
+        notes: what instruments have to say of it, by instrument name (such as ``{"verify": {"sqnr_db": 131.2}}``).
+    """
+
+    name: str
+    options: dict[str, Any]
+    modified: bool
+    applied: tuple[Change, ...]
+    skipped: tuple[Skip, ...]
+    seconds: float
+    nodes_before: int
+    nodes_after: int
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+class Calibration(Protocol):
+    """Input batches an approximate pass may look at; never what accuracy is evaluated on."""
+
+    @property
+    def description(self) -> str:
+        """Where the batches come from, for the manifest (dataset, split, count, content hash)."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        """Yield tuples of input tensors, one per placeholder, dtype and shape as the program's inputs."""
+
+
+class Instrument:
+    """Watches passes from outside. Override what is needed; hooks fire for leaf passes, in the order given."""
+
+    name: ClassVar[str] = "instrument"
+
+    def should_run(self, pass_: Pass, program: Program) -> bool:
+        """Asked before each leaf pass; ``False`` skips it."""
+        return True
+
+    def before_pass(self, pass_: Pass, program: Program) -> None:
+        """Called just before ``pass_`` runs on ``program``."""
+
+    def after_pass(self, pass_: Pass, before: Program, after: Program, record: PassRecord) -> Any:
+        """Called when ``pass_`` has run and its contract holds; a returned value is kept in ``record.notes[name]``."""
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """What a pass may know besides the program.
+
+    Attributes:
+        target: what the program will be lowered for.
+        calibration: batches for passes that need activation ranges; ``None`` if there are none.
+        instruments: watchers called around every leaf pass.
+        progress: called with a short text while a pass works (``"calibrating 12/32"``).
+    """
+
+    target: Target = field(default_factory=Target)
+    calibration: Calibration | None = None
+    instruments: Sequence[Instrument] = ()
+    progress: Callable[[str], None] = lambda text: None
+
+
+class PassOptions(BaseModel):
+    """Base of a pass's typed options: frozen, unknown names refused. ``Field(description=…)`` documents each."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Pass(ABC):
+    """A named transformation of a :class:`~optc.Program`.
+
+    Subclasses set ``name`` and ``summary``, may set ``numerics`` and ``Options``, and write :meth:`run`. Calling the
+    pass runs it under the contract: ``run`` gets a fork it may edit in place; afterwards the graph must lint, inputs
+    and outputs must be what they were, ``modified`` must be honest and no shared tensor may have been written to.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    numerics: Numerics = EXACT
+    Options: ClassVar[type[PassOptions]] = PassOptions
+    origin: str = "this module"
+    """Who provides the pass; set by the registry and named in errors."""
+
+    def __init__(self, **options: Any) -> None:
+        try:
+            self.options = self.Options(**options)
+        except ValidationError as error:
+            raise _option_error(type(self), error) from None
+
+    @abstractmethod
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        """Transform ``program`` (a fork: edit it in place or build a new one) and say what was done and not done."""
+
+    def leaves(self) -> Iterator[Pass]:
+        """The passes that do the work: itself, or for a group its members."""
+        yield self
+
+    def __call__(self, program: Program, context: PassContext | None = None) -> PassResult:
+        """Run under the contract and the context's instruments.
+
+        Raises:
+            PassContractError: the pass broke the contract.
+            PluginError: the pass raised; the message names the pass and who provides it.
+        """
+        context = context or PassContext()
+        if not all(instrument.should_run(self, program) for instrument in context.instruments):
+            return PassResult(program, modified=False)
+        for instrument in context.instruments:
+            instrument.before_pass(self, program)
+        return self._run_checked(program, context)
+
+    @final
+    def _run_checked(self, program: Program, context: PassContext) -> PassResult:
+        from optc.passmanager import checks
+
+        guard = checks.ContractGuard(self, program)
+        start = time.perf_counter()
+        with checks.blame(self):
+            result = self.run(program.fork(), context)
+        seconds = time.perf_counter() - start
+        after = guard.check(result)
+        record = PassRecord(
+            name=self.name,
+            options=self.options.model_dump(mode="json"),
+            modified=result.modified,
+            applied=result.applied,
+            skipped=result.skipped,
+            seconds=seconds,
+            nodes_before=checks.operator_count(program),
+            nodes_after=checks.operator_count(after),
+        )
+        for instrument in context.instruments:
+            note = instrument.after_pass(self, program, after, record)
+            if note is not None:
+                record.notes[instrument.name] = note
+        after = replace(after, history=(*program.history, record))
+        return replace(result, program=after)
+
+    def __repr__(self) -> str:
+        return f"<pass {self.name}>"
+
+
+def _option_error(cls: type[Pass], error: ValidationError) -> OptcError:
+    """One line for the first thing wrong with a pass's options."""
+    first = error.errors()[0]
+    option = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = sorted(cls.Options.model_fields)
+        return UnknownNameError(
+            f"option of pass {cls.name}",
+            option,
+            known,
+            hint=f"it takes {', '.join(known)}" if known else "it takes no options",
+        )
+    return OptcError(f"option {cls.name}.{option}={first['input']!r}: {first['msg']}", f"see 'optc passes {cls.name}'")
+
+
+__all__ = [
+    "EXACT",
+    "Calibration",
+    "Change",
+    "Instrument",
+    "Numerics",
+    "Pass",
+    "PassContext",
+    "PassContractError",
+    "PassOptions",
+    "PassRecord",
+    "PassResult",
+    "Skip",
+]

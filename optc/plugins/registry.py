@@ -1,0 +1,136 @@
+"""The plugin host: finds plugins, lists what they provide, imports it on demand."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import pluggy
+
+from optc.errors import OptcError, PluginError, UnknownNameError
+from optc.plugins import hookspecs
+from optc.plugins.hookspecs import Entry
+
+ENTRY_POINT_GROUP = "optc"
+DEFAULT_PLUGINS = ("optc.builtin", "optc_passes")
+KINDS = {
+    "pass": "optc_passes",
+    "backend": "optc_backends",
+    "model source": "optc_model_sources",
+    "dataset": "optc_datasets",
+}
+
+
+@dataclass(frozen=True)
+class Registered:
+    """An entry and the plugin that provides it."""
+
+    entry: Entry
+    plugin: str
+
+    def missing(self) -> tuple[str, ...]:
+        """Import names the entry requires that are not installed."""
+        return tuple(name for name in self.entry.requires if importlib.util.find_spec(name) is None)
+
+
+class Registry:
+    """All plugins' entries by kind. Duplicate names are refused, naming both owners."""
+
+    def __init__(self, manager: pluggy.PluginManager) -> None:
+        self._manager = manager
+
+    @cached_property
+    def _tables(self) -> Mapping[str, Mapping[str, Registered]]:
+        return {kind: self._table(kind, hook) for kind, hook in KINDS.items()}
+
+    def _table(self, kind: str, hook: str) -> Mapping[str, Registered]:
+        table: dict[str, Registered] = {}
+        for implementation in getattr(self._manager.hook, hook).get_hookimpls():
+            owner = implementation.plugin_name
+            try:
+                entries = list(implementation.function())
+            except Exception as error:
+                raise PluginError(f"plugin '{owner}' failed in {hook}: {type(error).__name__}: {error}") from error
+            for entry in entries:
+                if not isinstance(entry, Entry):
+                    raise PluginError(f"plugin '{owner}' returned {entry!r} from {hook}", "return optc.Entry objects")
+                if entry.name in table:
+                    other = table[entry.name].plugin
+                    raise PluginError(
+                        f"{kind} '{entry.name}' is provided by both '{other}' and '{owner}'",
+                        f"uninstall one of them or set OPTC_DISABLE_PLUGINS={owner}",
+                    )
+                table[entry.name] = Registered(entry, owner)
+        return table
+
+    def all(self, kind: str) -> Mapping[str, Registered]:
+        """Everything registered of a kind (``"pass"``, ``"backend"``, ``"model source"``, ``"dataset"``), by name."""
+        return self._tables[kind]
+
+    def get(self, kind: str, name: str) -> Registered:
+        """Look a name up.
+
+        Raises:
+            UnknownNameError: nothing of that kind has the name; suggests the closest.
+        """
+        table = self.all(kind)
+        if name not in table:
+            raise UnknownNameError(kind, name, table, hint=f"known: {', '.join(table)}")
+        return table[name]
+
+    def load(self, kind: str, name: str) -> Any:
+        """Import and return the class behind a name, with ``origin`` set to the plugin's name.
+
+        Raises:
+            UnknownNameError: nothing of that kind has the name.
+            OptcError: a package it requires is missing; the message carries the pip line.
+            PluginError: the import failed, or the class's ``name`` or ``summary`` differ from its entry's.
+        """
+        registered = self.get(kind, name)
+        entry, missing = registered.entry, registered.missing()
+        if missing:
+            raise OptcError(
+                f"{kind} '{name}' needs {', '.join(missing)}, which is not installed",
+                f"pip install '{entry.install or ' '.join(missing)}'",
+            )
+        module, _, attribute = entry.target.partition(":")
+        try:
+            cls = getattr(importlib.import_module(module), attribute)
+        except Exception as error:
+            raise PluginError(
+                f"plugin '{registered.plugin}' could not load {kind} '{name}' from {entry.target}:"
+                f" {type(error).__name__}: {error}"
+            ) from error
+        for field in ("name", "summary"):
+            if getattr(cls, field, None) != getattr(entry, field):
+                raise PluginError(
+                    f"plugin '{registered.plugin}' registers {kind} '{name}' but {entry.target}.{field} is"
+                    f" {getattr(cls, field, None)!r}",
+                    "make the class and its Entry agree",
+                )
+        cls.origin = registered.plugin
+        return cls
+
+
+@lru_cache(maxsize=1)
+def registry() -> Registry:
+    """The process-wide registry: built-in plugins, then installed ones (entry-point group ``optc``)."""
+    import os
+
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    for name in filter(None, os.environ.get("OPTC_DISABLE_PLUGINS", "").split(",")):
+        manager.set_blocked(name.strip())
+    for name in DEFAULT_PLUGINS:
+        if not manager.is_blocked(name):
+            manager.register(importlib.import_module(name), name=name)
+    try:
+        manager.load_setuptools_entrypoints(ENTRY_POINT_GROUP)
+        manager.check_pending()
+    except Exception as error:
+        raise PluginError(f"an installed plugin could not be loaded: {type(error).__name__}: {error}") from error
+    return Registry(manager)

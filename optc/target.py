@@ -1,0 +1,26 @@
+"""What the optimized model is made for."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+
+def available_threads() -> int:
+    """Number of CPU threads this process may use (its affinity mask, not the machine's core count)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Target:
+    """The device and limits a program is lowered for.
+
+    Attributes:
+        device: ``"cpu"`` or ``"cuda"``.
+        threads: intra-op threads every candidate runs with.
+        batch: images per query at measurement time.
+    """
+
+    device: str = "cpu"
+    threads: int = field(default_factory=available_threads)
+    batch: int = 1
