@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from optc.capture.export import capture as capture
+    from optc.frontend.capture import capture as capture
     from optc.errors import OptcError as OptcError
     from optc.lowering.backend import Backend as Backend
     from optc.lowering.backend import Lowered as Lowered
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "optc.capture.export": ("capture",),
+    "optc.frontend.capture": ("capture",),
     "optc.errors": ("OptcError",),
     "optc.lowering.backend": ("Backend", "Lowered", "Runner"),
     "optc.passmanager.contract": (

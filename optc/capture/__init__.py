@@ -1,1 +1,0 @@
-"""Capture: from a name, a module or a file to a Program."""
