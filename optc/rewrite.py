@@ -1,0 +1,95 @@
+"""Small helpers for writing passes: look at nodes, add constants, replace nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from optc.program import Program, get_constant
+
+Target = Callable[..., Any]
+
+
+def calls(program: Program, *targets: Target) -> Iterator[fx.Node]:
+    """Each ``call_function`` node of one of the targets, in graph order; safe to erase while iterating."""
+    wanted = set(targets)
+    for node in list(program.graph.nodes):
+        if node.op == "call_function" and node.target in wanted:
+            yield node
+
+
+def is_call(node: object, *targets: Target) -> bool:
+    """Whether ``node`` is a ``call_function`` of one of the targets."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def argument(node: fx.Node, name: str) -> Any:
+    """An ATen node's argument by schema name, given by position, by keyword, or its default."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    for position, parameter in enumerate(schema.arguments):
+        if parameter.name == name:
+            if position < len(node.args):
+                return node.args[position]
+            return node.kwargs.get(name, parameter.default_value)
+    raise KeyError(f"{node.target} has no argument {name!r}")
+
+
+def constant_of(program: Program, node: object) -> Tensor | None:
+    """The tensor behind a ``get_attr`` node, or ``None`` if ``node`` is anything else. Never write into it."""
+    if not (isinstance(node, fx.Node) and node.op == "get_attr"):
+        return None
+    value = get_constant(program.module, str(node.target))
+    return value if isinstance(value, Tensor) else None
+
+
+def add_constant(program: Program, before: fx.Node, hint: str, value: Tensor) -> fx.Node:
+    """Add a tensor as a new constant and return its ``get_attr`` node, placed before ``before``.
+
+    Args:
+        hint: name to derive from, usually the constant it replaces; dots and clashes are taken care of.
+    """
+    base = hint.replace(".", "_")
+    name, number = base, 0
+    while hasattr(program.module, name):
+        number += 1
+        name = f"{base}_{number}"
+    program.module.register_buffer(name, value.detach())
+    with program.graph.inserting_before(before):
+        return program.graph.get_attr(name)
+
+
+def shape(node: fx.Node) -> tuple[int, ...]:
+    """Static shape of a tensor-valued node at the example inputs (batch size as theirs)."""
+    return tuple(int(size) for size in node.meta["val"].shape)
+
+
+def dtype(node: fx.Node) -> torch.dtype:
+    """Data type of a tensor-valued node."""
+    value: torch.dtype = node.meta["val"].dtype
+    return value
+
+
+def only_user(node: fx.Node) -> fx.Node | None:
+    """The single node that uses ``node``, or ``None`` if there are several or none."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def replace(node: fx.Node, new: fx.Node) -> None:
+    """Let every user of ``node`` use ``new`` instead, hand on what is known of the node, and erase it."""
+    for key, value in node.meta.items():
+        new.meta.setdefault(key, value)
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
+
+
+def erase_dead(program: Program) -> int:
+    """Erase nodes nothing uses (placeholders stay) and return how many. All ATen operators in a Program are pure."""
+    erased = 0
+    for node in reversed(list(program.graph.nodes)):
+        if not node.users and node.op not in ("placeholder", "output"):
+            program.graph.erase_node(node)
+            erased += 1
+    return erased
