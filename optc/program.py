@@ -106,6 +106,10 @@ class Program:
                 if isinstance(value, Tensor):
                     yield name, value
 
+    def operator_count(self) -> int:
+        """Number of ``call_function`` nodes."""
+        return sum(node.op == "call_function" for node in self.graph.nodes)
+
     def constant_bytes(self) -> int:
         """Bytes held by all constants; shared storages counted once."""
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for _, t in self.constants()}

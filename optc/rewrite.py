@@ -78,9 +78,13 @@ def only_user(node: fx.Node) -> fx.Node | None:
 
 
 def replace(node: fx.Node, new: fx.Node) -> None:
-    """Let every user of ``node`` use ``new`` instead, hand on what is known of the node, and erase it."""
+    """Let every user of ``node`` use ``new`` instead, hand on what is known of the node, and erase it.
+
+    ``new.meta["replaces"]`` remembers the node's name, so verification can compare the two if the outputs diverge.
+    """
     for key, value in node.meta.items():
         new.meta.setdefault(key, value)
+    new.meta["replaces"] = node.name
     node.replace_all_uses_with(new)
     node.graph.erase_node(node)
 

@@ -15,11 +15,6 @@ from optc.passmanager.contract import Pass, PassResult
 from optc.program import Program, get_constant, graph_module
 
 
-def operator_count(program: Program) -> int:
-    """Number of ``call_function`` nodes."""
-    return sum(node.op == "call_function" for node in program.graph.nodes)
-
-
 @contextmanager
 def blame(pass_: Pass) -> Iterator[None]:
     """Turn whatever a pass raises into a :class:`PluginError` that names the pass and its provider."""

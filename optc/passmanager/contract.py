@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -79,9 +78,7 @@ class PassRecord:
     """What the history keeps of one leaf pass: JSON-ready, written into the artifact's manifest.
 
     Attributes:
-        seconds: wall time of the pass itself, without instruments.
-        nodes_before, nodes_after: operator counts (``call_function`` nodes).
-        notes: what instruments have to say of it, by instrument name (such as ``{"verify": {"sqnr_db": 131.2}}``).
+        notes: what instruments have to say of it, by instrument name (such as ``{"timing": {"seconds": 0.12}}``).
     """
 
     name: str
@@ -89,9 +86,6 @@ class PassRecord:
     modified: bool
     applied: tuple[Change, ...]
     skipped: tuple[Skip, ...]
-    seconds: float
-    nodes_before: int
-    nodes_after: int
     notes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -107,7 +101,10 @@ class Calibration(Protocol):
 
 
 class Instrument:
-    """Watches passes from outside. Override what is needed; hooks fire for leaf passes, in the order given."""
+    """Watches passes from outside. Override what is needed; hooks fire for leaf passes only.
+
+    ``after_pass`` fires in the order given and ``before_pass`` in reverse: the first instrument is the innermost.
+    """
 
     name: ClassVar[str] = "instrument"
 
@@ -129,7 +126,7 @@ class PassContext:
     Attributes:
         target: what the program will be lowered for.
         calibration: batches for passes that need activation ranges; ``None`` if there are none.
-        instruments: watchers called around every leaf pass.
+        instruments: watchers called around every leaf pass, innermost first.
         progress: called with a short text while a pass works (``"calibrating 12/32"``).
     """
 
@@ -184,7 +181,7 @@ class Pass(ABC):
         context = context or PassContext()
         if not all(instrument.should_run(self, program) for instrument in context.instruments):
             return PassResult(program, modified=False)
-        for instrument in context.instruments:
+        for instrument in reversed(context.instruments):
             instrument.before_pass(self, program)
         return self._run_checked(program, context)
 
@@ -193,10 +190,8 @@ class Pass(ABC):
         from optc.passmanager import checks
 
         guard = checks.ContractGuard(self, program)
-        start = time.perf_counter()
         with checks.blame(self):
             result = self.run(program.fork(), context)
-        seconds = time.perf_counter() - start
         after = guard.check(result)
         record = PassRecord(
             name=self.name,
@@ -204,9 +199,6 @@ class Pass(ABC):
             modified=result.modified,
             applied=result.applied,
             skipped=result.skipped,
-            seconds=seconds,
-            nodes_before=checks.operator_count(program),
-            nodes_after=checks.operator_count(after),
         )
         for instrument in context.instruments:
             note = instrument.after_pass(self, program, after, record)

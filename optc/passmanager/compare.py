@@ -1,0 +1,96 @@
+"""How far two runs of a model are apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from optc.program import Program
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Distance of outputs from reference outputs, over all outputs and samples (the worst where they differ).
+
+    Attributes:
+        max_abs: largest absolute error.
+        max_rel: largest absolute error over the largest absolute reference value of the same output.
+        sqnr_db: 10·log10(Σ ref² / Σ (out − ref)²), in dB; infinite when equal.
+        cosine: cosine similarity of the flattened outputs.
+        top1_agreement: share of samples with the same arg-max, or ``None`` where no output is (batch, classes).
+        finite: whether the outputs are finite wherever the reference is.
+    """
+
+    max_abs: float
+    max_rel: float
+    sqnr_db: float
+    cosine: float
+    top1_agreement: float | None
+    samples: int
+    finite: bool = True
+
+
+Outputs = Sequence[tuple[Tensor, ...]]
+
+
+def compare(reference: Outputs, outputs: Outputs) -> Comparison:
+    """Compare outputs of the same batches: one tuple of tensors per batch. Sums are taken in float64."""
+    worst = Comparison(0.0, 0.0, math.inf, 1.0, None, 0)
+    agree = samples = 0
+    for position in range(len(reference[0])):
+        ref = torch.cat([batch[position].detach().to("cpu", torch.float64) for batch in reference])
+        out = torch.cat([batch[position].detach().to("cpu", torch.float64) for batch in outputs])
+        if ref.shape != out.shape:
+            raise ValueError(f"output {position} has shape {tuple(out.shape)}, the reference {tuple(ref.shape)}")
+        finite = bool(torch.isfinite(out[torch.isfinite(ref)]).all())
+        error = (out - ref).nan_to_num(nan=math.inf if not finite else 0.0)
+        signal, noise = float(ref.square().nansum()), float(error.square().sum())
+        scale = float(ref.abs().nan_to_num().max()) if ref.numel() else 0.0
+        peak = float(error.abs().max()) if error.numel() else 0.0
+        cosine = float(torch.nn.functional.cosine_similarity(ref.flatten(), out.flatten(), dim=0)) if noise else 1.0
+        worst = Comparison(
+            max_abs=max(worst.max_abs, peak),
+            max_rel=max(worst.max_rel, peak / scale if scale else math.inf if peak else 0.0),
+            sqnr_db=min(worst.sqnr_db, sqnr(signal, noise)),
+            cosine=min(worst.cosine, cosine),
+            top1_agreement=None,
+            samples=max(worst.samples, len(ref)),
+            finite=worst.finite and finite,
+        )
+        if ref.ndim == 2 and ref.shape[1] > 1:
+            agree += int((ref.argmax(1) == out.argmax(1)).sum())
+            samples += len(ref)
+    top1 = agree / samples if samples else None
+    return Comparison(**{**worst.__dict__, "top1_agreement": top1})
+
+
+def sqnr(signal: float, noise: float) -> float:
+    """Signal-to-quantization-noise ratio in dB from the two energies."""
+    if noise == 0.0:
+        return math.inf
+    if signal == 0.0 or math.isinf(noise) or math.isnan(noise):
+        return -math.inf
+    return 10.0 * math.log10(signal / noise)
+
+
+def rounding_sqnr_db(program: Program) -> float:
+    """The SQNR an exact rewrite must keep: what float rounding alone may cost, given the coarsest type in the graph.
+
+    One rounding step costs a relative error of eps; a deep network multiplies it. The bound is 1024·eps for float32
+    (78 dB), and 0.3·√eps for coarser types, where the former would allow anything: float16 40 dB, bfloat16 32 dB and
+    8-bit integers 34 dB (a rewrite may tip a value over a quantization step).
+    """
+    eps = max((_eps(node.meta.get("val")) for node in program.graph.nodes), default=0.0)
+    eps = max(eps, torch.finfo(torch.float32).eps)
+    return -20.0 * math.log10(min(1024.0 * eps, 0.3 * math.sqrt(eps)))
+
+
+def _eps(value: object) -> float:
+    dtype = getattr(value, "dtype", None)
+    if dtype in (torch.int8, torch.uint8):
+        return 2.0**-8
+    return torch.finfo(dtype).eps if isinstance(dtype, torch.dtype) and dtype.is_floating_point else 0.0

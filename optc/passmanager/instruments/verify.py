@@ -1,0 +1,121 @@
+"""Verification: after each pass the program is run and compared with the captured model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from optc.errors import VerificationError
+from optc.passmanager.compare import Comparison, compare, rounding_sqnr_db
+from optc.passmanager.contract import Instrument, Pass, PassRecord
+from optc.passmanager.reproducer import write_reproducer
+from optc.program import Program
+
+
+class Verify(Instrument):
+    """Stops the run when a pass moves the outputs beyond what it declared.
+
+    An exact pass is compared with the program before it and may cost float rounding only; an approximate one is
+    compared with the captured model and must hold its declared budget. Both distances are recorded.
+
+    Args:
+        captured: the program as captured; it is run once and not kept.
+        inputs: batches to run, each a tuple of tensors.
+        folder: where a reproducer is left when a pass fails.
+    """
+
+    name = "verify"
+
+    def __init__(self, captured: Program, inputs: Sequence[tuple[Tensor, ...]], folder: Path) -> None:
+        self._inputs = inputs
+        self._folder = folder
+        self._reference = [captured.run(*batch) for batch in inputs]
+        self._last = self._reference
+
+    def after_pass(self, pass_: Pass, before: Program, after: Program, record: PassRecord) -> dict[str, Any] | None:
+        if not record.modified:
+            return None
+        start = time.perf_counter()
+        outputs = [after.run(*batch) for batch in self._inputs]
+        step, total = compare(self._last, outputs), compare(self._reference, outputs)
+        reason = _exceeded(pass_, after, step if pass_.numerics.exact else total)
+        if reason:
+            raise self._failure(pass_, before, after, reason)
+        self._last = outputs
+        return {
+            "exact": pass_.numerics.exact,
+            "from_previous": asdict(step),
+            "from_captured": asdict(total),
+            "seconds": time.perf_counter() - start,
+        }
+
+    def _failure(self, pass_: Pass, before: Program, after: Program, reason: str) -> VerificationError:
+        where = first_divergence(before, after, self._inputs[0])
+        path = write_reproducer(self._folder, pass_, before, after, self._inputs[0], f"{reason}; {where}")
+        predecessors = ", ".join(r.name for r in before.history if r.modified) or "none"
+        return VerificationError(
+            f"pass '{pass_.name}' (from {pass_.origin}) changed what the model computes: {reason};"
+            f" {where}; passes before it: {predecessors}",
+            f"a reproducer is in {path}",
+        )
+
+
+def _exceeded(pass_: Pass, after: Program, distance: Comparison) -> str | None:
+    """What about ``distance`` breaks the pass's promise, or ``None``."""
+    promise = pass_.numerics
+    if not distance.finite:
+        return "the outputs are no longer finite"
+    if promise.exact:
+        bound = rounding_sqnr_db(after)
+        if distance.sqnr_db < bound:
+            return f"an exact pass, but SQNR fell to {distance.sqnr_db:.1f} dB (rounding alone stays above {bound:.0f} dB)"
+        return None
+    if promise.min_sqnr_db is not None and distance.sqnr_db < promise.min_sqnr_db:
+        return f"SQNR {distance.sqnr_db:.1f} dB is below its budget of {promise.min_sqnr_db:g} dB"
+    agreement = distance.top1_agreement
+    if promise.min_top1_agreement is not None and agreement is not None and agreement < promise.min_top1_agreement:
+        return f"top-1 agreement {agreement:.1%} is below its budget of {promise.min_top1_agreement:.1%}"
+    return None
+
+
+def first_divergence(before: Program, after: Program, inputs: tuple[Tensor, ...]) -> str:
+    """The first node, in graph order, whose value differs from its counterpart's in the program before the pass.
+
+    A node's counterpart has the same name, or is the one :func:`optc.rewrite.replace` recorded.
+    """
+    values = _node_values(before, inputs)
+    bound = rounding_sqnr_db(after)
+    for node, value in _iterate_values(after, inputs):
+        counterpart = node.name if node.name in values else node.meta.get("replaces")
+        expected = values.get(counterpart) if counterpart else None
+        if expected is None or expected.shape != value.shape:
+            continue
+        distance = compare([(expected,)], [(value,)])
+        if distance.sqnr_db < bound:
+            return f"first node that diverges: {node.name} ({node.target}), SQNR {distance.sqnr_db:.1f} dB"
+    return "no single node diverges, only the outputs"
+
+
+def _node_values(program: Program, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    return {node.name: value for node, value in _iterate_values(program, inputs)}
+
+
+@torch.no_grad()
+def _iterate_values(program: Program, inputs: tuple[Tensor, ...]) -> list[tuple[fx.Node, Tensor]]:
+    recorded: list[tuple[fx.Node, Tensor]] = []
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if n.op == "call_function" and isinstance(value, Tensor):
+                recorded.append((n, value))
+            return value
+
+    Recorder(program.module).run(*inputs)
+    return recorded
