@@ -1,0 +1,8 @@
+"""optc's composite operators (``torch.ops.optc.*``). Importing this package registers them."""
+
+from __future__ import annotations
+
+from optc.ops.composites import ACTIVATIONS, COMPOSITES, Activation, Composite, find_composite
+from optc.ops.decompose import decompose
+
+__all__ = ["ACTIVATIONS", "COMPOSITES", "Activation", "Composite", "decompose", "find_composite"]
