@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 if TYPE_CHECKING:
     from torch.utils._pytree import TreeSpec
@@ -131,6 +132,15 @@ class Program:
                     digest.update(f"{value.data_ptr()} {value.dtype} {tuple(value.shape)} {value.stride()}".encode())
         return digest.hexdigest()
 
+    def text(self) -> str:
+        """The graph as text: one node a line with its shape and dtype at the example inputs."""
+        lines = []
+        for node in self.graph.nodes:
+            value = node.meta.get("val")
+            kind = f"  # {str(value.dtype).removeprefix('torch.')}{list(value.shape)}" if hasattr(value, "dtype") else ""
+            lines.append(f"{node.format_node() or ''}{kind}")
+        return "\n".join(lines)
+
     @torch.no_grad()
     def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run the graph in eager PyTorch and return its outputs as a flat tuple."""
@@ -161,3 +171,28 @@ def graph_module(root: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
     names = {str(node.target) for node in graph.find_nodes(op="get_attr")}
     module = fx.GraphModule({name: get_constant(root, name) for name in names}, graph, class_name="Program")
     return module.eval()
+
+
+def complete_meta(program: Program) -> None:
+    """Give every node that lacks one a FakeTensor ``meta["val"]``, computed from its inputs' at the example shapes.
+
+    Shapes are plain integers: the batch dimension reads as the example inputs' (2 where the batch is dynamic).
+    """
+    mode = next(
+        (node.meta["val"].fake_mode for node in program.graph.nodes if isinstance(node.meta.get("val"), FakeTensor)),
+        None,
+    ) or FakeTensorMode(allow_non_fake_inputs=True)
+    examples = iter(program.example_inputs)
+    for node in program.graph.nodes:
+        example = next(examples) if node.op == "placeholder" else None
+        if "val" in node.meta or node.op == "output":
+            continue
+        if example is not None:
+            node.meta["val"] = mode.from_tensor(example)
+        elif node.op == "get_attr":
+            value = get_constant(program.module, str(node.target))
+            node.meta["val"] = mode.from_tensor(value) if isinstance(value, Tensor) else value
+        else:
+            with mode, torch.no_grad():
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+                node.meta["val"] = node.target(*args, **kwargs)

@@ -6,13 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-import torch
-from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch import fx
 
 from optc.errors import OptcError, PassContractError, PluginError
 from optc.passmanager.contract import Pass, PassResult
-from optc.program import Program, get_constant, graph_module
+from optc.program import Program, complete_meta, graph_module
 
 
 @contextmanager
@@ -81,31 +79,6 @@ class ContractGuard:
 
     def _broken(self, what: str, mend: str) -> PassContractError:
         return PassContractError(f"pass '{self._pass.name}' (from {self._pass.origin}) {what}", mend)
-
-
-def complete_meta(program: Program) -> None:
-    """Give every node that lacks one a FakeTensor ``meta["val"]``, computed from its inputs' at the example shapes.
-
-    Shapes are plain integers: the batch dimension reads as the example inputs' (2 where the batch is dynamic).
-    """
-    mode = next(
-        (node.meta["val"].fake_mode for node in program.graph.nodes if isinstance(node.meta.get("val"), FakeTensor)),
-        None,
-    ) or FakeTensorMode(allow_non_fake_inputs=True)
-    examples = iter(program.example_inputs)
-    for node in program.graph.nodes:
-        example = next(examples) if node.op == "placeholder" else None
-        if "val" in node.meta or node.op == "output":
-            continue
-        if example is not None:
-            node.meta["val"] = mode.from_tensor(example)
-        elif node.op == "get_attr":
-            value = get_constant(program.module, str(node.target))
-            node.meta["val"] = mode.from_tensor(value) if isinstance(value, Tensor) else value
-        else:
-            with mode, torch.no_grad():
-                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-                node.meta["val"] = node.target(*args, **kwargs)
 
 
 def _outputs(graph: fx.Graph) -> tuple[fx.node.Argument, ...]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-from optc.errors import OptcError
+from optc.errors import OptcError, UnknownNameError
 from optc.passmanager.contract import Pass, PassContext, PassResult
+from optc.plugins.registry import registry
 from optc.program import Program
 
 
@@ -38,6 +40,33 @@ class PassManager(Pass):
 
     def __repr__(self) -> str:
         return f"<{self.name}: {', '.join(pass_.name for pass_ in self.passes)}>"
+
+
+def build_passes(
+    passes: str | Sequence[str | Pass], options: Mapping[str, Mapping[str, Any]] | None = None
+) -> PassManager:
+    """A pass manager from ``"fuse,quant"`` or a list of names and :class:`Pass` objects.
+
+    Args:
+        options: by pass name, its options; values given as text are converted to the option's type.
+
+    Raises:
+        UnknownNameError: a pass or option nobody registered, or options for a pass that is not in the list.
+        OptcError: an option's value does not fit its type.
+    """
+    items: Sequence[str | Pass] = passes.split(",") if isinstance(passes, str) else passes
+    given = dict(options or {})
+    built = []
+    for item in items:
+        if isinstance(item, Pass):
+            built.append(item)
+            continue
+        name = item.strip()
+        if name:
+            built.append(registry().load("pass", name)(**given.pop(name, {})))
+    if given:
+        raise UnknownNameError("pass in the options", next(iter(given)), [p.name for p in built], hint="add it to the passes")
+    return PassManager(built)
 
 
 def parse_options(assignments: Sequence[str]) -> dict[str, dict[str, str]]:

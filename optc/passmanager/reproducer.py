@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from optc.passmanager.contract import Pass
-from optc.passmanager.instruments.dump import graph_text
 from optc.program import Program
 
 _SCRIPT = '''\
@@ -58,8 +57,8 @@ def write_reproducer(
     save_file({f"{i}_{name}": t.contiguous() for i, (name, t) in enumerate(zip(names, inputs, strict=True))}, path / "inputs.safetensors")
     with torch.no_grad():
         torch.export.save(torch.export.export(before.module, inputs), path / "before.pt2")
-    (path / "before.txt").write_text(graph_text(before))
-    (path / "after.txt").write_text(graph_text(after))
+    (path / "before.txt").write_text(before.text())
+    (path / "after.txt").write_text(after.text())
     (path / "options.json").write_text(json.dumps(pass_.options.model_dump(mode="json"), indent=2))
     (path / "reproduce.py").write_text(_SCRIPT.format(reason=reason, name=pass_.name))
     return path

@@ -24,14 +24,4 @@ class PrintAfter(Instrument):
 
     def after_pass(self, pass_: Pass, before: Program, after: Program, record: PassRecord) -> None:
         if "all" in self._passes or pass_.name in self._passes:
-            self._write(f"# graph after {pass_.name} ({after.operator_count()} operators)\n{graph_text(after)}")
-
-
-def graph_text(program: Program) -> str:
-    """The graph as text: one node a line with its shape and dtype."""
-    lines = []
-    for node in program.graph.nodes:
-        value = node.meta.get("val")
-        shape = f"  # {str(value.dtype).removeprefix('torch.')}{list(value.shape)}" if hasattr(value, "dtype") else ""
-        lines.append(f"{node.format_node() or ''}{shape}")
-    return "\n".join(lines)
+            self._write(f"# graph after {pass_.name} ({after.operator_count()} operators)\n{after.text()}")
