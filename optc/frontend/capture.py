@@ -9,8 +9,7 @@ from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
 
 from optc.errors import CaptureError
-from optc.passmanager.checks import complete_meta
-from optc.program import ModelInfo, Program, graph_module
+from optc.program import ModelInfo, Program, complete_meta, graph_module
 
 
 def capture(
