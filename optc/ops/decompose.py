@@ -8,8 +8,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from optc.ops.composites import COMPOSITES, Composite
-from optc.passmanager.checks import complete_meta
-from optc.program import Program
+from optc.program import Program, complete_meta
 from optc.rewrite import argument, calls
 
 
