@@ -1,0 +1,45 @@
+"""``optc backends``: what a model can be lowered to, and whether it runs here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from optc.cli.options import json_option, print_json
+from optc.errors import OptcError
+from optc.plugins.registry import registry
+from optc.target import Target
+
+
+@click.command("backends")
+@json_option
+def command(as_json: bool) -> None:
+    """List every backend, whether it runs on this machine, and what to install where it does not."""
+    rows = [status(name) for name in registry().all("backend")]
+    if as_json:
+        print_json(rows)
+        return
+    table = Table("backend", "what it is", "from", "here", box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        here = "[green]ready[/green]" if row["ready"] else f"[yellow]{row['reason']}[/yellow]"
+        table.add_row(row["name"], row["summary"], row["plugin"], here)
+    Console(highlight=False).print(table)
+
+
+def status(name: str) -> dict[str, Any]:
+    """Whether the backend runs here, and if not why, JSON-ready. Imports the backend if what it requires is there."""
+    registered = registry().get("backend", name)
+    try:
+        reason = registry().load("backend", name).unavailable(Target())
+    except OptcError as error:
+        reason = str(error)
+    return {
+        "name": name,
+        "summary": registered.entry.summary,
+        "plugin": registered.plugin,
+        "ready": reason is None,
+        "reason": reason,
+    }

@@ -1,0 +1,91 @@
+"""The ``optc`` command: one file per subcommand, loaded when it is asked for; every failure one line and exit code 2."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import sys
+from typing import Any
+
+import click
+
+import optc
+from optc.errors import OptcError, UnknownNameError
+
+COMMANDS = {
+    "optimize": "Run passes over a model, prove them, lower it, measure it, save an artifact.",
+    "profile": "Measure models or artifacts with MLPerf LoadGen.",
+    "passes": "List the passes, or describe one.",
+    "backends": "List the backends and whether they run here.",
+    "doctor": "Show what is installed, what works and what this machine can do.",
+}
+
+
+class _Commands(click.Group):
+    """A group whose subcommands are imported on use; the listing needs none of them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            raise UnknownNameError("command", cmd_name, COMMANDS, hint=f"commands: {', '.join(COMMANDS)}")
+        command: click.Command = importlib.import_module(f"optc.cli.{cmd_name}").command
+        command.short_help = COMMANDS[cmd_name]
+        return command
+
+
+@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(optc.__version__, prog_name="optc")
+def cli() -> None:
+    """What LLVM's opt is to programs, for neural networks: verified, measured passes over PyTorch models."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of the ``optc`` command.
+
+    Exits 0 on success and 2 with one line on stderr on anything that went wrong; only a bug in optc prints a traceback.
+    """
+    sys.exit(run(argv))
+
+
+def run(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    argv = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    try:
+        result: Any = cli.main(args=argv, prog_name="optc", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except OptcError as error:
+        if "-v" in argv or "--verbose" in argv:
+            import traceback
+
+            traceback.print_exc()
+        return _fail(str(error))
+    except click.UsageError as error:
+        return _fail(_usage_message(error))
+    except (KeyboardInterrupt, click.Abort):
+        return _fail("interrupted; nothing was written")
+    except BrokenPipeError:
+        return 0
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            where = f" while writing {error.filename}" if error.filename else ""
+            return _fail(f"no space left on the disk{where}; nothing was written — free some or choose another -o")
+        raise
+
+
+def _fail(message: str) -> int:
+    click.echo(f"optc: {message}", err=True)
+    return 2
+
+
+def _usage_message(error: click.UsageError) -> str:
+    """click's message on one line, with the closest option names where one is unknown."""
+    if isinstance(error, click.NoSuchOption):
+        known = [name for p in error.ctx.command.get_params(error.ctx) for name in p.opts] if error.ctx else []
+        return str(UnknownNameError("option", error.option_name, known, hint="see --help"))
+    return " ".join(error.format_message().split())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""``optc passes``: what passes there are, and what one of them does and takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from optc.cli.options import json_option, print_json
+from optc.plugins.registry import Registered, registry
+
+
+@click.command("passes")
+@click.argument("name", required=False)
+@json_option
+def command(name: str | None, as_json: bool) -> None:
+    """List every pass, built-in and from plugins; with NAME, describe one and its options."""
+    if name is not None:
+        description = describe(name)
+        print_json(description) if as_json else _print_description(description)
+        return
+    table = registry().all("pass")
+    if as_json:
+        print_json([_listed(registered) for registered in table.values()])
+        return
+    console = Console()
+    rows = Table("pass", "what it does", "from", box=None, pad_edge=False, header_style="bold")
+    for registered in table.values():
+        rows.add_row(registered.entry.name, registered.entry.summary, registered.plugin)
+    console.print(rows)
+
+
+def _listed(registered: Registered) -> dict[str, str]:
+    return {"name": registered.entry.name, "summary": registered.entry.summary, "plugin": registered.plugin}
+
+
+def describe(name: str) -> dict[str, Any]:
+    """A pass's summary, promise, documentation and options, JSON-ready. Imports the pass."""
+    registered = registry().get("pass", name)
+    cls = registry().load("pass", name)
+    promise = cls.numerics
+    return {
+        **_listed(registered),
+        "numerics": "exact"
+        if promise.exact
+        else {"min_sqnr_db": promise.min_sqnr_db, "min_top1_agreement": promise.min_top1_agreement},
+        "documentation": (cls.__doc__ or "").strip(),
+        "options": {
+            option: {
+                "type": str(field.annotation).replace("typing.", ""),
+                "default": field.default,
+                "description": field.description or "",
+            }
+            for option, field in cls.Options.model_fields.items()
+        },
+        "members": [leaf.name for leaf in cls().leaves() if leaf.name != name],
+    }
+
+
+def _print_description(description: dict[str, Any]) -> None:
+    console = Console(highlight=False)
+    console.print(f"[bold]{description['name']}[/bold] ({description['plugin']}): {description['summary']}\n")
+    console.print(description["documentation"], markup=False)
+    promise = description["numerics"]
+    if promise != "exact":
+        promise = "approximate; " + ", ".join(f"{key} {value}" for key, value in promise.items() if value is not None)
+    console.print(f"\nnumerics: {promise}")
+    if description["members"]:
+        console.print(f"runs: {', '.join(description['members'])}")
+    if description["options"]:
+        rows = Table("option", "type", "default", "", box=None, pad_edge=False, header_style="bold")
+        for option, about in description["options"].items():
+            rows.add_row(f"{description['name']}.{option}", about["type"], str(about["default"]), about["description"])
+        console.print()
+        console.print(rows)

@@ -1,0 +1,81 @@
+"""The terminal: progress on stderr with elapsed time, results on stdout, third-party noise only with ``-v``."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.status import Status
+from rich.text import Text
+
+from optc.progress import Progress, Step
+
+NOISY_LOGGERS = ("torch", "torchao", "torch.onnx", "onnxscript", "onnx_ir", "timm", "huggingface_hub", "urllib3")
+
+
+def silence_third_parties() -> None:
+    """Keep other packages' warnings and log lines from the user; ``-v`` does not call this."""
+    warnings.simplefilter("ignore")
+    for name in NOISY_LOGGERS:
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.CRITICAL)
+        logger.propagate = False
+        logger.addHandler(logging.NullHandler())
+
+
+class _TerminalStep(Step):
+    def __init__(self, title: str, status: Status | None) -> None:
+        self.title = title
+        self.result = ""
+        self._text = ""
+        self._status = status
+        self._start = time.perf_counter()
+
+    @property
+    def elapsed(self) -> float:
+        return time.perf_counter() - self._start
+
+    def update(self, text: str) -> None:
+        self._text = text
+
+    def done(self, text: str) -> None:
+        self.result = text
+
+    def __rich__(self) -> Text:
+        detail = f" · {self._text}" if self._text else ""
+        return Text.assemble(f"{self.title}{detail} ", (f"{self.elapsed:.0f} s", "dim"))
+
+
+class TerminalProgress(Progress):
+    """A spinner with elapsed time while a step runs, one line when it has ended."""
+
+    def __init__(self, console: Console, verbosity: int) -> None:
+        self._console = console
+        self._verbosity = verbosity
+
+    @contextmanager
+    def step(self, title: str) -> Iterator[Step]:
+        if self._verbosity < 0:
+            yield Step()
+            return
+        step = _TerminalStep(title, None)
+        with self._console.status(step, spinner="dots") if self._console.is_terminal else _nothing():
+            yield step
+        result = f": {step.result}" if step.result else ""
+        self._console.print(Text.assemble(("✓ ", "green"), f"{title}{result} ", (f"({step.elapsed:.1f} s)", "dim")))
+
+    def note(self, text: str, *, important: bool = False) -> None:
+        if important:
+            self._console.print(Panel(Text(text, style="bold"), border_style="yellow", title="Note", title_align="left"))
+        elif self._verbosity >= 0:
+            self._console.print(Text(text))
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
