@@ -5,7 +5,7 @@ JOBS ?= 2
 BIN := .venv/bin
 VENV := .venv/.installed
 PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 CHECKPOINT := .demo/alexnet-digits.safetensors
 # One thread per process: several tests run at once, and idle OpenMP workers would take the cores from the others.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
