@@ -53,6 +53,8 @@ def program_from_exported(
     graph.output(tuple(outputs))
     for old, new in values.items():
         new.meta = {key: value for key, value in old.meta.items() if key != "val"}
+        if isinstance(value := old.meta.get("val"), Tensor):
+            new.meta["dims"] = tuple(size if isinstance(size, int) else str(size) for size in value.shape)
     program = Program(graph_module(unlifted, graph), inputs, dynamic_batch, info, exported.call_spec.out_spec)
     complete_meta(program)
     return program
