@@ -1,4 +1,4 @@
-"""What a plugin can provide. Each hook says when it is called; all return entries, so nothing heavy is imported early."""
+"""What a plugin can provide. Each hook says when it is called; all return entries, so nothing heavy is imported."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Entry:
 
 @hookspec
 def optc_passes() -> Iterable[Entry]:  # type: ignore[empty-body]
-    """Provide passes; targets are subclasses of :class:`optc.Pass`. Called when passes are first listed or looked up."""
+    """Provide passes; targets are subclasses of :class:`optc.Pass`. Called when passes are first listed."""
 
 
 @hookspec

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -118,9 +120,13 @@ class Registry:
 
 @lru_cache(maxsize=1)
 def registry() -> Registry:
-    """The process-wide registry: built-in plugins, then installed ones (entry-point group ``optc``)."""
-    import os
+    """The process-wide registry: built-in plugins, then installed ones (entry-point group ``optc``).
 
+    Plugins named in the environment variable ``OPTC_DISABLE_PLUGINS`` (comma-separated) are left out, unimported.
+
+    Raises:
+        PluginError: a plugin cannot be imported, implements a hook that does not exist, or has another's name.
+    """
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     for name in filter(None, os.environ.get("OPTC_DISABLE_PLUGINS", "").split(",")):
@@ -128,9 +134,32 @@ def registry() -> Registry:
     for name in DEFAULT_PLUGINS:
         if not manager.is_blocked(name):
             manager.register(importlib.import_module(name), name=name)
+    providers = dict.fromkeys(DEFAULT_PLUGINS, "optc")
+    for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+        if manager.is_blocked(point.name):
+            continue
+        provider = point.dist.name if point.dist else point.value
+        if point.name in providers:
+            raise PluginError(
+                f"{providers[point.name]} and {provider} both install a plugin called '{point.name}'",
+                "uninstall one of them",
+            )
+        providers[point.name] = provider
+        _register_installed(manager, point, provider)
     try:
-        manager.load_setuptools_entrypoints(ENTRY_POINT_GROUP)
         manager.check_pending()
-    except Exception as error:
-        raise PluginError(f"an installed plugin could not be loaded: {type(error).__name__}: {error}") from error
+    except pluggy.PluginValidationError as error:
+        raise PluginError(
+            f"plugin '{manager.get_name(error.plugin)}': {error}", "see optc.plugins.hookspecs"
+        ) from error
     return Registry(manager)
+
+
+def _register_installed(manager: pluggy.PluginManager, point: importlib.metadata.EntryPoint, provider: str) -> None:
+    try:
+        manager.register(point.load(), name=point.name)
+    except Exception as error:
+        raise PluginError(
+            f"plugin '{point.name}' (from {provider}) could not be loaded: {type(error).__name__}: {error}",
+            f"uninstall {provider} or set OPTC_DISABLE_PLUGINS={point.name}",
+        ) from error

@@ -1,0 +1,29 @@
+"""What every test gets: reproducible random numbers, no network, GPU tests only where there is a GPU."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports torch or huggingface_hub: tests read no hub, whatever the machine can reach.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    needing_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if needing_gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in needing_gpu:
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Seed torch where a test uses it; importing it here would cost the tests that do not."""
+    import sys
+
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)

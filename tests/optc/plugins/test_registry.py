@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pluggy
+import pytest
+
+from optc import Entry, OptcError, hookimpl
+from optc.errors import PluginError, UnknownNameError
+from optc.plugins import hookspecs
+from optc.plugins.registry import DEFAULT_PLUGINS, Registry, registry
+
+PLUGIN = """
+from optc import Entry, hookimpl
+
+@hookimpl
+def {hook}():
+    return [Entry({name!r}, "A summary.", "{module}:Thing")]
+
+class Thing:
+    name = {name!r}
+    summary = "A summary."
+"""
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder on ``sys.path`` for distributions to be installed into; the process-wide registry is made anew."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    registry.cache_clear()
+    modules = set(sys.modules)
+    yield tmp_path
+    registry.cache_clear()
+    for name in set(sys.modules) - modules:
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+def install(folder: Path, name: str, source: str) -> None:
+    """Lay out an installed distribution as pip does: the module and its ``.dist-info`` with an entry point."""
+    (folder / f"{name}.py").write_text(source)
+    info = folder / f"{name}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[optc]\n{name} = {name}\n")
+
+
+def in_process(**plugins: Iterable[Entry]) -> Registry:
+    """A registry of plugins that provide the given passes."""
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    for name, entries in plugins.items():
+        module = ModuleType(name)
+        module.optc_passes = hookimpl(specname="optc_passes")(lambda entries=entries: entries)  # type: ignore[attr-defined]
+        manager.register(module, name=name)
+    return Registry(manager)
+
+
+def entry(name: str, target: str = "optc.target:Target") -> Entry:
+    return Entry(name, "A summary.", target)
+
+
+def test_an_installed_plugin_is_found_by_its_entry_point(installed: Path) -> None:
+    install(installed, "acme", PLUGIN.format(hook="optc_passes", name="acme-pass", module="acme"))
+    found = registry().get("pass", "acme-pass")
+    assert found.plugin == "acme"
+    assert registry().load("pass", "acme-pass").origin == "acme"
+
+
+def test_the_default_plugins_come_first_and_list_something() -> None:
+    registry.cache_clear()
+    owners = {
+        item.plugin for kind in ("pass", "backend", "model source", "dataset") for item in registry().all(kind).values()
+    }
+    assert set(DEFAULT_PLUGINS) <= owners
+
+
+def test_every_default_entry_loads_and_agrees_with_its_class() -> None:
+    for kind in ("pass", "backend", "model source", "dataset"):
+        for name, item in registry().all(kind).items():
+            if not item.missing():
+                assert registry().load(kind, name).name == name
+
+
+def test_two_plugins_with_one_name_are_refused_and_both_are_named() -> None:
+    plugins = in_process(acme=[entry("fold")], zenith=[entry("fold")])
+    with pytest.raises(PluginError, match="pass 'fold' is provided by both") as caught:
+        plugins.all("pass")
+    assert "'acme'" in str(caught.value)
+    assert "'zenith'" in str(caught.value)
+    assert "OPTC_DISABLE_PLUGINS" in caught.value.hint
+
+
+def test_a_name_a_default_plugin_has_is_refused_too(installed: Path) -> None:
+    taken = next(iter(registry().all("backend")))
+    registry.cache_clear()
+    install(installed, "acme", PLUGIN.format(hook="optc_backends", name=taken, module="acme"))
+    with pytest.raises(PluginError, match=f"backend '{taken}' is provided by both") as caught:
+        registry().all("backend")
+    assert "acme" in str(caught.value)
+    assert "optc.builtin" in str(caught.value)
+
+
+def test_a_disabled_plugin_is_left_out(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(installed, "acme", "raise RuntimeError('never imported')")
+    monkeypatch.setenv("OPTC_DISABLE_PLUGINS", "acme")
+    assert "acme" not in {item.plugin for item in registry().all("pass").values()}
+
+
+def test_an_unknown_hook_fails_loudly(installed: Path) -> None:
+    source = "from optc import hookimpl\n\n@hookimpl\ndef optc_pases():\n    return []\n"
+    install(installed, "acme", source)
+    with pytest.raises(PluginError, match="optc_pases") as caught:
+        registry()
+    assert "plugin 'acme'" in str(caught.value)
+
+
+def test_a_plugin_that_cannot_be_imported_is_named(installed: Path) -> None:
+    install(installed, "acme", "import no_such_module_anywhere\n")
+    with pytest.raises(PluginError, match="no_such_module_anywhere") as caught:
+        registry()
+    assert "acme" in str(caught.value)
+    assert "OPTC_DISABLE_PLUGINS=acme" in caught.value.hint
+
+
+def test_a_hook_that_raises_is_named(installed: Path) -> None:
+    install(installed, "acme", "from optc import hookimpl\n\n@hookimpl\ndef optc_passes():\n    return 1 / 0\n")
+    with pytest.raises(PluginError, match="plugin 'acme' failed in optc_passes: ZeroDivisionError"):
+        registry().all("pass")
+
+
+def test_a_hook_that_returns_something_else_is_named() -> None:
+    with pytest.raises(PluginError, match="plugin 'acme' returned 'fold' from optc_passes") as caught:
+        in_process(acme=["fold"]).all("pass")  # type: ignore[list-item]
+    assert "optc.Entry" in caught.value.hint
+
+
+@pytest.mark.parametrize("target", ["no_such_module:Pass", "optc.target:NoSuchClass"])
+def test_a_target_that_cannot_be_imported_names_the_plugin_and_the_target(target: str) -> None:
+    with pytest.raises(PluginError, match="plugin 'acme' could not load pass 'fold'") as caught:
+        in_process(acme=[entry("fold", target)]).load("pass", "fold")
+    assert target in str(caught.value)
+
+
+def test_a_class_that_disagrees_with_its_entry_is_refused() -> None:
+    wrong_name = in_process(acme=[entry("fold", "optc.passmanager.manager:PassManager")])
+    with pytest.raises(PluginError, match=r"PassManager\.name is 'pass-manager'"):
+        wrong_name.load("pass", "fold")
+    wrong_summary = in_process(acme=[entry("pass-manager", "optc.passmanager.manager:PassManager")])
+    with pytest.raises(PluginError, match=r"PassManager\.summary is 'Run a list of passes in order\.'"):
+        wrong_summary.load("pass", "pass-manager")
+
+
+def test_a_missing_package_gives_the_line_that_installs_it() -> None:
+    needy = Entry("fold", "A summary.", "nowhere:Fold", requires=("no_such_package",), install="acme[fold]")
+    plugins = in_process(acme=[needy])
+    assert plugins.get("pass", "fold").missing() == ("no_such_package",)
+    with pytest.raises(OptcError, match="needs no_such_package") as caught:
+        plugins.load("pass", "fold")
+    assert caught.value.hint == "pip install 'acme[fold]'"
+
+
+def test_an_unknown_name_suggests_the_closest() -> None:
+    with pytest.raises(UnknownNameError, match="unknown pass 'fodl'") as caught:
+        in_process(acme=[entry("fold"), entry("quant")]).get("pass", "fodl")
+    assert caught.value.close_matches == ["fold"]
+
+
+def test_two_distributions_with_one_plugin_name_are_refused(installed: Path) -> None:
+    install(installed, "acme", PLUGIN.format(hook="optc_passes", name="acme-pass", module="acme"))
+    install(installed, "zenith", PLUGIN.format(hook="optc_passes", name="zenith-pass", module="zenith"))
+    (installed / "zenith-1.0.dist-info" / "entry_points.txt").write_text("[optc]\nacme = zenith\n")
+    with pytest.raises(PluginError, match="(acme and zenith|zenith and acme) both install a plugin called 'acme'"):
+        registry()
