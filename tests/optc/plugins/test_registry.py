@@ -173,5 +173,5 @@ def test_two_distributions_with_one_plugin_name_are_refused(installed: Path) -> 
     install(installed, "acme", PLUGIN.format(hook="optc_passes", name="acme-pass", module="acme"))
     install(installed, "zenith", PLUGIN.format(hook="optc_passes", name="zenith-pass", module="zenith"))
     (installed / "zenith-1.0.dist-info" / "entry_points.txt").write_text("[optc]\nacme = zenith\n")
-    with pytest.raises(PluginError, match="(acme and zenith|zenith and acme) both install a plugin called 'acme'"):
+    with pytest.raises(PluginError, match=r"(acme and zenith|zenith and acme) both install a plugin called 'acme'"):
         registry()
