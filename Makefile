@@ -50,7 +50,7 @@ lint: $(VENV) ## style, formatting, types, layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports --verbose
+	$(BIN)/lint-imports --no-logo
 
 format: $(VENV) ## mend what ruff can mend by itself
 	$(BIN)/ruff check --fix .
