@@ -122,6 +122,7 @@ class _SystemUnderTest:
     def interrupt(self, signum: int, frame: FrameType | None) -> None:
         """SIGINT: raise where :meth:`issue` catches it, else only leave a note, for LoadGen would not survive it."""
         if self.interruptible:
+            self.interruptible = False
             raise KeyboardInterrupt
         self.failure = self.failure or KeyboardInterrupt()
 
@@ -131,7 +132,7 @@ class _SystemUnderTest:
         if not isinstance(self.failure, Exception):
             raise self.failure
         raise MeasurementError(
-            f"'{self.name}' failed on sample {self.failed_sample} (query {len(self.latencies)} of {queries}):"
+            f"'{self.name}' failed on sample {self.failed_sample} (query {len(self.latencies) + 1} of {queries}):"
             f" {type(self.failure).__name__}: {self.failure}"
         ) from self.failure
 

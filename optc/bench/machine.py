@@ -1,0 +1,168 @@
+"""Facts about the machine that measurements depend on, read without importing torch."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from optc.target import available_threads
+
+ISA_FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+"""Instruction sets that decide how fast int8 and bf16 run, as Linux spells them."""
+
+PACKAGES = (
+    "optc",
+    "torch",
+    "torchvision",
+    "timm",
+    "torchao",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "openvino",
+    "torch-tensorrt",
+    "mlcommons-loadgen",
+    "numpy",
+    "scipy",
+)
+_LOADED = 0.25
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a measurement ran on.
+
+    Attributes:
+        cpu: model name.
+        isa: those of :data:`ISA_FLAGS` the CPU has; ``None`` where the system does not tell.
+        cores: cores this process may use.
+        memory_bytes: memory this process may use (the container's limit, if lower than the machine's).
+        gpus: names of the CUDA devices; empty if there are none or nobody asked.
+        system, python: operating system and interpreter.
+        packages: installed versions of :data:`PACKAGES`.
+        load_average: runnable processes over the last minute; ``None`` where the system does not tell.
+    """
+
+    cpu: str
+    isa: tuple[str, ...] | None
+    cores: int
+    memory_bytes: int
+    gpus: tuple[str, ...]
+    system: str
+    python: str
+    packages: dict[str, str]
+    load_average: float | None
+
+
+def machine(*, gpus: bool | None = None) -> Machine:
+    """Look at the machine.
+
+    Args:
+        gpus: ask torch for CUDA devices, importing it if need be; ``None`` asks only if torch is imported already.
+    """
+    return Machine(
+        cpu=cpu_name(),
+        isa=isa(),
+        cores=available_threads(),
+        memory_bytes=total_memory(),
+        gpus=_gpu_names() if gpus or (gpus is None and "torch" in sys.modules) else (),
+        system=platform.platform(),
+        python=platform.python_version(),
+        packages=versions(PACKAGES),
+        load_average=load_average(),
+    )
+
+
+def cpu_name() -> str:
+    """The CPU's model name, or its architecture where the system does not tell."""
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
+def isa() -> tuple[str, ...] | None:
+    """Those of :data:`ISA_FLAGS` the CPU has; ``None`` where the system does not tell (not Linux on x86)."""
+    flags = _cpuinfo().get("flags")
+    if flags is None:
+        return None
+    present = set(flags.split())
+    return tuple(flag for flag in ISA_FLAGS if flag in present)
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of those distributions that are installed, without importing them."""
+    found: dict[str, str] = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def total_memory() -> int:
+    """Bytes of memory this process may use."""
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = _read_int("/sys/fs/cgroup/memory.max")
+    return min(physical, limit) if limit else physical
+
+
+def available_memory() -> int:
+    """Bytes this process can still take without swapping: the machine's free memory, within the container's limit."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for line in _lines("/proc/meminfo"):
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+    limit, used = _read_int("/sys/fs/cgroup/memory.max"), _read_int("/sys/fs/cgroup/memory.current")
+    return min(free, limit - used) if limit and used else free
+
+
+def load_average() -> float | None:
+    """Runnable processes, averaged over the last minute."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def load_warning() -> str | None:
+    """A line to print beside a measurement if other work was running before it began, else ``None``."""
+    load, cores = load_average(), available_threads()
+    if load is None or load < _LOADED * cores:
+        return None
+    return f"the machine was busy before the measurement (load {load:.1f} on {cores} cores): latencies may be too high"
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The first processor's entry of /proc/cpuinfo; empty where there is none."""
+    entries: dict[str, str] = {}
+    for line in _lines("/proc/cpuinfo"):
+        if not line.strip():
+            break
+        key, _, value = line.partition(":")
+        entries[key.strip()] = value.strip()
+    return entries
+
+
+def _gpu_names() -> tuple[str, ...]:
+    try:
+        import torch
+    except ImportError:
+        return ()
+    if not torch.cuda.is_available():
+        return ()
+    return tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _read_int(path: str) -> int | None:
+    """The integer a file holds; ``None`` if there is no such file or it says ``max``."""
+    text = "".join(_lines(path)).strip()
+    return int(text) if text.isdigit() else None

@@ -1,0 +1,209 @@
+"""Measuring candidates against each other: interleaved blocks of LoadGen queries, every raw latency kept."""
+
+from __future__ import annotations
+
+import gc
+import statistics as plain
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from optc.bench import machine
+from optc.bench.loadgen import single_stream
+from optc.bench.results import Block, Candidate, CandidateResult, Measurement, conclude
+from optc.errors import OptcError
+from optc.lowering.backend import Array, Runner
+from optc.target import Target
+
+SETTLE_SECONDS = 0.25
+"""Pause before a block: torch's OpenMP workers spin for about 200 ms after a call and keep the cores from the next."""
+MAX_QUERIES = 10_000
+"""Most queries in a block, so that a model of microseconds does not fill the manifest."""
+_MEMORY_SHARE = 0.7
+
+
+def measure(
+    candidates: Sequence[Candidate],
+    inputs: Sequence[tuple[Array, ...]],
+    target: Target,
+    *,
+    optimized: str | None = None,
+    blocks: int = 5,
+    block_seconds: float = 0.3,
+    limit_seconds: float = 90.0,
+    together: bool | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Measurement:
+    """Measure the latency of candidates so that they can be compared.
+
+    Blocks of about ``block_seconds`` take turns (A B C A B C …), so that what slows the machine for a while slows all.
+    Before each block come a pause and two warm-up calls (one, if a call takes longer than a block). All candidates run
+    with ``target.threads`` threads, the garbage collector off during blocks. A candidate that does not open or fails
+    in a block stays in the result, with the reason.
+
+    Args:
+        inputs: queries to draw from, one array per model input each.
+        optimized: name of the candidate to compare with the best unquantized one of the others.
+        blocks: rounds; fewer than five give intervals that are too narrow.
+        limit_seconds: after the first round the number of rounds is cut (to no fewer than two) to fit this; opening
+            candidates does not count.
+        together: keep all candidates open and interleave them. ``None`` decides by whether their weights fit into
+            memory at once; otherwise they are opened and measured one after another, and the result says so.
+        progress: called with a short text before each step.
+
+    Raises:
+        KeyboardInterrupt: after closing what was open.
+    """
+    note = "" if together else _why_not_together(candidates, target) if together is None else "as asked"
+    warnings = [warning] if (warning := machine.load_warning()) else []
+    with _threads(target.threads):
+        states = [_State(candidate) for candidate in candidates]
+        plan = _Plan(inputs, blocks, block_seconds, limit_seconds, progress)
+        try:
+            if note:
+                for state in states:
+                    state.open(progress)
+                    plan.run([state], share=len(states))
+                    state.close()
+            else:
+                for state in states:
+                    state.open(progress)
+                plan.run(states, share=1)
+        finally:
+            for state in states:
+                state.close()
+    return conclude([state.result() for state in states], target, optimized, note, block_seconds, warnings)
+
+
+class _State:
+    """One candidate on its way: opened, measured block by block, closed."""
+
+    def __init__(self, candidate: Candidate) -> None:
+        self.candidate = candidate
+        self.runner: Runner | None = None
+        self.provider, self.precision = "", candidate.precision
+        self.open_seconds = 0.0
+        self.error: str | None = None
+        self.blocks: list[Block] = []
+        self.call_seconds = 0.0
+
+    def open(self, progress: Callable[[str], None]) -> None:
+        progress(f"opening {self.candidate.name}")
+        start = time.perf_counter()
+        try:
+            self.runner = self.candidate.open()
+        except Exception as error:
+            self.error = _one_line(error)
+            return
+        self.open_seconds = time.perf_counter() - start
+        self.provider, self.precision = self.runner.provider, self.runner.precision
+
+    def close(self) -> None:
+        runner, self.runner = self.runner, None
+        if runner is not None:
+            runner.close()
+        del runner
+        gc.collect()
+
+    def block(self, inputs: Sequence[tuple[Array, ...]], seconds: float) -> None:
+        """Warm up, then one LoadGen run of about ``seconds``; a failure closes the candidate and is kept as a reason."""
+        if self.runner is None:
+            return
+        try:
+            with _quiet_machine():
+                self._warm_up(self.runner, inputs[0], seconds)
+                queries = min(MAX_QUERIES, max(1, round(seconds / self.call_seconds)))
+                run = single_stream(self.runner, inputs, queries, name=self.candidate.name)
+        except Exception as error:
+            self.error = _one_line(error)
+            self.close()
+            return
+        self.blocks.append(Block(tuple(run.latencies_ns.tolist()), run.nonfinite_queries, run.summary))
+        self.call_seconds = plain.median(self.blocks[-1].latencies_ns) / 1e9
+
+    def _warm_up(self, runner: Runner, inputs: tuple[Array, ...], seconds: float) -> None:
+        calls: list[float] = []
+        while len(calls) < 2 and sum(calls) < seconds:
+            start = time.perf_counter()
+            runner(*inputs)
+            calls.append(time.perf_counter() - start)
+        self.call_seconds = self.call_seconds or max(min(calls), 1e-7)
+
+    def result(self) -> CandidateResult:
+        return CandidateResult.of(
+            self.candidate, self.provider, self.precision, self.open_seconds, tuple(self.blocks), self.error
+        )
+
+
+class _Plan:
+    """How many rounds of how long, within the time limit."""
+
+    def __init__(
+        self,
+        inputs: Sequence[tuple[Array, ...]],
+        blocks: int,
+        block_seconds: float,
+        limit_seconds: float,
+        progress: Callable[[str], None],
+    ) -> None:
+        self.inputs, self.blocks, self.block_seconds = inputs, blocks, block_seconds
+        self.limit_seconds, self.progress = limit_seconds, progress
+
+    def run(self, states: Sequence[_State], share: int) -> None:
+        """All rounds over ``states``, which may take one ``share``-th of the time limit."""
+        start = time.perf_counter()
+        rounds, done = self.blocks, 0
+        while done < rounds:
+            for state in states:
+                self.progress(f"measuring {state.candidate.name}, block {done + 1} of {rounds}")
+                state.block(self.inputs, self.block_seconds)
+            done += 1
+            per_round = (time.perf_counter() - start) / done
+            affordable = int(self.limit_seconds / share / per_round)
+            rounds = min(self.blocks, max(2, done, affordable))
+
+
+def _why_not_together(candidates: Sequence[Candidate], target: Target) -> str:
+    """Why the candidates cannot all be open at once; empty if they can."""
+    need = sum(candidate.bytes for candidate in candidates)
+    if target.device == "cuda":
+        free, where = torch.cuda.mem_get_info()[0], "GPU memory"
+    else:
+        free, where = machine.available_memory(), "memory"
+    if need <= _MEMORY_SHARE * free:
+        return ""
+    return f"their weights ({need / 1e9:.1f} GB) do not fit into the free {where} ({free / 1e9:.1f} GB) together"
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OptcError):
+        return str(error)
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _quiet_machine() -> Iterator[None]:
+    """Wait until the last candidate's workers sleep, and keep the garbage collector out of the measurement."""
+    deadline = time.perf_counter() + SETTLE_SECONDS
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        time.sleep(max(0.0, deadline - time.perf_counter()))
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -1,0 +1,186 @@
+"""What a measurement says: per candidate its raw latencies and percentiles, and the comparison that was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from optc.bench import statistics
+from optc.bench.statistics import Percentiles, Ratio
+from optc.bench.summary import LoadGenSummary
+from optc.lowering.backend import Runner
+from optc.target import Target
+
+_UNSTEADY = 0.10
+_ENOUGH_BLOCKS = 5
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Something to measure.
+
+    Attributes:
+        precision: what its arithmetic is meant to run in; the opened runner's own word replaces it.
+        quantized: whether weights or activations are quantized; the baseline is sought among those that are not.
+        open: makes it ready to run; called once, and may raise (the reason is kept).
+        bytes: memory its weights take while open, besides what is held anyway.
+    """
+
+    name: str
+    precision: str
+    quantized: bool
+    open: Callable[[], Runner]
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Block:
+    """One LoadGen run: latencies inside the runner in ns, queries with NaN or infinite outputs, LoadGen's account."""
+
+    latencies_ns: tuple[int, ...]
+    nonfinite_queries: int
+    loadgen: LoadGenSummary
+
+
+@dataclass(frozen=True)
+class CandidateResult:
+    """What was found out about one candidate.
+
+    Attributes:
+        provider, precision: what really ran, as the runner tells.
+        open_seconds: time to load or compile it.
+        blocks: raw results, in the order measured; up to the failure if there was one.
+        percentiles: over all blocks; ``None`` if nothing was measured.
+        spread: how far the blocks' medians lie apart, as a share of their median; ``None`` likewise.
+        error: why it did not open or failed; ``None`` if all went well.
+        warnings: what to know before believing the numbers.
+    """
+
+    name: str
+    provider: str
+    precision: str
+    quantized: bool
+    open_seconds: float
+    blocks: tuple[Block, ...]
+    percentiles: Percentiles | None
+    spread: float | None
+    error: str | None
+    warnings: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls,
+        candidate: Candidate,
+        provider: str,
+        precision: str,
+        open_seconds: float,
+        blocks: tuple[Block, ...],
+        error: str | None,
+    ) -> CandidateResult:
+        """The result of a candidate that delivered ``blocks`` and then perhaps failed with ``error``."""
+        latencies = [block.latencies_ns for block in blocks]
+        spread = statistics.block_spread(latencies) if blocks else None
+        return cls(
+            name=candidate.name,
+            provider=provider,
+            precision=precision,
+            quantized=candidate.quantized,
+            open_seconds=open_seconds,
+            blocks=blocks,
+            percentiles=statistics.percentiles(latencies) if blocks else None,
+            spread=spread,
+            error=error,
+            warnings=tuple(_warnings(blocks, spread)),
+        )
+
+    @property
+    def latencies_ns(self) -> list[tuple[int, ...]]:
+        """Raw latencies, block by block."""
+        return [block.latencies_ns for block in self.blocks]
+
+
+def _warnings(blocks: tuple[Block, ...], spread: float | None) -> list[str]:
+    warnings = []
+    if spread is not None and spread > _UNSTEADY:
+        warnings.append(f"unsteady: the medians of its blocks lie {spread:.0%} apart")
+    broken = sum(block.nonfinite_queries for block in blocks)
+    if broken:
+        total = sum(len(block.latencies_ns) for block in blocks)
+        warnings.append(f"{broken} of {total} queries returned NaN or infinity")
+    invalid = [block.loadgen for block in blocks if not block.loadgen.valid]
+    if invalid:
+        reasons = "; ".join(invalid[0].reasons)
+        warnings.append(f"LoadGen calls {len(invalid)} of {len(blocks)} blocks invalid ({reasons})")
+    return warnings
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Candidates measured side by side, and how the optimized one compares.
+
+    Attributes:
+        results: one per candidate, in the order given.
+        interleaved: whether the candidates' blocks took turns; ``sequential_reason`` says why not.
+        baseline: the fastest unquantized candidate besides the optimized one; ``None`` if none was measured.
+        ratio: median latency of ``optimized`` over that of ``baseline``; ``None`` if either is missing.
+        warnings: what concerns all candidates.
+    """
+
+    results: tuple[CandidateResult, ...]
+    device: str
+    threads: int
+    batch: int
+    block_seconds: float
+    interleaved: bool
+    sequential_reason: str
+    optimized: str | None
+    baseline: str | None
+    ratio: Ratio | None
+    warnings: tuple[str, ...]
+
+    def __getitem__(self, name: str) -> CandidateResult:
+        """The result of the candidate of that name."""
+        return next(result for result in self.results if result.name == name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, dicts and numbers, ready for JSON; raw latencies included."""
+        return asdict(self)
+
+
+def conclude(
+    results: Sequence[CandidateResult],
+    target: Target,
+    optimized: str | None,
+    sequential_reason: str,
+    block_seconds: float,
+    warnings: Sequence[str],
+) -> Measurement:
+    """Find the baseline, compare the optimized candidate with it, and put everything together."""
+    complete = [result for result in results if result.percentiles is not None and result.error is None]
+    baseline = min(
+        (result for result in complete if not result.quantized and result.name != optimized),
+        key=lambda result: result.percentiles.p50_ns if result.percentiles else float("inf"),
+        default=None,
+    )
+    subject = next((result for result in complete if result.name == optimized), None)
+    ratio = None
+    notes = list(warnings)
+    if subject is not None and baseline is not None:
+        interleaved = not sequential_reason
+        ratio = statistics.ratio_of_medians(subject.latencies_ns, baseline.latencies_ns, interleaved=interleaved)
+        if len(subject.blocks) < _ENOUGH_BLOCKS:
+            notes.append(f"only {len(subject.blocks)} blocks each: the confidence interval is too narrow")
+    return Measurement(
+        results=tuple(results),
+        device=target.device,
+        threads=target.threads,
+        batch=target.batch,
+        block_seconds=block_seconds,
+        interleaved=not sequential_reason,
+        sequential_reason=sequential_reason,
+        optimized=optimized,
+        baseline=baseline.name if baseline else None,
+        ratio=ratio,
+        warnings=tuple(notes),
+    )

@@ -1,0 +1,130 @@
+"""Percentiles, ratios with confidence intervals, and whether a measurement was steady."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+CONFIDENCE = 0.95
+_RESAMPLES = 9999
+_POINTS_PER_BLOCK = 101
+_SEED = 0
+PERCENTILE_METHOD = "linear interpolation between order statistics, over all blocks' queries pooled"
+RATIO_METHOD = (
+    "ratio of pooled medians; percentile bootstrap over whole blocks, expanded for few blocks (Hesterberg 2015)"
+)
+
+
+@dataclass(frozen=True)
+class Percentiles:
+    """Latency percentiles in nanoseconds over ``count`` queries, and how they were computed."""
+
+    p50_ns: float
+    p90_ns: float
+    p99_ns: float
+    count: int
+    method: str = PERCENTILE_METHOD
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio of median latencies (below 1: the first is faster) and its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+    confidence: float = CONFIDENCE
+    method: str = RATIO_METHOD
+
+    @property
+    def outcome(self) -> str:
+        """``"faster"`` or ``"slower"`` if the whole interval says so, else ``"no difference"``."""
+        if self.high < 1:
+            return "faster"
+        return "slower" if self.low > 1 else "no difference"
+
+
+def percentiles(blocks: Sequence[ArrayLike]) -> Percentiles:
+    """p50, p90 and p99 of the latencies (ns) of all blocks together. Needs at least one latency."""
+    pooled = np.concatenate([np.asarray(block, dtype=np.float64) for block in blocks])
+    p50, p90, p99 = np.percentile(pooled, [50, 90, 99])
+    return Percentiles(float(p50), float(p90), float(p99), pooled.size)
+
+
+def ratio_of_medians(first: Sequence[ArrayLike], second: Sequence[ArrayLike], *, interleaved: bool) -> Ratio:
+    """Ratio of the pooled median latencies of two candidates, ``first / second``.
+
+    Queries within a block share the machine's state of that moment, so whole blocks are resampled, not queries
+    (otherwise the interval comes out far too narrow). Interleaved blocks are resampled in pairs: what slowed the machine
+    for a while slowed both. A percentile bootstrap of few units is too narrow; its level is widened as in Hesterberg,
+    "What Teachers Should Know About the Bootstrap" (2015), section 5.2.
+
+    Args:
+        first, second: latencies (any unit), one array per block.
+        interleaved: block ``i`` of both was measured at about the same time; both then have as many blocks.
+
+    Returns:
+        The ratio; with fewer than two blocks its interval is (0, inf), for nothing is known of the spread.
+    """
+    value = _pooled_median(first) / _pooled_median(second)
+    if min(len(first), len(second)) < 2:
+        return Ratio(value, 0.0, math.inf)
+    a, b = _thinned(first), _thinned(second)
+
+    def statistic(i: NDArray[Any], j: NDArray[Any], axis: int = -1) -> NDArray[Any]:
+        return _medians(a, i, axis) / _medians(b, j, axis)
+
+    units = (np.arange(len(a)), np.arange(len(b)))
+    if interleaved:
+        units = (units[0], units[0])
+    result = stats.bootstrap(
+        units,
+        statistic,
+        paired=interleaved,
+        vectorized=True,
+        n_resamples=_RESAMPLES,
+        batch=1000,
+        confidence_level=_expanded_level(min(len(a), len(b))),
+        method="percentile",
+        rng=np.random.default_rng(_SEED),
+    )
+    low, high = result.confidence_interval
+    return Ratio(value, min(float(low), value), max(float(high), value))
+
+
+def block_spread(blocks: Sequence[ArrayLike]) -> float:
+    """How far the blocks' medians lie apart: (largest − smallest) / median of them."""
+    medians = [float(np.median(np.asarray(block))) for block in blocks]
+    return (max(medians) - min(medians)) / float(np.median(medians))
+
+
+def _pooled_median(blocks: Sequence[ArrayLike]) -> float:
+    return percentiles(blocks).p50_ns
+
+
+def _thinned(blocks: Sequence[ArrayLike]) -> NDArray[np.float64]:
+    """(blocks, points): each block as evenly spaced quantiles, so that a resample's median costs the same however fast
+    the model is."""
+    grid = (np.arange(_POINTS_PER_BLOCK) + 0.5) / _POINTS_PER_BLOCK
+    return np.stack([np.quantile(np.asarray(block, dtype=np.float64), grid) for block in blocks])
+
+
+def _medians(blocks: NDArray[np.float64], resamples: NDArray[Any], axis: int) -> NDArray[Any]:
+    """Median over the blocks that each resample (indices along ``axis``) drew."""
+    indices = np.moveaxis(resamples, axis, -1)
+    drawn = blocks[indices]
+    medians: NDArray[Any] = np.median(drawn.reshape(*indices.shape[:-1], -1), axis=-1)
+    return medians
+
+
+def _expanded_level(count: int) -> float:
+    """Level at which a percentile interval over ``count`` units is as wide as the t interval of ``CONFIDENCE``."""
+    tail = (1 - CONFIDENCE) / 2
+    quantile = math.sqrt(count / (count - 1)) * float(stats.t.ppf(1 - tail, count - 1))
+    return 1 - 2 * float(stats.norm.sf(quantile))
