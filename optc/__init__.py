@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from optc.frontend.capture import capture as capture
+    from optc.errors import DataError as DataError
     from optc.errors import OptcError as OptcError
     from optc.lowering.backend import Backend as Backend
     from optc.lowering.backend import Lowered as Lowered
@@ -35,7 +36,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "optc.frontend.capture": ("capture",),
-    "optc.errors": ("OptcError",),
+    "optc.errors": ("DataError", "OptcError"),
     "optc.lowering.backend": ("Backend", "Lowered", "Runner"),
     "optc.passmanager.contract": (
         "Calibration",
