@@ -52,6 +52,9 @@ ACTIVATIONS: Mapping[str, Activation] = {
 """By the name used in composite operators' names."""
 
 
+_GEOMETRY_DEFAULTS = ([1, 1], [0, 0], [1, 1], 1)
+
+
 @dataclass(frozen=True)
 class Composite:
     """What a composite operator is made of.
@@ -83,6 +86,14 @@ class Composite:
     def split(self, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], Any]:
         """Positional arguments of the composite as (arguments of the base, ``other`` or ``None``)."""
         return (args[:3] + args[4:], args[3]) if self.residual else (args, None)
+
+    def complete(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """All positional arguments, with the schema's defaults for those left out at the end.
+
+        The dispatcher leaves arguments that equal their default out when it calls a kernel written in Python.
+        """
+        required = 4 if self.residual else 3
+        return args + _GEOMETRY_DEFAULTS[len(args) - required :] if self.is_conv else args
 
     def decomposition(self, *args: Any) -> Tensor:
         """The composite in plain ATen, on tensors."""

@@ -1,0 +1,111 @@
+"""Fused CPU kernels of the composite operators: oneDNN's convolution and inner product with post-operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from optc.ops.composites import ACTIVATIONS, COMPOSITES, Composite, register_kernel
+
+mkldnn = torch.ops.mkldnn
+
+
+def refusal(composite: Composite, args: tuple[Any, ...]) -> str | None:
+    """Why oneDNN cannot run this call (the decomposition then does), or ``None`` if it can.
+
+    Args:
+        args: all arguments of the composite; tensors may be fake.
+    """
+    (x, weight, bias, *_), other = composite.split(args)
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return "this PyTorch has oneDNN missing or turned off"
+    reason = dtype_refusal(weight.dtype)
+    if reason:
+        return reason
+    if any(tensor is not None and tensor.dtype != weight.dtype for tensor in (x, bias, other)):
+        return "its operands differ in dtype"
+    if composite.is_conv and x.dim() != 4:
+        return "its input has no batch dimension"
+    if any(size == 0 for size in (*x.shape, *weight.shape)):
+        return "an operand is empty"
+    # oneDNN reads a strided bias as if it were dense, and torch's wrapper does not check.
+    if not (is_dense(weight) and (bias is None or bias.is_contiguous())):
+        return "its weight or bias is not stored densely"
+    if other is not None and tuple(other.shape) != output_shape(composite, args):
+        return "the added operand is broadcast"
+    return None
+
+
+def dtype_refusal(dtype: torch.dtype) -> str | None:
+    """Why oneDNN has no kernel for ``dtype`` on this CPU, or ``None`` if it has."""
+    if dtype is torch.float32:
+        return None
+    if dtype is torch.bfloat16 and mkldnn._is_mkldnn_bf16_supported():
+        return None
+    if dtype is torch.float16 and mkldnn._is_mkldnn_fp16_supported():
+        return None
+    return f"oneDNN has no {str(dtype).removeprefix('torch.')} kernel on this CPU"
+
+
+def is_dense(weight: Tensor) -> bool:
+    """Whether a weight's elements lie without gaps, in the usual or the channels-last order."""
+    return weight.is_contiguous() or (weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last))
+
+
+def output_shape(composite: Composite, args: tuple[Any, ...]) -> tuple[int, ...]:
+    """Shape of ``base(input, weight, bias)``."""
+    (x, weight, *_), _ = composite.split(args)
+    if not composite.is_conv:
+        return (*x.shape[:-1], weight.shape[0])
+    stride, padding, dilation = (_pair(value) for value in args[-4:-1])
+    spatial = (
+        (size + 2 * p - d * (kernel - 1) - 1) // s + 1
+        for size, kernel, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    )
+    return (x.shape[0], weight.shape[0], *spatial)
+
+
+def _pair(value: Any) -> tuple[int, ...]:
+    return tuple(value) * 2 if len(value) == 1 else tuple(value)
+
+
+def fused_call(composite: Composite, args: tuple[Any, ...]) -> tuple[OpOverload, tuple[Any, ...]]:
+    """The ``mkldnn`` operator and arguments that compute a composite call in one oneDNN primitive.
+
+    Args:
+        args: all arguments of the composite: tensors, or what stands for them in a graph.
+    """
+    (x, weight, bias, *geometry), other = composite.split(args)
+    activation = ACTIVATIONS[composite.activation] if composite.activation else None
+    post = (activation.onednn, list(activation.args), activation.onednn_algorithm) if activation else (None, [], None)
+    if not composite.is_conv:
+        if composite.residual:
+            return mkldnn._linear_pointwise.binary, (x, other, weight, bias, "add")
+        return mkldnn._linear_pointwise.default, (x, weight, bias, *post)
+    stride, padding, dilation, groups = geometry
+    layout = (list(_pair(padding)), list(_pair(stride)), list(_pair(dilation)), groups)
+    if composite.residual:
+        return mkldnn._convolution_pointwise.binary, (x, other, weight, bias, *layout, "add", 1.0, *post)
+    return mkldnn._convolution_pointwise.default, (x, weight, bias, *layout, *post)
+
+
+def _kernel(composite: Composite) -> Callable[..., Tensor]:
+    def run(*args: Any) -> Tensor:
+        args = composite.complete(args)
+        if refusal(composite, args):
+            return composite.decomposition(*args)
+        target, arguments = fused_call(composite, args)
+        result: Tensor = target(*arguments)
+        return result
+
+    return run
+
+
+def register() -> None:
+    """Register the fused kernel of every composite for CPU tensors."""
+    for composite in COMPOSITES.values():
+        register_kernel(composite.name, "CPU", _kernel(composite))
