@@ -1,0 +1,1 @@
+"""Data: datasets by name or folder, their splits, preprocessing, calibration batches and accuracy."""
