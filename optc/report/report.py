@@ -1,0 +1,99 @@
+"""What a run of ``optimize`` has to say, as data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from optc.passmanager.contract import PassRecord
+from optc.program import ModelInfo
+
+if TYPE_CHECKING:
+    from optc.bench.results import Measurement
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """The task metric before and after, or why there is none.
+
+    Attributes:
+        before, after: top-1 accuracy or the caller's metric, of the captured model and of the lowered one.
+        data: what it was evaluated on.
+        reason: why it could not be measured; then ``before`` and ``after`` are ``None``.
+    """
+
+    before: float | None = None
+    after: float | None = None
+    data: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything a run found out, JSON-ready through :meth:`to_dict`.
+
+    Attributes:
+        passes: one record per leaf pass that ran.
+        model_bytes: constants of the captured model; ``file_bytes``: all runtime files written.
+        lowering: what the backend had to say (opset, operator counts, fallbacks).
+        lowering_check: distance of the runtime's outputs from the optimized graph's.
+        seconds: wall time of each step.
+        notes: lines the user must see.
+    """
+
+    model: ModelInfo
+    passes: tuple[PassRecord, ...]
+    backend: str
+    provider: str
+    precision: str
+    model_bytes: int
+    file_bytes: int
+    accuracy: Accuracy
+    measurement: Measurement | None
+    lowering: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def faster(self) -> bool:
+        """Whether the result was shown to be faster than the best unquantized candidate."""
+        ratio = self.measurement.ratio if self.measurement else None
+        return ratio is not None and ratio.outcome == "faster"
+
+    @property
+    def verdict(self) -> str:
+        """The last line: whether the result is faster than the best unquantized candidate, and by how much."""
+        if self.measurement is None:
+            return "Speed was not measured."
+        ratio, baseline = self.measurement.ratio, self.measurement.baseline
+        if ratio is None:
+            return "No comparison: the optimized model or every baseline failed, for the reasons above."
+        interval = f"[{1 / ratio.high:.2f}, {1 / ratio.low:.2f}]" if ratio.low > 0 else "[unknown]"
+        measured = f"{1 / ratio.value:.2f}x {interval} the speed of the best unquantized candidate, {baseline}"
+        match ratio.outcome:
+            case "faster":
+                return f"Faster: {measured}."
+            case "slower":
+                return f"NOT faster: {measured}. Use {baseline} where speed is all that counts."
+            case _:
+                return f"NOT shown to be faster: {measured}; the interval contains 1."
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain JSON types; infinities become strings."""
+        result: dict[str, Any] = jsonable(asdict(self))
+        result["verdict"] = self.verdict
+        return result
+
+
+def jsonable(value: Any) -> Any:
+    """``value`` with tuples as lists and non-finite numbers as text, which JSON cannot hold."""
+    if isinstance(value, dict):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    return str(value)

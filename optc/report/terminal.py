@@ -1,0 +1,135 @@
+"""The report on a terminal: what each pass did, what was not done and why, and the table before and after."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from optc.passmanager.contract import PassRecord, Skip
+from optc.report.report import Report
+
+REASONS_SHOWN = 6
+REFERENCE = "eager-fp32"
+"""The candidate whose accuracy and size are the captured model's own."""
+
+
+def render(report: Report, verbose: bool = False) -> Group:
+    """The whole report; ``verbose`` lists every skipped rewrite instead of the first few of each rule."""
+    parts: list[object] = [passes_table(report.passes)]
+    skipped = skipped_table(report.passes, verbose)
+    if skipped.row_count:
+        parts += ["", skipped]
+    parts += ["", results_table(report), "", *(Text(f"! {note}", style="yellow") for note in (*report.notes, *_measurement_warnings(report)))]
+    style = "bold green" if report.faster else "bold yellow"
+    parts.append(Text(report.verdict, style=style))
+    return Group(*parts)  # type: ignore[arg-type]
+
+
+def passes_table(records: tuple[PassRecord, ...]) -> Table:
+    """One row per pass that did something; the others share the last row."""
+    table = Table(
+        "pass", "what it did", "operators", "constants", "SQNR", "time", title="Passes", title_justify="left", box=None,
+        pad_edge=False, header_style="bold",
+    )  # fmt: skip
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for record in records:
+        if record.modified:
+            before, after = record.notes["statistics"]["operators"]
+            bytes_before, bytes_after = record.notes["statistics"]["constant_bytes"]
+            table.add_row(
+                record.name,
+                _what(record),
+                f"{before} → {after}" if before != after else str(after),
+                f"{_mb(bytes_before)} → {_mb(bytes_after)}" if abs(bytes_before - bytes_after) > 5e4 else _mb(bytes_after),
+                _distance(record),
+                f"{record.notes['timing']['seconds']:.2f} s",
+            )
+    idle = [record.name for record in records if not record.modified]
+    if idle:
+        table.add_row(Text("nothing to do", style="dim"), Text(", ".join(idle), style="dim"))
+    return table
+
+
+def skipped_table(records: tuple[PassRecord, ...], verbose: bool) -> Table:
+    """Rewrites considered and not made, grouped by pass and reason."""
+    table = Table(
+        "pass", "not done", "why", title="Left as it was", title_justify="left", box=None, pad_edge=False,
+        header_style="bold",
+    )  # fmt: skip
+    for record in records:
+        groups: dict[str, list[Skip]] = defaultdict(list)
+        for skip in record.skipped:
+            groups[skip.reason].append(skip)
+        shown = list(groups.items()) if verbose else list(groups.items())[:REASONS_SHOWN]
+        for reason, skips in shown:
+            table.add_row(record.name, _nodes([skip.node for skip in skips], verbose), reason)
+        rest = sum(len(skips) for _, skips in list(groups.items())[len(shown) :])
+        if rest:
+            table.add_row(record.name, f"{rest} more", "see manifest.json, or run with -v")
+    return table
+
+
+def results_table(report: Report) -> Table:
+    """One row per candidate: latency percentiles, ratio, accuracy and size."""
+    table = Table(
+        "candidate", "precision", "p50 ms", "p90 ms", "p99 ms", "accuracy", "size",
+        title="Before and after", title_justify="left", box=None, pad_edge=False, header_style="bold",
+    )  # fmt: skip
+    for column in table.columns[2:]:
+        column.justify = "right"
+    accuracy = report.accuracy
+    before = "–" if accuracy.before is None else f"{accuracy.before:.2%}"
+    after = "–" if accuracy.after is None else f"{accuracy.after:.2%}"
+    if report.measurement is None:
+        table.add_row("before", "", "", "", "", before, _mb(report.model_bytes))
+        table.add_row(f"after ({report.backend})", report.precision, "", "", "", after, _mb(report.file_bytes))
+        return table
+    for result in report.measurement.results:
+        optimized = result.name == report.measurement.optimized
+        if result.percentiles is None:
+            table.add_row(result.name, result.precision, Text(f"not measured: {result.error}", style="yellow"))
+            continue
+        p = result.percentiles
+        row = [result.name, result.precision, *(f"{ns / 1e6:.2f}" for ns in (p.p50_ns, p.p90_ns, p.p99_ns))]
+        if optimized:
+            table.add_row(*row, after, _mb(report.file_bytes), style="bold")
+        elif result.name == REFERENCE:
+            table.add_row(*row, before, _mb(report.model_bytes))
+        else:
+            table.add_row(*row)
+    return table
+
+
+def _measurement_warnings(report: Report) -> list[str]:
+    measurement = report.measurement
+    if measurement is None:
+        return []
+    warnings = [*measurement.warnings, *(f"{r.name}: {warning}" for r in measurement.results for warning in r.warnings)]
+    if measurement.sequential_reason:
+        warnings.append(f"candidates were measured one after another, not in turns: {measurement.sequential_reason}")
+    return warnings
+
+
+def _what(record: PassRecord) -> str:
+    return ", ".join(f"{count} {rule}" for rule, count in record.notes["statistics"]["applied"].items())
+
+
+def _distance(record: PassRecord) -> str:
+    if "verify" not in record.notes:
+        return "not verified"
+    sqnr = record.notes["verify"]["from_captured"]["sqnr_db"]
+    return "equal" if sqnr == float("inf") else f"{sqnr:.0f} dB"
+
+
+def _nodes(names: list[str], verbose: bool) -> str:
+    if verbose or len(names) <= 3:
+        return ", ".join(names)
+    return f"{', '.join(names[:2])} and {len(names) - 2} more"
+
+
+def _mb(size: float) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
