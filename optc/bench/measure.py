@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-from optc.bench import machine
+from optc import machine
 from optc.bench.loadgen import single_stream
 from optc.bench.results import Block, Candidate, CandidateResult, Measurement, conclude
 from optc.errors import OptcError
