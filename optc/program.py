@@ -82,6 +82,7 @@ class Program:
 
     @property
     def graph(self) -> fx.Graph:
+        """The module's graph, which passes edit."""
         return self.module.graph
 
     def fork(self) -> Program:
