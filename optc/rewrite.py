@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -37,6 +37,25 @@ def argument(node: fx.Node, name: str) -> Any:
     raise KeyError(f"{node.target} has no argument {name!r}")
 
 
+def set_argument(node: fx.Node, name: str, value: fx.node.Argument) -> None:
+    """Set an ATen node's argument by schema name, filling in defaults of the positional arguments before it."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    args = list(node.args)
+    for position, parameter in enumerate(schema.arguments):
+        if parameter.kwarg_only or parameter.name in node.kwargs:
+            if parameter.name == name:
+                node.kwargs = {**node.kwargs, name: value}
+                return
+        else:
+            if position >= len(args):
+                args.append(parameter.default_value)
+            if parameter.name == name:
+                args[position] = value
+                node.args = tuple(args)
+                return
+    raise KeyError(f"{node.target} has no argument {name!r}")
+
+
 def constant_of(program: Program, node: object) -> Tensor | None:
     """The tensor behind a ``get_attr`` node, or ``None`` if ``node`` is anything else. Never write into it."""
     if not (isinstance(node, fx.Node) and node.op == "get_attr"):
@@ -51,11 +70,12 @@ def add_constant(program: Program, before: fx.Node, hint: str, value: Tensor) ->
     Args:
         hint: name to derive from, usually the constant it replaces; dots and clashes are taken care of.
     """
+    numbers: dict[str, int] = program.module.meta.setdefault("constant_numbers", {})
     base = hint.replace(".", "_")
-    name, number = base, 0
+    name = base
     while hasattr(program.module, name):
-        number += 1
-        name = f"{base}_{number}"
+        numbers[base] = numbers.get(base, 0) + 1
+        name = f"{base}_{numbers[base]}"
     program.module.register_buffer(name, value.detach())
     with program.graph.inserting_before(before):
         return program.graph.get_attr(name)
@@ -64,6 +84,15 @@ def add_constant(program: Program, before: fx.Node, hint: str, value: Tensor) ->
 def shape(node: fx.Node) -> tuple[int, ...]:
     """Static shape of a tensor-valued node at the example inputs (batch size as theirs)."""
     return tuple(int(size) for size in node.meta["val"].shape)
+
+
+def dims(node: fx.Node) -> tuple[int | str, ...] | None:
+    """Sizes of a tensor-valued node that hold at any batch: numbers, and expressions such as ``"8*s0"`` where they vary.
+
+    ``None`` where this is not known (a node made by a pass that did not say); do not take two shapes for equal then.
+    """
+    known: tuple[int | str, ...] | None = node.meta.get("dims")
+    return known
 
 
 def dtype(node: fx.Node) -> torch.dtype:
@@ -97,3 +126,46 @@ def erase_dead(program: Program) -> int:
             program.graph.erase_node(node)
             erased += 1
     return erased
+
+
+def label(node: fx.Node) -> str:
+    """A node's name with the path of the module it came from: ``"conv2d_3 (layer1.0.conv2)"``."""
+    path = module_path(node)
+    return f"{node.name} ({path})" if path else node.name
+
+
+def module_path(node: fx.Node) -> str:
+    """Dotted path, in the original model, of the module a node was captured in; empty if unknown."""
+    stack = node.meta.get("nn_module_stack")
+    return str(next(reversed(stack.values()))[0]) if stack else ""
+
+
+def used_by(node: fx.Node, besides: fx.Node) -> str:
+    """Names for people the users of ``node`` other than ``besides``: at most two, then how many more."""
+    others = [user for user in node.users if user is not besides]
+    names = ["an output" if user.op == "output" else label(user) for user in others[:2]]
+    return ", ".join(names) + (f" and {len(others) - 2} more" if len(others) > 2 else "")
+
+
+_LAYOUT_FIXED = (torch.ops.aten.linear.default, torch.ops.aten.layer_norm.default)
+"""Operators whose output is contiguous whatever their input's strides."""
+
+
+def loosen_layout(nodes: Iterable[fx.Node]) -> None:
+    """Say that the strides of these nodes' values may no longer be those captured.
+
+    Only ``view`` asks for particular strides, so every view that depends on one of them becomes a ``reshape``, which
+    computes the same and copies where a view is impossible. Linear in the nodes reached.
+    """
+    seen: set[fx.Node] = set()
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        for user in node.users:
+            if is_call(user, torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+                user.target = torch.ops.aten.reshape.default
+            if not is_call(user, *_LAYOUT_FIXED):
+                pending.append(user)

@@ -1,0 +1,106 @@
+"""Compute linear layers that read one input (query, key and value) with one matrix product."""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+
+import torch
+from torch import Tensor, fx
+
+from optc import Change, Pass, PassContext, PassResult, Program, Skip
+from optc.rewrite import add_constant, argument, calls, constant_of, dtype, label, loosen_layout, replace, shape, used_by
+from optc_passes.layers import as_layer
+
+aten = torch.ops.aten
+
+
+class MergeParallelLinears(Pass):
+    """Concatenate the weights of linear layers over one input, and split the result.
+
+    A layer without bias gets zeros where another has one. Weights that other operators use too are not copied.
+    """
+
+    name = "merge-parallel-linears"
+    summary = "Compute linear layers over one input with one matrix product."
+
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        by_input: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+        for node in calls(program, aten.linear.default):
+            by_input[argument(node, "input")].append(node)
+        applied: list[Change] = []
+        skipped: list[Skip] = []
+        parts: list[fx.Node] = []
+        for nodes in by_input.values():
+            if len(nodes) < 2:
+                continue
+            mergeable = []
+            for node in nodes:
+                reason = _obstacle(program, node, nodes)
+                if reason is None:
+                    mergeable.append(node)
+                else:
+                    skipped.append(Skip(self.name, node.name, reason))
+            by_type: dict[torch.dtype, list[fx.Node]] = defaultdict(list)
+            for node in mergeable:
+                by_type[dtype(argument(node, "weight"))].append(node)
+            for group in by_type.values():
+                if len(group) > 1:
+                    names = ", ".join(label(node) for node in group)
+                    parts += _merge(program, group)
+                    applied.append(Change(self.name, group[0].name, names))
+                elif len(mergeable) > 1:
+                    skipped.append(Skip(self.name, group[0].name, "no other over the same input has its data type"))
+        loosen_layout(parts)
+        return PassResult(program, bool(applied), tuple(applied), tuple(skipped))
+
+
+def _obstacle(program: Program, node: fx.Node, nodes: list[fx.Node]) -> str | None:
+    layer = as_layer(node)
+    assert layer is not None
+    reason = layer.not_constant(program)
+    if reason:
+        return reason
+    weight = argument(node, "weight")
+    if len(shape(weight)) != 2:
+        return "its weight is a vector"
+    if len(weight.users) > 1:
+        return f"its weight is also used by {used_by(weight, besides=node)}"
+    return None
+
+
+def _merge(program: Program, group: list[fx.Node]) -> list[fx.Node]:
+    """Replace the group by one linear layer and a split; returns what each layer became."""
+    first = group[0]
+    weights = [argument(node, "weight") for node in group]
+    biases = [argument(node, "bias") for node in group]
+    sizes = [shape(weight)[0] for weight in weights]
+    hint = f"merged_{weights[0].target}"
+    weight = add_constant(program, first, hint, torch.cat([_tensor(program, w) for w in weights]))
+    bias = None
+    if any(b is not None for b in biases):
+        like = _tensor(program, weights[0])
+        values = [
+            like.new_zeros(size) if b is None else _tensor(program, b) for b, size in zip(biases, sizes, strict=True)
+        ]
+        bias = add_constant(program, first, f"{hint.removesuffix('weight')}bias", torch.cat(values))
+    graph = program.graph
+    with graph.inserting_before(first):
+        merged = graph.call_function(aten.linear.default, (argument(first, "input"), weight, bias))
+        pieces = graph.call_function(aten.split_with_sizes.default, (merged, sizes, len(shape(first)) - 1))
+        outputs = [graph.call_function(operator.getitem, (pieces, i)) for i in range(len(group))]
+    for key in ("nn_module_stack", "stack_trace"):
+        if key in first.meta:
+            merged.meta[key] = pieces.meta[key] = first.meta[key]
+    for node, output in zip(group, outputs, strict=True):
+        replace(node, output)
+    for constant in (*weights, *biases):
+        if constant is not None and not constant.users:
+            graph.erase_node(constant)
+    return outputs
+
+
+def _tensor(program: Program, node: fx.Node) -> Tensor:
+    value = constant_of(program, node)
+    assert value is not None
+    return value.detach()
