@@ -123,8 +123,11 @@ class Program:
         """Hash of the graph's structure and of the identity (not the bytes) of its constants. Linear in nodes."""
         index = {node: i for i, node in enumerate(self.graph.nodes)}
 
+        def position(node: fx.Node) -> Any:
+            return _Ref(index[node])
+
         def encode(value: Any) -> str:
-            return str(fx.map_arg(value, lambda n: _Ref(index[n])))
+            return str(fx.map_arg(value, position))
 
         digest = hashlib.sha256()
         for node in self.graph.nodes:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from optc.errors import OptcError, UnknownNameError
-from optc.passmanager.contract import Pass, PassContext, PassResult
+from optc.passmanager.contract import Change, Pass, PassContext, PassResult, Skip
 from optc.plugins.registry import registry
 from optc.program import Program
 
@@ -26,7 +26,9 @@ class PassManager(Pass):
             yield from pass_.leaves()
 
     def run(self, program: Program, context: PassContext) -> PassResult:
-        applied, skipped, modified = [], [], False
+        applied: list[Change] = []
+        skipped: list[Skip] = []
+        modified = False
         for pass_ in self.passes:
             result = pass_(program, context)
             program = result.program
