@@ -14,9 +14,42 @@ def optc_backends() -> Iterable[Entry]:
 
 @hookimpl
 def optc_model_sources() -> Iterable[Entry]:
-    return []
+    # The order of look-up: first what is recognised by its form alone, then timm, which wins over torchvision.
+    return [
+        Entry(
+            "pt2",
+            "a file written by torch.export.save: path/to/model.pt2",
+            "optc.frontend.pt2_source:Pt2Source",
+        ),
+        Entry(
+            "factory",
+            "your own code: package.module:factory returns an nn.Module or (module, example_inputs)",
+            "optc.frontend.factory_source:FactorySource",
+        ),
+        Entry(
+            "timm",
+            "PyTorch Image Models by name: vit_huge_patch14_224, resnet50, convnext_tiny.fb_in22k, ...",
+            "optc.frontend.timm_source:TimmSource",
+        ),
+        Entry(
+            "torchvision",
+            "torchvision's image classifiers by name: alexnet, resnet50, vit_h_14, ...",
+            "optc.frontend.torchvision_source:TorchvisionSource",
+        ),
+    ]
 
 
 @hookimpl
 def optc_datasets() -> Iterable[Entry]:
-    return []
+    return [
+        Entry(
+            "digits",
+            "scikit-learn's bundled handwritten digits: 1797 real 8x8 images, 10 classes, no download",
+            "optc.data.digits:DigitsDataset",
+        ),
+        Entry(
+            "synthetic",
+            "seeded noise with the spectrum of natural images, unlabeled: stands in where there is no data",
+            "optc.data.synthetic:SyntheticDataset",
+        ),
+    ]

@@ -1,4 +1,4 @@
-"""scikit-learn's bundled handwritten digits: 1,797 real 8x8 grey images of 43 people's digits (UCI Optdigits, test part).
+"""scikit-learn's bundled handwritten digits: 1,797 real 8x8 grey images (the test part of UCI's Optdigits).
 
 E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998,
 doi:10.24432/C50P49. The data ships inside scikit-learn, so it needs no network.

@@ -23,7 +23,7 @@ RESAMPLING = {
 
 
 def prepare_image(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.uint8]:
-    """Resize an image's shorter side and crop its centre, as torchvision's ``Resize`` and ``CenterCrop`` do on PIL images.
+    """Resize the shorter side and crop the centre, as torchvision's ``Resize`` and ``CenterCrop`` do on PIL images.
 
     Returns:
         Array of shape (channels, height, width), uint8, not normalised.
@@ -55,7 +55,7 @@ def normalize_bytes(pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> 
 
 
 def upscale_grey(images: NDArray[np.float32], preprocessing: Preprocessing) -> Tensor:
-    """Grey images, shape (N, h, w) in [0, 1], resized whole to the model's input size and repeated over its channels."""
+    """Grey images, shape (N, h, w) in [0, 1], resized whole to the model's input size and repeated over channels."""
     channels, height, width = preprocessing.input_size
     mode = preprocessing.interpolation if preprocessing.interpolation in ("bilinear", "bicubic") else "nearest"
     smooth = mode != "nearest"

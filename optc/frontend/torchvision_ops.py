@@ -1,8 +1,8 @@
 """Let torchvision and timm import beside a torch they were not built for.
 
 torchvision's wheel on PyPI is built against CUDA torch. Beside CPU torch its extension does not load, and
-``import torchvision`` dies with ``operator torchvision::nms does not exist`` while registering meta kernels for operators
-nobody declared. Declaring their schemas first is enough: image models call none of them, and calling one still fails
+``import torchvision`` dies with ``operator torchvision::nms does not exist`` while registering meta kernels for
+operators nobody declared. Declaring their schemas first is enough: image models call none of them, and calling one still fails
 with torch's own clear message.
 """
 
@@ -29,19 +29,23 @@ _SCHEMAS = (
     f"roi_pool(Tensor input, Tensor rois, {_POOL}) -> (Tensor, Tensor)",
     f"ps_roi_pool(Tensor input, Tensor rois, {_POOL}) -> (Tensor, Tensor)",
     f"_roi_align_backward(Tensor grad, Tensor rois, {_POOL}, {_SIZE}, int sampling_ratio, bool aligned) -> Tensor",
-    f"_ps_roi_align_backward(Tensor grad, Tensor rois, Tensor channel_mapping, {_POOL}, int sampling_ratio, {_SIZE})"
-    " -> Tensor",
+    (
+        f"_ps_roi_align_backward(Tensor grad, Tensor rois, Tensor channel_mapping, {_POOL}, int sampling_ratio, {_SIZE})"
+        " -> Tensor"
+    ),
     f"_roi_pool_backward(Tensor grad, Tensor rois, Tensor argmax, {_POOL}, {_SIZE}) -> Tensor",
     f"_ps_roi_pool_backward(Tensor grad, Tensor rois, Tensor channel_mapping, {_POOL}, {_SIZE}) -> Tensor",
     f"deform_conv2d(Tensor input, Tensor weight, Tensor offset, Tensor mask, Tensor bias, {_DEFORM}) -> Tensor",
-    "_deform_conv2d_backward(Tensor grad, Tensor input, Tensor weight, Tensor offset, Tensor mask, Tensor bias,"
-    f" {_DEFORM}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    (
+        "_deform_conv2d_backward(Tensor grad, Tensor input, Tensor weight, Tensor offset, Tensor mask, Tensor bias,"
+        f" {_DEFORM}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
 )
 
 
 @cache
 def declare_torchvision_ops() -> torch.library.Library | None:
-    """Declare torchvision's operators if its own extension cannot; the returned library must stay alive (it is cached)."""
+    """Declare torchvision's operators if its own extension cannot; the returned library must stay alive (so: cached)."""
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:
         return None

@@ -1,0 +1,117 @@
+"""From what the user typed to a model with weights: names, factories, files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from optc.errors import UnknownNameError, WeightsError
+from optc.frontend.source import BuiltModel, ModelSource, PretrainedUnavailable
+from optc.frontend.weights import Checkpoint, apply_checkpoint, classes_in_checkpoint, read_checkpoint
+from optc.plugins.registry import registry
+from optc.program import ModelInfo
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in eval mode, where it came from, and one example per input (batch first)."""
+
+    module: nn.Module
+    info: ModelInfo
+    example_inputs: tuple[Tensor, ...]
+
+
+def load_model(spec: str, weights: str = "pretrained", num_classes: int | None = None, seed: int = 0) -> LoadedModel:
+    """Load a model by name, ``source:name``, ``package.module:factory`` or ``.pt2`` file.
+
+    A bare name is looked up in the model sources in the order they are registered: timm's wins over torchvision's.
+
+    Args:
+        weights: ``"pretrained"`` (random, with a note in ``info.notes``, where they cannot be had), ``"random"``, or
+            the path of a checkpoint, whose number of classes the model then takes on.
+        num_classes: size of the classifier; ``None`` for the model's or the checkpoint's own.
+        seed: seeds random weights; torch's random state is left as it was.
+
+    Raises:
+        UnknownNameError: no source knows the name; suggests the closest.
+        WeightsError: the checkpoint cannot be read or does not fit.
+    """
+    source, name = find_source(spec)
+    checkpoint = None if weights in ("pretrained", "random") else read_checkpoint(Path(weights).expanduser())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if weights == "pretrained":
+            built = _pretrained_or_random(source, name, num_classes, seed)
+        else:
+            built = source.build(name, pretrained=False, num_classes=num_classes, seed=seed)
+        inputs = built.example_inputs
+        if inputs is None:
+            inputs = (torch.randn(1, *built.preprocessing.input_size),)
+        if checkpoint is not None:
+            built = _with_checkpoint(source, name, built, num_classes, seed, checkpoint)
+    if weights == "random" and built.weights != "random":
+        raise WeightsError(f"'{spec}' brings its own weights", "leave --weights random away")
+    info = ModelInfo(name, source.name, built.weights, built.weights_detail, built.preprocessing, built.notes)
+    return LoadedModel(_eval(built.module), info, inputs)
+
+
+def find_source(spec: str) -> tuple[ModelSource, str]:
+    """The source a model comes from and its name there.
+
+    Raises:
+        UnknownNameError: no source knows it; suggests the closest names of all.
+    """
+    table = registry().all("model source")
+    prefix, colon, name = spec.partition(":")
+    if colon and prefix in table:
+        source = _source(prefix)
+        if not source.claims(name):
+            raise UnknownNameError(f"{prefix} model", name, source.names())
+        return source, name
+    sources = [_source(name) for name in table]
+    for source in sources:
+        if source.claims(spec):
+            return source, spec
+    raise UnknownNameError(
+        "model",
+        spec,
+        dict.fromkeys(name for source in sources for name in source.names()),
+        "give a timm or torchvision name, package.module:factory, or a .pt2 file",
+    )
+
+
+def _source(name: str) -> ModelSource:
+    source: ModelSource = registry().load("model source", name)()
+    return source
+
+
+def _pretrained_or_random(source: ModelSource, name: str, num_classes: int | None, seed: int) -> BuiltModel:
+    try:
+        return source.build(name, pretrained=True, num_classes=num_classes, seed=seed)
+    except PretrainedUnavailable as reason:
+        built = source.build(name, pretrained=False, num_classes=num_classes, seed=seed)
+        note = (
+            f"pretrained weights for {name} could not be downloaded ({reason.message}):"
+            " using random weights; accuracy cannot be measured"
+        )
+        return replace(built, notes=(note, *built.notes))
+
+
+def _with_checkpoint(
+    source: ModelSource, name: str, built: BuiltModel, num_classes: int | None, seed: int, checkpoint: Checkpoint
+) -> BuiltModel:
+    classes = classes_in_checkpoint(built.module, checkpoint)
+    if classes is not None and num_classes is None and built.weights == "random":
+        built = source.build(name, pretrained=False, num_classes=classes, seed=seed)
+    apply_checkpoint(built.module, name, checkpoint)
+    return replace(built, weights=checkpoint.file, weights_detail=f"sha256:{checkpoint.sha256}")
+
+
+def _eval(module: nn.Module) -> nn.Module:
+    try:
+        return module.eval()
+    except NotImplementedError:  # What torch.export.load gives is in eval mode for good and says so this way.
+        return module
