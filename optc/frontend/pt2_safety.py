@@ -1,9 +1,9 @@
 """What loading a ``.pt2`` file would execute, found out without executing it.
 
 ``torch.export.load`` unpickles some members of the archive (``pickle.loads``, ``torch.load(weights_only=False)``),
-loads shared libraries (AOTInductor packages), resolves operators by attribute look-up from ``torch`` and evaluates shape
-expressions as Python (``sympy.sympify``). Ordinary files need none of the dangerous kinds, so files that have them are
-refused.
+loads shared libraries (AOTInductor packages), resolves operators by attribute look-up from ``torch`` and evaluates
+shape expressions as Python (``sympy.sympify``). Ordinary files need none of the dangerous kinds, so files that have
+them are refused.
 """
 
 from __future__ import annotations
@@ -26,7 +26,23 @@ _SCALAR_FUNCTIONS = re.compile(
 _OPERATOR = re.compile(r"torch\.ops\.\w+\.\w+(\.\w+)?")
 _TOUCHES_FILES = re.compile(r"torch\.ops\.aten\.from_file\b.*")
 _CALL = re.compile(r"(\w+)\s*\(")
-_PURE_CALLS = frozenset({"Max", "Min", "Mod", "PythonMod", "FloorDiv", "CeilDiv", "CleanDiv", "ModularIndexing", "Where", "Eq", "Ne", "Lt", "Le", "Gt", "Ge", "And", "Or", "Not", "Abs", "floor", "ceiling", "FloorToInt", "CeilToInt", "TruncToInt", "ToFloat", "IntTrueDiv", "FloatTrueDiv", "PowByNatural", "FloatPow"})
+_PURE_CALLS = frozenset(
+    {
+        *(
+            "Max",
+            "Min",
+            "Abs",
+            "Mod",
+            "PythonMod",
+            "FloorDiv",
+            "CeilDiv",
+            "CleanDiv",
+            "ModularIndexing",
+            "PowByNatural",
+        ),
+        *("Where", "Eq", "Ne", "Lt", "Le", "Gt", "Ge", "And", "Or", "Not", "floor", "ceiling", "FloatPow"),
+        *("FloorToInt", "CeilToInt", "TruncToInt", "ToFloat", "IntTrueDiv", "FloatTrueDiv"),
+    }
 )
 _EXPRESSION = re.compile(r"[\w\s()*/+\-,<>=!&|~%.]*")
 _SYMBOL = re.compile(r"Symbol\('\w+'(, \w+=(True|False))*\)")

@@ -2,8 +2,8 @@
 
 torchvision's wheel on PyPI is built against CUDA torch. Beside CPU torch its extension does not load, and
 ``import torchvision`` dies with ``operator torchvision::nms does not exist`` while registering meta kernels for
-operators nobody declared. Declaring their schemas first is enough: image models call none of them, and calling one still fails
-with torch's own clear message.
+operators nobody declared. Declaring their schemas first is enough: image models call none of them, and calling one
+still fails with torch's own clear message.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _SCHEMAS = (
     f"ps_roi_pool(Tensor input, Tensor rois, {_POOL}) -> (Tensor, Tensor)",
     f"_roi_align_backward(Tensor grad, Tensor rois, {_POOL}, {_SIZE}, int sampling_ratio, bool aligned) -> Tensor",
     (
-        f"_ps_roi_align_backward(Tensor grad, Tensor rois, Tensor channel_mapping, {_POOL}, int sampling_ratio, {_SIZE})"
-        " -> Tensor"
+        f"_ps_roi_align_backward(Tensor grad, Tensor rois, Tensor channel_mapping, {_POOL}, int sampling_ratio,"
+        f" {_SIZE}) -> Tensor"
     ),
     f"_roi_pool_backward(Tensor grad, Tensor rois, Tensor argmax, {_POOL}, {_SIZE}) -> Tensor",
     f"_ps_roi_pool_backward(Tensor grad, Tensor rois, Tensor channel_mapping, {_POOL}, {_SIZE}) -> Tensor",
@@ -45,7 +45,7 @@ _SCHEMAS = (
 
 @cache
 def declare_torchvision_ops() -> torch.library.Library | None:
-    """Declare torchvision's operators if its own extension cannot; the returned library must stay alive (so: cached)."""
+    """Declare torchvision's operators if its own extension cannot; the returned library must stay alive (so cached)."""
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:
         return None
