@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from optc.cli.options import json_option, print_json
@@ -24,7 +25,7 @@ def command(as_json: bool) -> None:
         return
     table = Table("backend", "what it is", "from", "here", box=None, pad_edge=False, header_style="bold")
     for row in rows:
-        here = "[green]ready[/green]" if row["ready"] else f"[yellow]{row['reason']}[/yellow]"
+        here = "[green]ready[/green]" if row["ready"] else f"[yellow]{escape(str(row['reason']))}[/yellow]"
         table.add_row(row["name"], row["summary"], row["plugin"], here)
     Console(highlight=False).print(table)
 

@@ -27,9 +27,14 @@ def verbosity_options(command: Command) -> Command:
 
 def progress_for(verbose: bool, quiet: bool) -> TerminalProgress:
     """The progress display for a verbosity; silences third parties unless verbose."""
+    silence_unless(verbose)
+    return TerminalProgress(Console(stderr=True, highlight=False), 1 if verbose else -1 if quiet else 0)
+
+
+def silence_unless(verbose: bool) -> None:
+    """Keep other packages' messages from the user unless asked for."""
     if not verbose:
         silence_third_parties()
-    return TerminalProgress(Console(stderr=True, highlight=False), 1 if verbose else -1 if quiet else 0)
 
 
 def print_json(value: Any) -> None:

@@ -15,17 +15,14 @@ from rich.text import Text
 
 from optc.progress import Progress, Step
 
-NOISY_LOGGERS = ("torch", "torchao", "torch.onnx", "onnxscript", "onnx_ir", "timm", "huggingface_hub", "urllib3")
-
-
 def silence_third_parties() -> None:
-    """Keep other packages' warnings and log lines from the user; ``-v`` does not call this."""
+    """Keep other packages' warnings and log lines from the user; ``-v`` does not call this.
+
+    Logging is disabled as a whole, up to WARNING: torch sets up its loggers anew when it is imported, so their levels
+    cannot be set beforehand, and optc itself tells the user nothing through logging.
+    """
     warnings.simplefilter("ignore")
-    for name in NOISY_LOGGERS:
-        logger = logging.getLogger(name)
-        logger.setLevel(logging.CRITICAL)
-        logger.propagate = False
-        logger.addHandler(logging.NullHandler())
+    logging.disable(logging.WARNING)
 
 
 class _TerminalStep(Step):

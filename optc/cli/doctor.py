@@ -1,0 +1,113 @@
+"""``optc doctor``: what is installed, what works, what this machine can do, and the pip line for what is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+from dataclasses import asdict
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import optc
+from optc.cli.backends import status
+from optc.cli.options import json_option, print_json, silence_unless
+from optc.plugins.registry import registry
+
+EXTRAS = {
+    "onnxruntime": ("the onnxruntime backend", "optc[cpu]"),
+    "mlperf_loadgen": ("measuring", "mlcommons-loadgen"),
+    "torchao": ("the quant pass", "torchao"),
+    "timm": ("timm's models", "timm"),
+    "torchvision": ("torchvision's models", "torchvision"),
+    "openvino": ("comparing with OpenVINO in benchmarks", "optc[bench]"),
+    "torch_tensorrt": ("GPU inference through TensorRT", "optc[gpu]"),
+}
+"""Import name: what it is for, and what to install where it is missing."""
+INT8_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8"}
+BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
+
+
+@click.command("doctor")
+@json_option
+@click.option("-v", "--verbose", is_flag=True, help="Show other packages' messages too.")
+def command(as_json: bool, verbose: bool) -> None:
+    """Show what is installed, what works and what this machine can do."""
+    silence_unless(verbose)
+    diagnosis = diagnose()
+    print_json(diagnosis) if as_json else _print(diagnosis)
+
+
+def diagnose() -> dict[str, Any]:
+    """Everything ``optc doctor`` tells, JSON-ready. Imports torch and the backends to see whether they work."""
+    from optc.machine import machine
+
+    return {
+        "optc": optc.__version__,
+        "python": sys.version.split()[0],
+        "machine": asdict(machine(gpus=True)),
+        "packages": [_package(name, *about) for name, about in EXTRAS.items()],
+        "backends": [status(name) for name in registry().all("backend")],
+        "plugins": sorted({r.plugin for kind in ("pass", "backend", "model source", "dataset") for r in registry().all(kind).values()}),
+        "advice": _advice(machine(gpus=True).isa),
+    }
+
+
+def _package(name: str, purpose: str, install: str) -> dict[str, Any]:
+    """Whether a package is there and can be imported; if not, why and the pip line."""
+    row: dict[str, Any] = {"name": name, "for": purpose, "ready": False, "install": f"pip install '{install}'"}
+    if importlib.util.find_spec(name) is None:
+        return {**row, "reason": "not installed"}
+    try:
+        if name in ("torchvision", "timm"):
+            from optc.frontend.torchvision_ops import declare_torchvision_ops
+
+            declare_torchvision_ops()
+        importlib.import_module(name)
+    except Exception as error:
+        return {**row, "reason": f"installed, but importing it fails: {type(error).__name__}: {error}".splitlines()[0]}
+    return {**row, "ready": True, "reason": None}
+
+
+def _advice(isa: tuple[str, ...] | None) -> list[str]:
+    """What this machine's instruction set means for the user."""
+    advice = []
+    if isa is not None and not INT8_FLAGS & set(isa):
+        advice.append("this CPU has no int8 dot-product instructions (VNNI, AMX): int8 may well be slower than float32")
+    if isa is not None and not BF16_FLAGS & set(isa):
+        advice.append("this CPU has no bfloat16 instructions: bfloat16 is emulated and slow")
+    if shutil.which("c++") is None and shutil.which("g++") is None and shutil.which("clang++") is None:
+        advice.append("no C++ compiler: the torch.compile baseline cannot be measured; install g++ (apt-get install g++)")
+    return advice
+
+
+def _print(diagnosis: dict[str, Any]) -> None:
+    console = Console(highlight=False)
+    facts = diagnosis["machine"]
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_row("optc", f"{diagnosis['optc']} on Python {diagnosis['python']}")
+    for key, value in facts.items():
+        if key == "packages":
+            value = ", ".join(f"{name} {version}" for name, version in value.items())
+        elif key.endswith("bytes"):
+            key, value = key.removesuffix("_bytes"), f"{value / 2**30:.1f} GiB"
+        elif isinstance(value, (tuple, list)):
+            value = ", ".join(value) or "none"
+        table.add_row(key.replace("_", " "), str(value))
+    table.add_row("plugins", ", ".join(diagnosis["plugins"]))
+    console.print(table)
+    console.print()
+    rows = Table("what", "state", "for", "to mend it", box=None, pad_edge=False, header_style="bold")
+    for row in diagnosis["packages"]:
+        state = "[green]works[/green]" if row["ready"] else f"[yellow]{escape(str(row['reason']))}[/yellow]"
+        rows.add_row(row["name"], state, row["for"], "" if row["ready"] else escape(row["install"]))
+    for row in diagnosis["backends"]:
+        state = "[green]works[/green]" if row["ready"] else f"[yellow]{escape(str(row['reason']))}[/yellow]"
+        rows.add_row(f"backend {row['name']}", state, row["summary"])
+    console.print(rows)
+    for line in diagnosis["advice"]:
+        console.print(f"! {line}", style="yellow", markup=False)

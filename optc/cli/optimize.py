@@ -1,0 +1,110 @@
+"""``optc optimize``: passes over a model, proven, lowered, measured, saved."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.console import Console
+
+from optc.cli.options import json_option, print_json, progress_for, verbosity_options
+from optc.cli.model import Data, load
+from optc.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from optc.passmanager.contract import Instrument
+
+
+@click.command("optimize")
+@click.argument("model")
+@click.option("--passes", default="fuse,quant", show_default=True, help="Passes to run, in order, comma-separated.")
+@click.option("-O", "assignments", multiple=True, metavar="PASS.OPTION=VALUE", help="Set an option of a pass.")
+@click.option("--weights", default="pretrained", show_default=True, help="pretrained, random, or a checkpoint file.")
+@click.option("--data", help="Dataset for calibration and accuracy: digits, or a folder of images.")
+@click.option("--backend", default="onnxruntime", show_default=True, help="Runtime to lower to; see 'optc backends'.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Artifact folder to write; must not exist.")
+@click.option("--threads", type=click.IntRange(1), help="Threads for every candidate.  [default: all this process has]")
+@click.option("--seed", default=0, show_default=True, help="Seed of random weights.")
+@click.option("--verify/--no-verify", default=True, show_default=True, help="Compare outputs after every pass.")
+@click.option("--measure/--no-measure", default=True, show_default=True, help="Measure latency against baselines.")
+@click.option("--print-after", multiple=True, metavar="PASS", help="Print the graph after a pass, or after 'all'.")
+@click.option("--bisect-limit", type=click.IntRange(0), help="Run only the first N passes, numbering each.")
+@json_option
+@verbosity_options
+def command(
+    model: str,
+    passes: str,
+    assignments: tuple[str, ...],
+    weights: str,
+    data: str | None,
+    backend: str,
+    output: Path | None,
+    threads: int | None,
+    seed: int,
+    verify: bool,
+    measure: bool,
+    print_after: tuple[str, ...],
+    bisect_limit: int | None,
+    as_json: bool,
+    verbose: bool,
+    quiet: bool,
+) -> None:
+    """Optimize MODEL: a timm or torchvision name, package.module:factory, or a .pt2 file.
+
+    \b
+    Examples:
+      optc optimize alexnet
+      optc optimize alexnet --weights alexnet-digits.safetensors --data digits --passes fuse,quant
+      optc optimize timm:resnet50 --passes fuse,quant -O quant.observer=entropy -o resnet50-int8
+    """
+    if output is not None and output.exists():
+        raise ArtifactError(f"output folder '{output}' exists", "choose another -o or remove it")
+    progress = progress_for(verbose, quiet)
+    with progress.step("Importing PyTorch"):
+        from optc import api
+        from optc.passmanager.instruments import Bisect, PrintAfter
+        from optc.passmanager.manager import build_passes, parse_options
+        from optc.target import Target
+
+    pipeline = build_passes(passes, parse_options(assignments))
+    instruments: list[Instrument] = []
+    if bisect_limit is not None:
+        instruments.append(Bisect(bisect_limit, lambda line: click.echo(line, err=True)))
+    if print_after:
+        instruments.append(PrintAfter(set(print_after), lambda text: click.echo(text, err=True)))
+    loaded, dataset = load(model, weights, data, seed, progress)
+    role = Data(loaded, dataset)
+    optimized = api.optimize(
+        loaded.module,
+        loaded.example_inputs,
+        pipeline,
+        backend=backend,
+        calibration=role.calibration(),
+        evaluate=role.evaluator(progress),
+        verification=role.verification(),
+        verify=verify,
+        measure=measure,
+        target=Target(threads=threads) if threads else None,
+        info=loaded.info,
+        instruments=instruments,
+        progress=progress,
+    )
+    path = optimized.save(output or free_name(model))
+    if as_json:
+        print_json({"artifact": str(path), **optimized.report.to_dict()})
+        return
+    from optc.report.terminal import render
+
+    Console(highlight=False).print(render(optimized.report, path, verbose))
+
+
+def free_name(model: str) -> Path:
+    """Where an artifact goes without ``-o``: ``MODEL-optimized``, numbered if that exists."""
+    stem = re.sub(r"[^\w.-]+", "-", Path(model).stem if model.endswith(".pt2") else model)
+    path, number = Path(f"{stem}-optimized"), 1
+    while path.exists():
+        number += 1
+        path = Path(f"{stem}-optimized-{number}")
+    return path
