@@ -1,0 +1,244 @@
+"""What of a program becomes int8, what stays in float, and why. Looks only; changes nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
+from optc import Program, Skip
+from optc.ops import COMPOSITES
+from optc.rewrite import argument, constant_of, dtype, is_call, only_user, shape
+from torch import fx
+
+aten = torch.ops.aten
+RULE = "int8"
+
+CONVS = {aten.conv2d.default, *(op for op, row in COMPOSITES.items() if row.is_conv)}
+LINEARS = {aten.linear.default, *(op for op, row in COMPOSITES.items() if not row.is_conv)}
+RECTIFIERS = {aten.relu.default, aten.hardtanh.default}
+"""Activations a quantizer does for nothing: with the range observed behind them, clamping is part of rounding."""
+
+PRESERVING = {
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.squeeze.dim,
+    aten.unsqueeze.default,
+    aten.clone.default,
+    aten.max_pool2d.default,
+}
+"""Operators whose output holds input values and nothing else: input and output share one scale."""
+
+SHARING = PRESERVING | {aten.cat.default}
+
+DEQUANTIZERS = (
+    torch.ops.quantized_decomposed.dequantize_per_tensor.default,
+    torch.ops.quantized_decomposed.dequantize_per_channel.default,
+)
+
+FLOAT_OPS = {
+    aten.conv1d.default: "1-d convolutions have no int8 kernel in the runtimes",
+    aten.conv3d.default: "3-d convolutions have no int8 kernel in the runtimes",
+    aten.conv_transpose1d.default: "transposed convolutions have no int8 kernel in the runtimes",
+    aten.conv_transpose2d.input: "transposed convolutions have no int8 kernel in the runtimes",
+    aten.conv_transpose3d.input: "transposed convolutions have no int8 kernel in the runtimes",
+    aten.embedding.default: "a look-up does no arithmetic",
+    aten.scaled_dot_product_attention.default: "attention stays in float: softmax is sensitive to rounding",
+    aten.matmul.default: "product of two activations, stays in float",
+    aten.bmm.default: "product of two activations, stays in float",
+    aten.mm.default: "not a layer with a constant weight of its own",
+    aten.addmm.default: "not a layer with a constant weight of its own",
+    aten.convolution.default: "generic convolution, only 2-d ones are quantized",
+}
+"""Operators that do the work of a layer and stay in float, each with the reason reported."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution or linear layer to quantize.
+
+    Attributes:
+        node: the ATen or composite node.
+        tail: the node whose output is rounded: ``node``, or the rectifier right behind it.
+    """
+
+    node: fx.Node
+    tail: fx.Node
+
+    @property
+    def activation(self) -> fx.Node:
+        """The node that produces the layer's input."""
+        node = argument(self.node, "input")
+        assert isinstance(node, fx.Node)
+        return node
+
+    @property
+    def weight(self) -> fx.Node:
+        """The ``get_attr`` node of the weight."""
+        node = argument(self.node, "weight")
+        assert isinstance(node, fx.Node)
+        return node
+
+    @property
+    def bias(self) -> fx.Node | None:
+        """The ``get_attr`` node of the bias, if there is one."""
+        node = argument(self.node, "bias")
+        return node if isinstance(node, fx.Node) else None
+
+    @property
+    def is_conv(self) -> bool:
+        """Whether the layer is a convolution: int8 kernels of those write int8 only, so ``tail`` is always rounded."""
+        return self.node.target in CONVS
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes int8.
+
+    Attributes:
+        layers: in graph order.
+        shared: value-preserving operators between int8 values (pools, views, concatenations).
+        rescaled: operators in int8 with an output range of their own; maps each to the node whose output is rounded.
+        skipped: what stays in float, with reasons.
+    """
+
+    layers: tuple[Layer, ...]
+    shared: frozenset[fx.Node]
+    rescaled: dict[fx.Node, fx.Node]
+    skipped: tuple[Skip, ...]
+
+
+def operands(node: fx.Node) -> list[fx.Node]:
+    """The tensors a node takes, each once; not the sizes it may take as well."""
+    return [source for source in node.all_input_nodes if isinstance(source.meta.get("val"), torch.Tensor)]
+
+
+def make_plan(program: Program, in_float: Collection[str] = ()) -> Plan:
+    """Decide for every layer and every operator between layers.
+
+    Args:
+        in_float: names of layer nodes to leave in float, without a word in ``skipped``.
+    """
+    layers, skipped = [], []
+    users = _uses_by_constant(program)
+    for node in program.graph.nodes:
+        if node.op != "call_function":
+            continue
+        if node.target in FLOAT_OPS:
+            skipped.append(Skip(RULE, node.name, FLOAT_OPS[node.target]))
+        if node.target not in CONVS | LINEARS or node.name in in_float:
+            continue
+        reason = _why_not(program, node, users)
+        if reason:
+            skipped.append(Skip(RULE, node.name, reason))
+        else:
+            layers.append(Layer(node, _tail(node)))
+    shared, rescaled = _between(program.graph, layers)
+    return Plan(tuple(layers), frozenset(shared), rescaled, tuple(skipped))
+
+
+def _why_not(program: Program, node: fx.Node, uses: Counter[int]) -> str | None:
+    """Why a layer cannot be quantized, or ``None``."""
+    source, weight, bias = (argument(node, name) for name in ("input", "weight", "bias"))
+    if is_call(weight, *DEQUANTIZERS):
+        return "already quantized"
+    value = constant_of(program, weight)
+    if value is None:
+        return "its weight is computed, not a constant"
+    if uses[value.data_ptr()] > 1:
+        return "its weight is used more than once"
+    if bias is not None and constant_of(program, bias) is None:
+        return "its bias is computed, not a constant"
+    if not isinstance(source, fx.Node) or source.op == "get_attr":
+        return "its input is a constant"
+    if dtype(node) != torch.float32 or value.dtype != torch.float32:
+        return f"it computes in {str(dtype(node)).removeprefix('torch.')}, not float32"
+    return None
+
+
+def _uses_by_constant(program: Program) -> Counter[int]:
+    """How many nodes use each constant, by data pointer (several ``get_attr`` nodes may name one tensor)."""
+    uses: Counter[int] = Counter()
+    for node in program.graph.find_nodes(op="get_attr"):
+        value = constant_of(program, node)
+        if value is not None:
+            uses[value.data_ptr()] += len(node.users)
+    return uses
+
+
+def _tail(node: fx.Node) -> fx.Node:
+    """The rectifier that is the only user of ``node``, else ``node``."""
+    user = only_user(node)
+    if is_call(user, aten.relu.default) or (is_call(user, aten.hardtanh.default) and argument(user, "min_val") == 0):
+        assert user is not None
+        return user
+    return node
+
+
+def _between(graph: fx.Graph, layers: list[Layer]) -> tuple[set[fx.Node], dict[fx.Node, fx.Node]]:
+    """The operators between int8 layers that run in int8 themselves: (sharing a scale, with a scale of their own).
+
+    A value is *wanted* in int8 by the layers, and through operators in int8, that take it. Dropping an operator whose
+    operands are not there in int8 may leave its other operand unwanted, so the choice repeats until nothing changes.
+    """
+    inputs = {layer.node: layer.activation for layer in layers}
+    tails = {layer.tail for layer in layers if layer.is_conv}
+    taken = {layer.tail for layer in layers}
+    chosen = {node for node in graph.nodes if node not in taken and _could_be_int8(node)}
+    while True:
+        wanted, only_wanted = _wanted(graph, inputs, chosen)
+        kept, carried = set(), set(tails)
+        for node in graph.nodes:
+            if node not in chosen or node not in wanted:
+                continue
+            sources = operands(node)
+            if node.target in PRESERVING and sources[0].op != "get_attr" and node in only_wanted:
+                pass
+            elif not all(source in carried for source in sources):
+                continue
+            kept.add(node)
+            carried.add(node)
+        if kept == chosen:
+            break
+        chosen = kept
+    shared = {node for node in chosen if node.target in SHARING}
+    rescaled = {node: _tail(node) for node in graph.nodes if node in chosen - shared}
+    covered = {tail for node, tail in rescaled.items() if tail is not node}
+    return shared, {node: tail for node, tail in rescaled.items() if node not in covered}
+
+
+def _wanted(
+    graph: fx.Graph, inputs: dict[fx.Node, fx.Node], chosen: set[fx.Node]
+) -> tuple[set[fx.Node], set[fx.Node]]:
+    """Nodes that some user, and nodes that every user, wants in int8 (asking for a size does not count as use)."""
+    wanted: set[fx.Node] = set()
+    only_wanted: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        users = [user for user in node.users if not is_call(user, aten.sym_size.int)]
+        wanting = [user for user in users if inputs.get(user) is node or (user in chosen and user in wanted)]
+        if wanting:
+            wanted.add(node)
+            if len(wanting) == len(users):
+                only_wanted.add(node)
+    return wanted, only_wanted
+
+
+def _could_be_int8(node: fx.Node) -> bool:
+    """Whether runtimes have an int8 form of an operator between layers."""
+    if node.op != "call_function" or not operands(node) or getattr(node.meta.get("val"), "dtype", None) != torch.float32:
+        return False
+    if node.target in PRESERVING or is_call(node, aten.relu.default, aten.cat.default, aten.adaptive_avg_pool2d.default, aten.avg_pool2d.default):
+        return True
+    if node.target is aten.mean.dim:
+        rank = len(shape(operands(node)[0]))
+        return rank == 4 and {dim % rank for dim in argument(node, "dim")} == {2, 3}
+    if node.target is aten.add.Tensor:
+        both = operands(node)
+        return len(both) == 2 and shape(both[0]) == shape(both[1]) and argument(node, "alpha") == 1
+    return False
