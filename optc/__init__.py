@@ -9,9 +9,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from optc.frontend.capture import capture as capture
+    from optc.data.dataset import Dataset as Dataset
+    from optc.data.dataset import Split as Split
+    from optc.errors import BackendError as BackendError
     from optc.errors import DataError as DataError
     from optc.errors import OptcError as OptcError
+    from optc.frontend.capture import capture as capture
+    from optc.frontend.source import BuiltModel as BuiltModel
+    from optc.frontend.source import ModelSource as ModelSource
+    from optc.frontend.source import PretrainedUnavailable as PretrainedUnavailable
     from optc.lowering.backend import Backend as Backend
     from optc.lowering.backend import Lowered as Lowered
     from optc.lowering.backend import Runner as Runner
@@ -35,8 +41,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "optc.data.dataset": ("Dataset", "Split"),
     "optc.frontend.capture": ("capture",),
-    "optc.errors": ("DataError", "OptcError"),
+    "optc.frontend.source": ("BuiltModel", "ModelSource", "PretrainedUnavailable"),
+    "optc.errors": ("BackendError", "DataError", "OptcError"),
     "optc.lowering.backend": ("Backend", "Lowered", "Runner"),
     "optc.passmanager.contract": (
         "Calibration",
