@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, fx
-from torch.export import Dim, ExportedProgram
+from torch.export import Dim, ExportedProgram, _trace
+from torch.utils import _pytree as pytree
 
 from optc.errors import CaptureError
 from optc.program import ModelInfo, Program, complete_meta, graph_module
@@ -21,23 +28,38 @@ def capture(
     """Capture a model as a flat functional ATen graph.
 
     Args:
-        model: put into eval mode for the capture; its parameters are shared with the program, not copied.
+        model: captured in eval mode (its training flags are restored); its parameters are shared with the program, not
+            copied.
         example_inputs: one tensor per positional argument, batch first.
-        dynamic_batch: let dimension 0 of every input vary.
+        dynamic_batch: let dimension 0 of every input vary. Where that cannot be, the model is captured for the batch
+            size of ``example_inputs``; then ``program.dynamic_batch`` is false and ``info.notes`` says why.
         info: where the model came from, kept with the program.
 
     Raises:
         CaptureError: torch.export cannot capture the model; carries its reason and the line of the model's code.
     """
-    model.eval()
-    inputs = tuple(torch.cat([t, t]) if dynamic_batch and t.shape[0] == 1 else t for t in example_inputs)
-    shapes = tuple({0: Dim.DYNAMIC} if dynamic_batch else None for _ in inputs)
-    try:
-        with torch.no_grad():
-            exported = torch.export.export(model, inputs, dynamic_shapes=shapes)
-    except Exception as error:
-        raise CaptureError(f"cannot capture {type(model).__name__}: {error}") from error
-    return program_from_exported(exported, inputs, dynamic_batch, info or ModelInfo(name=type(model).__name__))
+    given = tuple(example_inputs)
+    info = info or ModelInfo(name=type(model).__name__)
+    with _eval_mode(model), torch.no_grad(), _quiet():
+        if dynamic_batch:
+            inputs = tuple(torch.cat([t, t]) if t.shape[0] == 1 else t for t in given)
+            try:
+                exported = torch.export.export(model, inputs, dynamic_shapes=tuple({0: Dim.DYNAMIC} for _ in inputs))
+                return program_from_exported(exported, inputs, True, info)
+            except Exception as error:
+                dynamic_error = error
+        try:
+            exported = torch.export.export(model, given)
+            program = program_from_exported(exported, given, False, info)
+        except Exception as error:
+            raise _capture_error(model, error) from error
+    if dynamic_batch:
+        note = (
+            f"captured for batch size {given[0].shape[0]} only, the batch cannot vary: {_reason(dynamic_error)}"
+            f"{_place(dynamic_error)}"
+        )
+        program = replace(program, info=replace(info, notes=(*info.notes, note)))
+    return program
 
 
 def program_from_exported(
@@ -49,12 +71,70 @@ def program_from_exported(
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     graph.graph_copy(unlifted.graph, values)
-    outputs = [values[n] if isinstance(n, fx.Node) else n for n in torch.utils._pytree.tree_leaves(unlifted.graph.output_node().args[0])]
-    graph.output(tuple(outputs))
+    leaves = pytree.tree_leaves(unlifted.graph.output_node().args[0])
+    graph.output(tuple(values[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in leaves))
     for old, new in values.items():
         new.meta = {key: value for key, value in old.meta.items() if key != "val"}
-        if isinstance(value := old.meta.get("val"), Tensor):
-            new.meta["dims"] = tuple(size if isinstance(size, int) else str(size) for size in value.shape)
     program = Program(graph_module(unlifted, graph), inputs, dynamic_batch, info, exported.call_spec.out_spec)
     complete_meta(program)
     return program
+
+
+@contextmanager
+def _eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Put a model into eval mode and give every submodule its own training flag back afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+    except NotImplementedError:  # What torch.export made is in eval mode for good, and says so this way.
+        flags = []
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep off the terminal what torch says to its own developers during an export; errors are raised, not logged."""
+    loggers = [logging.getLogger(f"torch.{name}") for name in ("_subclasses.fake_tensor", "fx.experimental", "_export")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    # It prints the half-made graph of a failed export; shadowing its print leaves everybody else's stderr alone.
+    vars(_trace)["print"] = lambda *args, **kwargs: None
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+            yield
+    finally:
+        del vars(_trace)["print"]
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _capture_error(model: torch.nn.Module, error: Exception) -> CaptureError:
+    hint = "make it independent of tensor values (torch.where, torch.cond)" if _depends_on_data(error) else ""
+    return CaptureError(f"cannot capture {type(model).__name__}: {_reason(error)}{_place(error)}", hint)
+
+
+def _reason(error: Exception) -> str:
+    """The exporter's own reason, without its advice to people who debug torch."""
+    if _depends_on_data(error):
+        return "its control flow or shapes depend on tensor values"
+    if str(error).startswith("Constraints violated"):
+        return "the model's code fixes its size"
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next((line.split(" For more information, run with")[0] for line in lines if line), type(error).__name__)
+
+
+def _depends_on_data(error: Exception) -> bool:
+    return type(error).__name__ in ("GuardOnDataDependentSymNode", "PendingUnbackedSymbolNotFound")
+
+
+def _place(error: Exception) -> str:
+    """`` (file:line, source)`` of the innermost frame that is neither torch's nor optc's, or nothing."""
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*ours, "<"))]
+    return f" ({frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line})" if frames else ""
