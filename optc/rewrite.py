@@ -87,7 +87,7 @@ def shape(node: fx.Node) -> tuple[int, ...]:
 
 
 def dims(node: fx.Node) -> tuple[int | str, ...] | None:
-    """Sizes of a tensor-valued node that hold at any batch: numbers, and expressions such as ``"8*s0"`` where they vary.
+    """Sizes of a tensor-valued node at any batch: numbers, and expressions such as ``"8*s0"`` where they vary.
 
     ``None`` where this is not known (a node made by a pass that did not say); do not take two shapes for equal then.
     """
@@ -116,6 +116,13 @@ def replace(node: fx.Node, new: fx.Node) -> None:
     new.meta["replaces"] = node.name
     node.replace_all_uses_with(new)
     node.graph.erase_node(node)
+
+
+def erase_unused(nodes: Iterable[object]) -> None:
+    """Erase those of the given arguments that are nodes nothing uses any more (constants a rewrite has replaced)."""
+    for node in nodes:
+        if isinstance(node, fx.Node) and not node.users and not node._erased:
+            node.graph.erase_node(node)
 
 
 def erase_dead(program: Program) -> int:

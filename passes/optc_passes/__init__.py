@@ -9,4 +9,51 @@ from optc import Entry, hookimpl
 
 @hookimpl
 def optc_passes() -> Iterable[Entry]:
-    return []
+    return [
+        Entry("fuse", "Fold, fuse and simplify without changing what the model computes.", "optc_passes.fuse:Fuse"),
+        Entry(
+            "fold-batch-norm",
+            "Fold inference batch norms into the convolution or linear layer beside them.",
+            "optc_passes.batch_norm:FoldBatchNorm",
+        ),
+        Entry(
+            "fold-layer-norm",
+            "Fold layer norms' weight and bias into the linear layers that read them.",
+            "optc_passes.layer_norm:FoldLayerNorm",
+        ),
+        Entry(
+            "fold-layer-scale",
+            "Fold multiplication by a constant per channel into the layer beside it.",
+            "optc_passes.layer_scale:FoldLayerScale",
+        ),
+        Entry(
+            "fold-constants",
+            "Evaluate expressions of constants ahead of time.",
+            "optc_passes.constants:FoldConstants",
+        ),
+        Entry(
+            "merge-parallel-linears",
+            "Compute linear layers over one input with one matrix product.",
+            "optc_passes.parallel_linears:MergeParallelLinears",
+        ),
+        Entry(
+            "merge-common-subexpressions",
+            "Compute equal expressions once.",
+            "optc_passes.subexpressions:MergeCommonSubexpressions",
+        ),
+        Entry(
+            "merge-views",
+            "Let chains of views, permutes and copies become one operator.",
+            "optc_passes.views:MergeViews",
+        ),
+        Entry(
+            "remove-identity",
+            "Remove operators that hand on their input unchanged (dropout, no-op views, copies, casts, pads).",
+            "optc_passes.identity:RemoveIdentity",
+        ),
+        Entry(
+            "remove-dead-code",
+            "Remove operators and constants that no output depends on.",
+            "optc_passes.dead_code:RemoveDeadCode",
+        ),
+    ]

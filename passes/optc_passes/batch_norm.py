@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from optc import Change, Pass, PassContext, PassResult, Program, Skip
-from optc.rewrite import argument, calls, constant_of, dtype, is_call, module_path
+from optc.rewrite import argument, calls, constant_of, dtype, erase_unused, is_call, module_path
 from optc_passes.affine import fold_beside
 
 aten = torch.ops.aten
@@ -57,8 +57,7 @@ def _fold(program: Program, node: fx.Node) -> tuple[bool, str]:
         return False, what
     path = module_path(node)
     norm.output.replace_all_uses_with(norm.value)
-    for used in (norm.output, node) if norm.output is not node else (node,):
-        program.graph.erase_node(used)
+    erase_unused((*node.users, node, *node.args[1:]))
     return True, f"{path} {what}".strip()
 
 
@@ -69,9 +68,6 @@ def _read(program: Program, node: fx.Node) -> _Norm | str:
     output = node
     if not is_call(node, aten.batch_norm.default):
         used = [user for user in node.users if user.users]
-        for user in list(node.users):
-            if not user.users and is_call(user, operator.getitem):
-                program.graph.erase_node(user)
         if len(used) != 1 or not is_call(used[0], operator.getitem) or used[0].args[1] != 0:
             return "its saved statistics are used" if used else "nothing uses it"
         output = used[0]

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from optc import Program
-from optc.rewrite import argument, dims, is_call, label, shape, used_by
+from optc.rewrite import argument, dims, is_call, label, used_by
 from optc_passes.layers import Layer, as_layer
 
 aten = torch.ops.aten
@@ -30,11 +30,10 @@ _ROW_MAJOR = (
 _PADS = (aten.pad.default, aten.constant_pad_nd.default)
 
 
-def axis_after(node: object, axis: int) -> int | None:
-    """Where ``node``, a channel-preserving operator, puts dimension ``axis`` of its first input; ``None`` if it is not one."""
-    if not (isinstance(node, fx.Node) and node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node)):
-        return None
-    rank = len(shape(node.args[0])) if hasattr(node.args[0].meta.get("val"), "shape") else 0
+def axis_after(node: fx.Node, axis: int) -> int | None:
+    """Where ``node`` puts dimension ``axis`` of its first input; ``None`` if it does not preserve channels there."""
+    source = node.args[0] if node.args else None
+    rank = _rank(source) if isinstance(source, fx.Node) else 0
     if axis >= rank:
         return None
     if is_call(node, *_SAME_AXES):
@@ -95,7 +94,7 @@ class Route:
 
 
 def layer_before(program: Program, user: fx.Node, value: fx.Node, axis: int) -> Route | str:
-    """The layer whose output channels are dimension ``axis`` of ``value``, reached through nothing that anyone else sees.
+    """The layer whose output channels are dimension ``axis`` of ``value``, reached through what nothing else sees.
 
     Args:
         user: the node for which ``value`` is looked at.
@@ -113,9 +112,7 @@ def layer_before(program: Program, user: fx.Node, value: fx.Node, axis: int) -> 
                 return f"dimension {axis} is not the channels of {label(value)} before it"
             return layer.not_constant(program) or Route(layer, tuple(pads))
         source = value.args[0] if value.args and isinstance(value.args[0], fx.Node) else None
-        source_axis = None
-        if source is not None and isinstance(source.meta.get("val"), torch.Tensor):
-            source_axis = next((a for a in range(len(shape(source))) if axis_after(value, a) == axis), None)
+        source_axis = next((a for a in range(_rank(source)) if axis_after(value, a) == axis), None)
         if source is None or source_axis is None:
             return f"{label(value)} before it is neither a convolution nor a linear layer"
         if is_call(value, *_PADS):
@@ -156,6 +153,11 @@ def layers_after(program: Program, value: fx.Node, axis: int, shifted: bool) -> 
                 return f"{label(user)} after it pads with a constant"
             pending.append((user, next_axis))
     return found or "there is nothing"
+
+
+def _rank(value: fx.Node | None) -> int:
+    known = None if value is None else value.meta.get("val")
+    return known.dim() if isinstance(known, torch.Tensor) else 0
 
 
 def pad_mode(node: fx.Node) -> str:

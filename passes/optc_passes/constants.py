@@ -39,7 +39,7 @@ class FoldConstants(Pass):
             known = {n: values[n] if n in values else constant_of(program, n) for n in operands}
             with torch.no_grad():
                 args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
-                value = node.target(*args, **kwargs)  # type: ignore[operator]
+                value = node.target(*args, **kwargs)
             released = sum(_bytes(known[n]) for n in operands if all(user in foldable for user in n.users))
             if _bytes(value) > max(FREE_BYTES, released):
                 reason = f"its value would add {(_bytes(value) - released) / 2**20:.1f} MiB of constants"
@@ -64,7 +64,7 @@ def _constant_expressions(program: Program, skipped: list[Skip]) -> set[fx.Node]
         if not all(n in found or constant_of(program, n) is not None for n in node.all_input_nodes):
             continue
         target = str(node.target)
-        if is_random(node) or target.startswith("aten.empty") or target.startswith("aten.new_empty"):
+        if is_random(node) or target.startswith(("aten.empty", "aten.new_empty")):
             skipped.append(Skip("fold-constants", node.name, "its value is not determined"))
         elif "dequantize" in target:
             skipped.append(Skip("fold-constants", node.name, "folding it would undo a quantization"))

@@ -1,4 +1,4 @@
-"""Remove operators that hand on their input unchanged: evaluation-mode dropout, no-op views, casts, pads, arithmetic."""
+"""Remove operators that hand on their input unchanged: dropout when not training, no-op views, casts and arithmetic."""
 
 from __future__ import annotations
 
@@ -89,8 +89,9 @@ def _copy(program: Program, node: fx.Node) -> bool:
 def _cast(program: Program, node: fx.Node) -> bool:
     """A cast to the type, device and layout a tensor already has."""
     before, after = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
-    same = before.dtype == after.dtype and before.device == after.device and before.layout == after.layout
-    return same and before.stride() == after.stride()
+    return all(getattr(before, what) == getattr(after, what) for what in ("dtype", "device", "layout")) and (
+        _strides(node) == _strides(node.args[0])  # type: ignore[arg-type]
+    )
 
 
 def _same_shape(program: Program, node: fx.Node) -> bool:

@@ -10,14 +10,14 @@ import torch
 from torch import fx
 
 from optc import Change, Pass, PassContext, PassResult, Program, Skip
-from optc.rewrite import argument, calls, constant_of, module_path, set_argument, shape
+from optc.rewrite import argument, calls, constant_of, erase_unused, module_path, set_argument, shape
 from optc_passes.affine import fold_after
 
 _LAYER_NORM = torch.ops.aten.layer_norm.default
 
 
 class FoldLayerNorm(Pass):
-    """Where all that reads a layer norm is linear layers, give them its γ and β; the norm keeps only its normalisation."""
+    """Where only linear layers read a layer norm, give them its γ and β; the norm keeps just its normalisation."""
 
     name = "fold-layer-norm"
     summary = "Fold layer norms' weight and bias into the linear layers that read them."
@@ -55,8 +55,6 @@ def _fold(program: Program, node: fx.Node) -> tuple[bool, str]:
     if done:
         set_argument(node, "weight", None)
         set_argument(node, "bias", None)
-        for constant in constants:
-            if constant is not None and not constant.users:
-                program.graph.erase_node(constant)
+        erase_unused(constants)
         what = f"{module_path(node)} {what}".strip()
     return done, what

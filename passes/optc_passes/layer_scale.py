@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from optc import Change, Pass, PassContext, PassResult, Program, Skip
-from optc.rewrite import calls, constant_of, dtype, module_path, shape
+from optc.rewrite import calls, constant_of, dtype, erase_unused, module_path, shape
 from optc_passes.affine import fold_beside
 
 _MUL = torch.ops.aten.mul.Tensor
@@ -38,7 +38,7 @@ class FoldLayerScale(Pass):
 
 
 def _factor(program: Program, node: fx.Node) -> tuple[fx.Node, Tensor | float] | None:
-    """What a ``mul`` multiplies and by which constant; ``None`` if neither side is a constant or it changes shape or type."""
+    """What a ``mul`` multiplies, and the constant; ``None`` if there is no constant or it changes shape or type."""
     for value, factor in (node.args[:2], node.args[1::-1]):
         if not isinstance(value, fx.Node) or constant_of(program, value) is not None:
             continue
@@ -56,7 +56,8 @@ def _fold(program: Program, node: fx.Node, value: fx.Node, factor: Tensor | floa
     if not isinstance(factor, Tensor):
         axes, factor = list(range(rank - 1, -1, -1)), torch.tensor(factor, dtype=torch.float64)
     else:
-        axes = [axis for axis in range(rank) if (offset := axis - rank + factor.ndim) >= 0 and factor.shape[offset] != 1]
+        padded = [1] * (rank - factor.ndim) + list(factor.shape)
+        axes = [axis for axis in range(rank) if padded[axis] != 1]
         if len(axes) > 1:
             return False, f"its factor varies along {len(axes)} dimensions, not one"
         axes = axes or list(range(rank - 1, -1, -1))
@@ -66,7 +67,9 @@ def _fold(program: Program, node: fx.Node, value: fx.Node, factor: Tensor | floa
         done, what = fold_beside(program, node, value, node, axis, scale, None)
         if done:
             node.replace_all_uses_with(value)
+            constants = node.args
             program.graph.erase_node(node)
+            erase_unused(constants)
             return True, f"{module_path(node)} {what}".strip()
         reasons.append(what)
     return False, reasons[0]

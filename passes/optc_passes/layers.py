@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from optc import Program
-from optc.rewrite import add_constant, argument, constant_of, dtype, is_call, set_argument, shape
+from optc.rewrite import add_constant, argument, constant_of, dtype, erase_unused, is_call, set_argument, shape
 
 aten = torch.ops.aten
 LINEARS = (aten.linear.default,)
@@ -67,7 +67,7 @@ class Layer:
 
     @property
     def pads(self) -> bool:
-        """Whether borders see values (zeros) that are not the input's, so adding to the input is not adding to these."""
+        """Whether borders see zeros that are not the input's: adding to the input is not adding to those."""
         if is_call(self.node, *LINEARS):
             return False
         padding = argument(self.node, "padding")
@@ -154,6 +154,4 @@ def _set_constants(program: Program, layer: Layer, weight: Tensor, bias: Tensor 
     if bias is not None:
         hint = str(old_bias.target) if old_bias is not None else hint.removesuffix("weight").rstrip("._") + ".bias"
         set_argument(layer.node, "bias", add_constant(program, layer.node, hint.lstrip("."), bias.to(precision)))
-    for old in (old_weight, old_bias):
-        if old is not None and not old.users:
-            program.graph.erase_node(old)
+    erase_unused((old_weight, old_bias))

@@ -9,7 +9,19 @@ import torch
 from torch import Tensor, fx
 
 from optc import Change, Pass, PassContext, PassResult, Program, Skip
-from optc.rewrite import add_constant, argument, calls, constant_of, dtype, label, loosen_layout, replace, shape, used_by
+from optc.rewrite import (
+    add_constant,
+    argument,
+    calls,
+    constant_of,
+    dtype,
+    erase_unused,
+    label,
+    loosen_layout,
+    replace,
+    shape,
+    used_by,
+)
 from optc_passes.layers import as_layer
 
 aten = torch.ops.aten
@@ -94,9 +106,7 @@ def _merge(program: Program, group: list[fx.Node]) -> list[fx.Node]:
             merged.meta[key] = pieces.meta[key] = first.meta[key]
     for node, output in zip(group, outputs, strict=True):
         replace(node, output)
-    for constant in (*weights, *biases):
-        if constant is not None and not constant.users:
-            graph.erase_node(constant)
+    erase_unused((*weights, *biases))
     return outputs
 
 

@@ -15,8 +15,8 @@ from optc.rewrite import constant_of
 class MergeCommonSubexpressions(Pass):
     """Merge operators with the same target and arguments, and constants that are the same memory.
 
-    Equal arguments are equal in type too: multiplying by ``1`` and by ``1.0`` may give different types. Random operators
-    differ each time and are left alone.
+    Equal arguments are equal in type too: multiplying by ``1`` and by ``1.0`` may give different types. Random
+    operators differ each time and are left alone.
     """
 
     name = "merge-common-subexpressions"
