@@ -110,7 +110,8 @@ def _pooled_median(blocks: Sequence[ArrayLike]) -> float:
 
 def _thinned(blocks: Sequence[ArrayLike]) -> NDArray[np.float64]:
     """(blocks, points): each block as evenly spaced quantiles, so that a resample's median costs the same however fast
-    the model is."""
+    the model is.
+    """
     grid = (np.arange(_POINTS_PER_BLOCK) + 0.5) / _POINTS_PER_BLOCK
     return np.stack([np.quantile(np.asarray(block, dtype=np.float64), grid) for block in blocks])
 
