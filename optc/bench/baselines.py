@@ -1,4 +1,4 @@
-"""The unquantized candidates an optimized model has to beat: PyTorch eager and compiled, in float32 and half precision."""
+"""The unquantized candidates an optimized model has to beat: PyTorch eager and compiled, full and half precision."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
 def baselines(module: nn.Module, example_inputs: Sequence[Tensor], target: Target) -> list[Candidate]:
     """The baselines of a device: eager float32, eager half precision, and ``torch.compile`` of the latter.
 
-    Half precision is bfloat16 on CPU, float16 on CUDA. On a CPU without bfloat16 instructions, where bfloat16 is emulated
-    and no honest rival, compiled float32 joins them.
+    Half precision is bfloat16 on CPU, float16 on CUDA. On a CPU without bfloat16 instructions, where bfloat16 is
+    emulated and no honest rival, compiled float32 joins them.
 
     Args:
         module: the original model; put into eval mode and used as it is for float32 on CPU. Half-precision copies are

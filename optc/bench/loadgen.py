@@ -1,4 +1,4 @@
-"""MLPerf LoadGen's SingleStream scenario over any :class:`~optc.Runner`: one query at a time, the next when it is done."""
+"""MLPerf LoadGen's SingleStream scenario over any :class:`~optc.Runner`: each query issued when the last is done."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ class _State:
         gc.collect()
 
     def block(self, inputs: Sequence[tuple[Array, ...]], seconds: float) -> None:
-        """Warm up, then one LoadGen run of about ``seconds``; a failure closes the candidate and is kept as a reason."""
+        """Warm up, then one LoadGen run of about ``seconds``; a failure closes the candidate and is kept."""
         if self.runner is None:
             return
         try:

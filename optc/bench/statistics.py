@@ -61,9 +61,9 @@ def ratio_of_medians(first: Sequence[ArrayLike], second: Sequence[ArrayLike], *,
     """Ratio of the pooled median latencies of two candidates, ``first / second``.
 
     Queries within a block share the machine's state of that moment, so whole blocks are resampled, not queries
-    (otherwise the interval comes out far too narrow). Interleaved blocks are resampled in pairs: what slowed the machine
-    for a while slowed both. A percentile bootstrap of few units is too narrow; its level is widened as in Hesterberg,
-    "What Teachers Should Know About the Bootstrap" (2015), section 5.2.
+    (otherwise the interval comes out far too narrow). Interleaved blocks are resampled in pairs: what slowed the
+    machine for a while slowed both. A percentile bootstrap of few units is too narrow; its level is widened as in
+    Hesterberg, "What Teachers Should Know About the Bootstrap" (2015), on expanded percentile intervals.
 
     Args:
         first, second: latencies (any unit), one array per block.
@@ -78,7 +78,8 @@ def ratio_of_medians(first: Sequence[ArrayLike], second: Sequence[ArrayLike], *,
     a, b = _thinned(first), _thinned(second)
 
     def statistic(i: NDArray[Any], j: NDArray[Any], axis: int = -1) -> NDArray[Any]:
-        return _medians(a, i, axis) / _medians(b, j, axis)
+        ratios: NDArray[Any] = _medians(a, i, axis) / _medians(b, j, axis)
+        return ratios
 
     units = (np.arange(len(a)), np.arange(len(b)))
     if interleaved:
