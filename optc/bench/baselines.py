@@ -131,12 +131,12 @@ def _open_compiled(source: _Converted, example: tuple[Tensor, ...]) -> Runner:
 
     Freezing makes weights constants of the compiled code, packed for the kernels: the strongest form.
     """
-    compiled = torch.compile(source.get(), dynamic=False, options={"freezing": True})
-    runner = _TorchRunner(compiled, "torch.compile inductor", source.dtype, source.device)
     start = time.perf_counter()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            compiled = torch.compile(source.get(), dynamic=False, options={"freezing": True})
+            runner = _TorchRunner(compiled, "torch.compile inductor", source.dtype, source.device)
             runner(*[t.detach().cpu().numpy() for t in example])
     except Exception as error:
         text = str(error)

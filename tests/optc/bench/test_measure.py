@@ -1,0 +1,283 @@
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from optc import Runner, Target
+from optc.bench import measure as measure_module
+from optc.bench.measure import MAX_QUERIES, measure
+from optc.bench.results import Candidate, Measurement
+from optc.errors import BackendError
+
+Arrays = tuple[np.ndarray, ...]
+
+
+class _Watched(Runner):
+    """Calls a function; a log shows when it was opened, called and closed."""
+
+    provider, precision = "test runtime", "float32 really"
+
+    def __init__(self, name: str, function: Callable[..., Arrays], log: list[tuple[str, str]]) -> None:
+        self.name, self.function, self.log = name, function, log
+        log.append(("open", name))
+
+    def __call__(self, *inputs: np.ndarray) -> Arrays:
+        self.log.append(("call", self.name))
+        return self.function(*inputs)
+
+    def close(self) -> None:
+        self.log.append(("close", self.name))
+
+
+@pytest.fixture
+def log() -> list[tuple[str, str]]:
+    return []
+
+
+@pytest.fixture
+def query() -> list[Arrays]:
+    return [(np.ones((1, 64), np.float32),)]
+
+
+def _candidate(
+    name: str,
+    log: list[tuple[str, str]],
+    function: Callable[..., Arrays] | None = None,
+    *,
+    quantized: bool = False,
+    size: int = 0,
+) -> Candidate:
+    return Candidate(name, "float32", quantized, lambda: _Watched(name, function or _work(1), log), size)
+
+
+def _work(layers: int) -> Callable[..., Arrays]:
+    """Matrix products on one thread: the same work each time, in proportion to ``layers``."""
+    model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(8 * layers)]).eval()
+
+    @torch.no_grad()
+    def run(x: np.ndarray) -> Arrays:
+        return (model(torch.from_numpy(x)).numpy(),)
+
+    return run
+
+
+def _turns(log: list[tuple[str, str]]) -> list[str]:
+    """Names in the order they had the machine to themselves."""
+    turns: list[str] = []
+    for event, name in log:
+        if event == "call" and (not turns or turns[-1] != name):
+            turns.append(name)
+    return turns
+
+
+def _short(candidates: list[Candidate], query: list[Arrays], **options: object) -> Measurement:
+    options = {"blocks": 2, "block_seconds": 0.02, **options}
+    return measure(candidates, query, Target(threads=1), **options)  # type: ignore[arg-type]
+
+
+def test_blocks_take_turns_and_all_latencies_are_kept(log: list[tuple[str, str]], query: list[Arrays]) -> None:
+    result = _short([_candidate("a", log), _candidate("b", log)], query, blocks=3)
+    assert _turns(log) == ["a", "b", "a", "b", "a", "b"]
+    assert result.interleaved
+    assert result.sequential_reason == ""
+    for name in "ab":
+        candidate = result[name]
+        assert len(candidate.blocks) == 3
+        calls = sum(entry == ("call", name) for entry in log)
+        assert calls == sum(len(block.latencies_ns) for block in candidate.blocks) + 3 * 2  # two warm-up calls each
+        assert candidate.percentiles is not None
+        pooled = np.concatenate(candidate.latencies_ns)
+        assert candidate.percentiles.p50_ns == pytest.approx(np.median(pooled))
+        assert candidate.precision == "float32 really"
+        assert candidate.provider == "test runtime"
+    assert [entry for entry in log if entry[0] == "close"] == [("close", "a"), ("close", "b")]
+
+
+def test_the_same_work_twice_is_no_difference_and_half_the_work_is_faster(
+    log: list[tuple[str, str]], query: list[Arrays]
+) -> None:
+    one, two = _work(1), _work(4)
+    candidates = [
+        _candidate("again", log, one, quantized=True),
+        _candidate("once", log, one),
+        _candidate("four times", log, two),
+    ]
+    same = measure(candidates[:2], query, Target(threads=1), optimized="again", block_seconds=0.1)
+    assert same.baseline == "once"
+    assert same.ratio is not None
+    assert same.ratio.low <= 1 <= same.ratio.high
+    less = measure(candidates[::2], query, Target(threads=1), optimized="again", block_seconds=0.1)
+    assert less.ratio is not None
+    assert less.ratio.value < 1
+    assert less.ratio.outcome == "faster"
+
+
+def test_the_baseline_is_the_fastest_unquantized_candidate_but_not_the_optimized_one(
+    log: list[tuple[str, str]], query: list[Arrays]
+) -> None:
+    def sleep(milliseconds: float) -> Callable[..., Arrays]:
+        def run(x: np.ndarray) -> Arrays:
+            time.sleep(milliseconds / 1000)
+            return (x,)
+
+        return run
+
+    candidates = [
+        _candidate("slow", log, sleep(60)),
+        _candidate("middling", log, sleep(20)),
+        _candidate("int8", log, sleep(0), quantized=True),
+        _candidate("fused", log, sleep(1)),
+    ]
+    result = _short(candidates, query, optimized="fused")
+    assert result.baseline == "middling"
+    assert result.ratio is not None
+    assert result.ratio.value < 0.5
+    assert _short(candidates, query).ratio is None
+    assert _short(candidates[2:3], query, optimized="int8").baseline is None
+
+
+def test_what_fails_is_listed_with_its_reason(log: list[tuple[str, str]], query: list[Arrays]) -> None:
+    def refuse() -> Runner:
+        raise BackendError("no kernel for bf16 convolution", "use float32")
+
+    def crash() -> Runner:
+        raise RuntimeError("first line\nsecond line")
+
+    calls = iter(range(1000))
+
+    def dies(x: np.ndarray) -> Arrays:
+        if next(calls) == 3:
+            raise ValueError("bad shape")
+        time.sleep(0.005)
+        return (x,)
+
+    result = _short(
+        [
+            Candidate("refused", "bfloat16", False, refuse),
+            Candidate("crashed", "int8", True, crash),
+            _candidate("dies", log, dies),
+            _candidate("works", log, quantized=True),
+        ],
+        query,
+        optimized="works",
+    )
+    assert result["refused"].error == "no kernel for bf16 convolution — use float32"
+    assert result["refused"].percentiles is None
+    assert result["crashed"].error == "RuntimeError: first line"
+    died = result["dies"].error
+    assert died is not None
+    assert "'dies' failed on sample 0" in died
+    assert "ValueError: bad shape" in died
+    assert ("close", "dies") in log
+    assert result["works"].error is None
+    assert len(result["works"].blocks) == 2
+    assert result.baseline is None  # a candidate that died is nothing to compare with
+    assert result.ratio is None
+
+
+def test_nan_outputs_are_warned_of(log: list[tuple[str, str]], query: list[Arrays]) -> None:
+    result = _short([_candidate("nan", log, lambda x: (x * np.float32("nan"),))], query)
+    total = sum(len(block.latencies_ns) for block in result["nan"].blocks)
+    assert f"{total} of {total} queries returned NaN or infinity" in result["nan"].warnings
+
+
+def test_one_after_another_on_request_and_where_memory_is_short(
+    log: list[tuple[str, str]], query: list[Arrays]
+) -> None:
+    asked = _short([_candidate("a", log), _candidate("b", log)], query, together=False)
+    assert [entry for entry in log if entry[0] != "call"] == [
+        ("open", "a"),
+        ("close", "a"),
+        ("open", "b"),
+        ("close", "b"),
+    ]
+    assert not asked.interleaved
+    assert _turns(log) == ["a", "b"]
+    huge = [_candidate("a", log, size=10**15), _candidate("b", log, quantized=True)]
+    result = _short(huge, query, optimized="b")
+    assert not result.interleaved
+    assert "1000000.0 GB" in result.sequential_reason
+    assert result.ratio is not None
+    assert _short(huge, query, together=True).interleaved
+
+
+def test_slow_models_get_few_queries_and_fewer_rounds(log: list[tuple[str, str]], query: list[Arrays]) -> None:
+    def slow(x: np.ndarray) -> Arrays:
+        time.sleep(0.15)
+        return (x,)
+
+    candidates = [_candidate("slow", log, slow), _candidate("again", log, slow, quantized=True)]
+    result = _short(candidates, query, blocks=50, limit_seconds=0.5, optimized="again")
+    assert [len(block.latencies_ns) for block in result["slow"].blocks] == [1, 1]
+    assert sum(entry == ("call", "slow") for entry in log) == 4  # one warm-up call, one query, twice
+    assert any("only 2 blocks" in warning for warning in result.warnings)
+    assert any("only 2 queries" in warning for warning in result["slow"].warnings)
+
+
+def test_fast_models_do_not_fill_the_result(log: list[tuple[str, str]], query: list[Arrays]) -> None:
+    result = _short([_candidate("null", log, lambda x: (x,))], query, block_seconds=5.0)
+    assert [len(block.latencies_ns) for block in result["null"].blocks] == [MAX_QUERIES] * 2
+
+
+def test_threads_and_garbage_collector_are_set_and_put_back(log: list[tuple[str, str]], query: list[Arrays]) -> None:
+    seen: set[tuple[int, bool]] = set()
+
+    def run(x: np.ndarray) -> Arrays:
+        seen.add((torch.get_num_threads(), gc.isenabled()))
+        return (x,)
+
+    before = torch.get_num_threads()
+    measure([_candidate("a", log, run)], query, Target(threads=before + 1), blocks=2, block_seconds=0.01)
+    assert seen == {(before + 1, False)}
+    assert torch.get_num_threads() == before
+    assert gc.isenabled()
+
+
+def test_ctrl_c_closes_what_is_open(log: list[tuple[str, str]], query: list[Arrays]) -> None:
+    def interrupted(x: np.ndarray) -> Arrays:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _short([_candidate("a", log), _candidate("b", log, interrupted)], query)
+    assert log[-2:] == [("close", "a"), ("close", "b")]
+
+
+def test_a_busy_machine_is_warned_of(
+    log: list[tuple[str, str]], query: list[Arrays], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (64.0, 1.0, 1.0))
+    assert "load 64.0" in _short([_candidate("a", log)], query).warnings[0]
+    monkeypatch.setattr("os.getloadavg", lambda: (0.0, 1.0, 1.0))
+    assert _short([_candidate("a", log)], query).warnings == ()
+
+
+def test_the_result_is_plain_json(log: list[tuple[str, str]], query: list[Arrays]) -> None:
+    result = _short([_candidate("a", log), _candidate("b", log, quantized=True)], query, optimized="b")
+    data = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert data["baseline"] == "a"
+    assert data["results"][0]["blocks"][0]["latencies_ns"] == list(result["a"].blocks[0].latencies_ns)
+    assert data["results"][0]["blocks"][0]["loadgen"]["scenario"] == "SingleStream"
+
+
+def test_progress_names_each_step(log: list[tuple[str, str]], query: list[Arrays]) -> None:
+    lines: list[str] = []
+    _short([_candidate("a", log)], query, progress=lines.append)
+    assert lines == ["opening a", "measuring a, block 1 of 2", "measuring a, block 2 of 2"]
+
+
+def test_settles_longer_than_openmp_workers_spin() -> None:
+    assert measure_module.SETTLE_SECONDS >= 0.2
+
+
+def test_results_do_not_import_torch() -> None:
+    code = "import sys, optc.bench.results; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
