@@ -21,7 +21,9 @@ SETTLE_SECONDS = 0.25
 """Pause before a block: torch's OpenMP workers spin for about 200 ms after a call and keep the cores from the next."""
 MAX_QUERIES = 10_000
 """Most queries in a block, so that a model of microseconds does not fill the manifest."""
-_MEMORY_SHARE = 0.7
+_MEMORY_SHARE = 0.2
+"""Most of the free memory that candidates' weights may take together: runtimes hold packed copies besides, and what is
+gained by taking turns matters least for models that large."""
 
 
 def measure(

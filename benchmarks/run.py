@@ -1,0 +1,28 @@
+"""Run the benchmarks, each in a process of its own: ``python benchmarks/run.py [NAME ...]``."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+NAMES = ("harness_overhead", "pass_scaling", "ort_static", "overhead", "vit_huge")
+
+
+def main(names: list[str]) -> int:
+    """Run the named benchmarks, or all, and return how many claims did not hold."""
+    unknown = sorted(set(names) - set(NAMES))
+    if unknown:
+        sys.exit(f"unknown benchmark {', '.join(unknown)} (there are {', '.join(NAMES)})")
+    failed = []
+    for name in names or NAMES:
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        if subprocess.run([sys.executable, str(FOLDER / f"{name}.py")], check=False).returncode:
+            failed.append(name)
+    print(f"did not hold: {', '.join(failed)}" if failed else "every claim held", file=sys.stderr)
+    return len(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
