@@ -1,4 +1,4 @@
-"""ViT-H/14 (632 M parameters) through ``optc optimize --passes fuse``: its peak of memory, and whether the file runs."""
+"""ViT-H/14 (632 M parameters) through ``optc optimize --passes fuse``: peak memory, and whether the file runs."""
 
 from __future__ import annotations
 
