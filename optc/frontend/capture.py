@@ -75,6 +75,8 @@ def program_from_exported(
     graph.output(tuple(values[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in leaves))
     for old, new in values.items():
         new.meta = {key: value for key, value in old.meta.items() if key != "val"}
+        if isinstance(value := old.meta.get("val"), torch.Tensor):
+            new.meta["dims"] = tuple(size if isinstance(size, int) else str(size) for size in value.shape)
     program = Program(graph_module(unlifted, graph), inputs, dynamic_batch, info, exported.call_spec.out_spec)
     complete_meta(program)
     return program
