@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import torch
-from optc_hello.relu_once import RELU, ReluOnce
 from torch import nn
 
 import optc
 from optc.rewrite import calls
+from optc_hello.relu_once import RELU, ReluOnce
 
 
 def captured(*layers: nn.Module) -> optc.Program:
