@@ -16,7 +16,7 @@ WIDTH = 100
 
 def command_reference() -> str:
     """The help text of ``optc`` and of each of its commands, as Markdown."""
-    root = click.Context(cli, info_name="optc", terminal_width=WIDTH, max_content_width=WIDTH)
+    root = click.Context(cli, info_name="optc", terminal_width=WIDTH, max_content_width=WIDTH, **cli.context_settings)
     lines = ["# The command line", "", "Written by `make docs` from the commands themselves."]
     for context in (root, *(_subcommand(root, name) for name in cli.list_commands(root))):
         lines += ["", f"## {context.command_path}", "", "```text"]
