@@ -11,16 +11,19 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from optc import Calibration, DataError, PassContext, Program
+from optc import Calibration, DataError, OptcError, PassContext, Program
 from optc.rewrite import argument, calls, constant_of, is_call
 from torch import Tensor, fx
 from torchao.quantization.pt2e import ObserverBase
 from torchao.quantization.pt2e.prepare import prepare as insert_observers
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
+from optc_passes.quant_noise import Batch
 from optc_passes.quant_plan import DEQUANTIZERS, Plan, aten
 from optc_passes.quantizer import ANNOTATION, Int8Quantizer
 
+CHECKED_SAMPLES = 16
+"""Calibration samples kept to compare the quantized program on; running it in PyTorch costs several float passes."""
 _META_OF_PT2E = (ANNOTATION, "from_node", "_numeric_debug_handle")
 
 
@@ -61,31 +64,35 @@ def prepare(
 
 
 @torch.no_grad()
-def calibrate(prepared: fx.GraphModule, calibration: Calibration, context: PassContext) -> list[tuple[Tensor, ...]]:
-    """Show every batch to the observers; returns the float outputs, batch by batch.
+def calibrate(
+    prepared: fx.GraphModule, calibration: Calibration, context: PassContext
+) -> tuple[list[Batch], list[Batch]]:
+    """Show every batch to the observers; returns the first few batches and the float outputs for them.
 
     Raises:
         DataError: there are no batches, or one does not fit the program or holds NaN or Inf.
+        OptcError: the float program itself gives NaN or Inf.
     """
     inputs = len(prepared.graph.find_nodes(op="placeholder"))
     total = operator.length_hint(calibration, 0)
-    outputs = []
+    batches: list[Batch] = []
+    outputs: list[Batch] = []
     for number, batch in enumerate(calibration, 1):
         context.progress(f"calibrating {number}/{total}" if total else f"calibrating {number}")
+        what = f"calibration batch {number} of '{calibration.description}'"
         if len(batch) != inputs:
-            raise DataError(
-                f"calibration batch {number} of '{calibration.description}' has {len(batch)} tensors, "
-                f"the model takes {inputs}",
-                "give one tensor per model input",
-            )
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in batch):
-            raise DataError(
-                f"calibration batch {number} of '{calibration.description}' holds NaN or Inf", "clean the data"
-            )
-        outputs.append(prepared(*batch))
-    if not outputs:
+            raise DataError(f"{what} has {len(batch)} tensors, the model takes {inputs}", "give one per model input")
+        if not all(bool(tensor.isfinite().all()) for tensor in batch):
+            raise DataError(f"{what} holds NaN or Inf", "clean the data")
+        result = prepared(*batch)
+        if not all(bool(tensor.isfinite().all()) for tensor in result):
+            raise OptcError(f"the unquantized model gives NaN or Inf on {what}", "check the model's weights")
+        if sum(len(kept[0]) for kept in batches) < CHECKED_SAMPLES:
+            batches.append(tuple(batch))
+            outputs.append(result)
+    if not batches:
         raise DataError(f"calibration data '{calibration.description}' holds no batch", "give at least one")
-    return outputs
+    return batches, outputs
 
 
 @torch.no_grad()

@@ -1,0 +1,94 @@
+"""How much noise quantization adds: to a program's outputs, and by each layer on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from optc import Program
+from torch import Tensor, fx
+from torchao.quantization.pt2e import ObserverBase
+
+from optc_passes.quant_plan import Layer, Plan
+
+Batch = tuple[Tensor, ...]
+
+
+def sqnr_db(reference: Tensor, value: Tensor) -> float:
+    """Signal-to-quantization-noise ratio 10·log10(Σ ref² / Σ (ref − value)²) in dB; ``inf`` without noise."""
+    exact = reference.double()
+    noise = float((exact - value.double()).square().sum())
+    if noise == 0.0:
+        return float("inf")
+    return float(10 * torch.log10(exact.square().sum() / noise))
+
+
+def output_sqnr(program: Program, batches: Sequence[Batch], references: Sequence[Batch]) -> float:
+    """SQNR in dB of a program's worst floating-point output over all batches together.
+
+    Args:
+        references: the outputs wanted, batch by batch.
+    """
+    outputs = [program.run(*batch) for batch in batches]
+    pairs = zip(zip(*references, strict=True), zip(*outputs, strict=True), strict=True)
+    return min(
+        (sqnr_db(_joined(wanted), _joined(got)) for wanted, got in pairs if wanted[0].is_floating_point()),
+        default=float("inf"),
+    )
+
+
+def layer_sqnr(
+    program: Program, plan: Plan, observers: Mapping[str, ObserverBase], batch: Batch
+) -> dict[str, float]:
+    """SQNR in dB of each layer's output when that layer alone is int8, by name of the layer's node.
+
+    One forward pass of the float program in which every layer is computed a second time with rounded input, weight
+    and, where it is rounded, output.
+
+    Args:
+        observers: calibrated observers by the name of the value they saw.
+    """
+    meter = _NoiseMeter(program.module, plan, observers)
+    with torch.no_grad():
+        meter.run(*batch)
+    return meter.sqnr
+
+
+class _NoiseMeter(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, plan: Plan, observers: Mapping[str, ObserverBase]) -> None:
+        super().__init__(module)
+        self._layers = {layer.node: layer for layer in plan.layers}
+        self._observers = observers
+        self.sqnr: dict[str, float] = {}
+
+    def run_node(self, node: fx.Node) -> Any:
+        value = super().run_node(node)
+        layer = self._layers.get(node)
+        if layer is not None:
+            args, kwargs = self.fetch_args_kwargs_from_env(node)
+            rounded = [self._round(source, given) for source, given in zip(node.args[:2], args[:2], strict=True)]
+            got = node.target(*rounded, *args[2:], **kwargs)  # type: ignore[operator]
+            wanted, got = _behind(layer, value), _behind(layer, got)
+            self.sqnr[node.name] = sqnr_db(wanted, self._round(layer.tail, got) if layer.is_conv else got)
+        return value
+
+    def _round(self, source: Any, value: Tensor) -> Tensor:
+        observer: Any = self._observers[source.name]
+        scale, zero_point = observer.calculate_qparams()
+        low, high = observer.quant_min, observer.quant_max
+        if hasattr(observer, "ch_axis"):
+            return torch.fake_quantize_per_channel_affine(value, scale, zero_point, observer.ch_axis, low, high)
+        return torch.fake_quantize_per_tensor_affine(value, float(scale), int(zero_point), low, high)
+
+
+def _behind(layer: Layer, value: Tensor) -> Tensor:
+    """The layer's output as it leaves the rectifier behind it."""
+    if layer.tail is layer.node:
+        return value
+    result: Tensor = layer.tail.target(value, *layer.tail.args[1:], **layer.tail.kwargs)  # type: ignore[operator]
+    return result
+
+
+def _joined(parts: tuple[Tensor, ...]) -> Tensor:
+    return torch.cat([part.flatten() for part in parts])

@@ -1,0 +1,39 @@
+"""Composite operators that no int8 kernel covers, split into what one does and the rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from optc import Program
+from optc.ops import COMPOSITES, Composite
+from optc.rewrite import argument, calls
+from torch import fx
+from torch._ops import OpOverload
+
+_KEPT_ACTIVATIONS = (None, "relu", "relu6")
+
+
+def split_composites(program: Program) -> Program:
+    """Split, in place, each convolution with a residual or with an activation that int8 kernels do not apply.
+
+    An int8 convolution writes int8. What follows it (a residual in int8, a GELU in float) needs the rounded value, so
+    the rounding must have its place in the graph between the two. Linear layers may write float and stay whole.
+    """
+    for node in calls(program, *COMPOSITES):
+        row = COMPOSITES[node.target]  # type: ignore[index]
+        if row.is_conv and (row.residual or row.activation not in _KEPT_ACTIVATIONS):
+            _split(node, row)
+    return program
+
+
+def _split(node: fx.Node, row: Composite) -> None:
+    def call(target: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        made = node.graph.call_function(target, args, kwargs)
+        made.meta = dict(node.meta)  # every step has the composite's shape and data type
+        return made
+
+    arguments = tuple(argument(node, parameter.name) for parameter in node.target._schema.arguments)  # type: ignore[union-attr]
+    with node.graph.inserting_before(node):
+        last = row.emit(call, arguments)
+    node.replace_all_uses_with(last)
+    node.graph.erase_node(node)
