@@ -1,0 +1,181 @@
+"""Artifacts: folders with a runtime's own files, ``manifest.json`` and ``run.py``, written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import optc
+from optc.errors import ArtifactError
+from optc.lowering.backend import Array, Backend, Lowered, Runner
+from optc.lowering.manifest import NAME, Manifest, TensorEntry, check_files, file_entry, read_manifest
+from optc.machine import isa, machine
+from optc.plugins.registry import registry
+from optc.target import Target
+
+if TYPE_CHECKING:
+    from optc.program import Program
+
+TENSOR_FILES = {"onnxruntime": "run_onnxruntime.py"}
+"""By backend, the loader in this package that becomes ``run.py``."""
+INT8_ISA = ("avx512_vnni", "avx_vnni", "amx_int8")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact folder whose files have been checked against its manifest."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def bytes(self) -> int:
+        """Size of the runtime's files."""
+        return sum(self.manifest.files[name].bytes for name in self.manifest.load)
+
+    @property
+    def precision(self) -> str:
+        """What its runner said it computes in when it was made."""
+        return str(self.manifest.report.get("precision", ""))
+
+    def runner(self, target: Target | None = None) -> Runner:
+        """Load the runtime's files; ``target`` defaults to what the artifact was made for.
+
+        Raises:
+            OptcError: the backend is not installed or refuses the files.
+        """
+        backend: Backend = registry().load("backend", self.manifest.backend)()
+        return backend.load(self.folder, self.manifest.load, target or Target(**self.manifest.target))
+
+    def example_query(self, batch: int = 1, seed: int = 0) -> tuple[Array, ...]:
+        """Seeded normal noise of the inputs' shapes, ``batch`` where the first dimension may vary."""
+        generator = np.random.default_rng(seed)
+        return tuple(
+            generator.standard_normal([batch if size is None else size for size in entry.shape]).astype(entry.dtype)
+            for entry in self.manifest.inputs
+        )
+
+
+def load_artifact(path: str | Path) -> Artifact:
+    """Open an artifact: its manifest is validated and every file's hash compared; nothing in it is executed.
+
+    Raises:
+        ArtifactError: it is no artifact, was altered, was made by a newer optc, or needs instructions this CPU lacks.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ArtifactError(f"there is no folder '{folder}'", "give a folder that 'optc optimize' wrote")
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    _check_machine(folder, manifest)
+    return Artifact(folder, manifest)
+
+
+def load(path: str | Path) -> Runner:
+    """Open an artifact and load its runner; raises as :func:`load_artifact` and :meth:`Artifact.runner` do."""
+    return load_artifact(path).runner()
+
+
+def write_artifact(
+    path: Path,
+    source: Path,
+    lowered: Lowered,
+    program: Program,
+    backend: str,
+    report: Mapping[str, Any],
+    target: Target,
+) -> Path:
+    """Write an artifact folder atomically: a folder beside it is filled, then renamed.
+
+    Args:
+        path: the folder to write; must not exist.
+        source: where the files ``lowered`` names are; they are linked where possible, else copied.
+        report: JSON-ready.
+
+    Raises:
+        ArtifactError: ``path`` exists or cannot be written.
+    """
+    if path.exists() or path.is_symlink():
+        raise ArtifactError(f"output folder '{path}' exists", "choose another -o or remove it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    except OSError as error:
+        raise ArtifactError(f"cannot write to '{path.parent}': {error.strerror}", "choose another -o") from error
+    try:
+        for name in lowered.files:
+            _link_or_copy(source / name, temporary / name)
+        loader = TENSOR_FILES.get(backend)
+        if loader is not None:
+            shutil.copyfile(Path(__file__).with_name(loader), temporary / "run.py")
+        files = {file.name: file_entry(file) for file in sorted(temporary.iterdir())}
+        manifest = Manifest(
+            optc_version=optc.__version__,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            backend=backend,
+            load=lowered.files,
+            files=files,
+            inputs=_inputs(program),
+            model=asdict(program.info),
+            target=asdict(target),
+            machine=asdict(machine()),
+            required_isa=_required_isa(str(report.get("precision", "")), target),
+            report=dict(report),
+        )
+        (temporary / NAME).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+        temporary.chmod(0o755)
+        os.rename(temporary, path)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise ArtifactError(
+                f"cannot write '{path}': {error.strerror or error}; nothing was written", "free some space or choose another -o"
+            ) from error
+        raise
+    return path
+
+
+def _inputs(program: Program) -> tuple[TensorEntry, ...]:
+    names = [node.name for node in program.graph.find_nodes(op="placeholder")]
+    return tuple(
+        TensorEntry(
+            name=name,
+            shape=(None if program.dynamic_batch else tensor.shape[0], *tensor.shape[1:]),
+            dtype=str(tensor.dtype).removeprefix("torch."),
+        )
+        for name, tensor in zip(names, program.example_inputs, strict=True)
+    )
+
+
+def _required_isa(precision: str, target: Target) -> tuple[str, ...]:
+    """Instruction sets without which the artifact was not measured and would not be what its manifest says: those for
+    int8 that this CPU has; any one of them will do."""
+    if target.device != "cpu" or "int8" not in precision:
+        return ()
+    return tuple(flag for flag in isa() or () if flag in INT8_ISA)
+
+
+def _check_machine(folder: Path, manifest: Manifest) -> None:
+    here = isa()
+    if manifest.required_isa and here is not None and not set(INT8_ISA) & set(here):
+        raise ArtifactError(
+            f"'{folder}' was made for a CPU with int8 instructions ({', '.join(manifest.required_isa)}); this one has"
+            f" none of {', '.join(INT8_ISA)}",
+            "optimize the model again on this machine",
+        )
+
+
+def _link_or_copy(source: Path, destination: Path) -> None:
+    """Hard-link within one file system, so gigabytes of weights are not written twice; copy across."""
+    try:
+        os.link(source, destination)
+    except OSError:
+        shutil.copyfile(source, destination)

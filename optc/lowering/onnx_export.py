@@ -1,0 +1,177 @@
+"""Program to ONNX file: decompose, export through torch.onnx, tidy, write; without a second copy of the weights."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch import fx
+from torch.export import Dim, ExportedProgram
+
+from optc.errors import BackendError
+from optc.lowering import onnx_rewrites
+from optc.ops import COMPOSITES, decompose
+from optc.program import Program
+
+OPSET = 23
+"""The first opset with an Attention operator, which onnxruntime runs as one kernel."""
+EXTERNAL_DATA_BYTES = 512 << 20
+"""Weights beyond this go to a file of their own. Protobuf's limit is 2 GiB, but a single file is built and parsed in
+memory, which costs the size of the weights twice over."""
+
+log = logging.getLogger(__name__)
+_CHATTY = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+
+
+def export_onnx(
+    program: Program, path: Path, opset: int = OPSET, external_data_bytes: int = EXTERNAL_DATA_BYTES
+) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Write ``program`` as ONNX: inputs named as its placeholders, outputs ``output`` or ``output_0``, ``output_1``, …
+
+    Dimension 0 of every input is called ``batch`` where the program's batch is dynamic. Explicit quantize and
+    dequantize operators become QuantizeLinear and DequantizeLinear; quantized weights stay integers. Weights are read
+    from the program's tensors one by one while the file is written.
+
+    Args:
+        path: the ``.onnx`` file to write.
+        opset: version of the ONNX operator set, at least 21.
+        external_data_bytes: weights beyond this many bytes are written beside it as ``<path>.data``.
+
+    Returns:
+        Names of the files written, and what is worth knowing of them: opset, operator counts, decomposed composites.
+
+    Raises:
+        BackendError: an operator has no ONNX form (names node, operator, module and reason), the batch cannot stay
+            dynamic, or onnx.checker refuses the file.
+    """
+    plain = decompose(program)
+    with _quiet():
+        model = _translate(plain, opset)
+        onnx_rewrites.tidy(model)
+        size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+        data = f"{path.name}.data" if size > external_data_bytes else None
+        ir.save(model, path, external_data=data)
+        _check_file(path)
+    details = {
+        "opset": opset,
+        "weight_bytes": size,
+        "operators": dict(Counter(node.op_type for node in model.graph).most_common()),
+        "decomposed": dict(Counter(str(n.target) for n in program.graph.nodes if n.target in COMPOSITES)),
+    }
+    return (path.name, data) if data else (path.name,), details
+
+
+def _translate(program: Program, opset: int) -> ir.Model:
+    """The program as an onnx_ir model whose initializers are views of the program's tensors."""
+    exported = _reexport(program)
+    count = len(exported.graph_signature.user_outputs)
+    names = ["output"] if count == 1 else [f"output_{index}" for index in range(count)]
+    shapes = tuple({0: "batch"} for _ in program.example_inputs) if program.dynamic_batch else None
+    try:
+        translated = torch.onnx.export(
+            exported,
+            dynamo=True,
+            opset_version=opset,
+            dynamic_shapes=shapes,
+            output_names=names,
+            optimize=False,
+            verbose=False,
+        )
+    except Exception as error:
+        if isinstance(error, OSError):
+            raise
+        raise _untranslatable(exported, error) from error
+    assert translated is not None
+    return translated.model
+
+
+def _reexport(program: Program) -> ExportedProgram:
+    """The program as an ExportedProgram, which is what torch.onnx takes; shares the tensors."""
+    batch = Dim("batch", min=1)
+    shapes = tuple({0: batch} for _ in program.example_inputs) if program.dynamic_batch else None
+    try:
+        with torch.no_grad():
+            return torch.export.export(program.module, program.example_inputs, dynamic_shapes=shapes)
+    except Exception as error:
+        raise BackendError(
+            f"the optimized graph of {program.info.name} cannot be exported for ONNX: {_first_line(error)}",
+            "run with -v for the traceback",
+        ) from error
+
+
+def _untranslatable(exported: ExportedProgram, error: Exception) -> BackendError:
+    """Name the node torch.onnx stopped at: its message quotes the node, the cause underneath has the reason."""
+    cause: BaseException = error
+    text = str(error)
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+        text += f"\n{cause}"
+    quoted = re.search(r"%(\w+) : .*?target=([\w.]+)\]", text)
+    if quoted is None:
+        return BackendError(f"the model has no ONNX form: {_first_line(cause)}", "run with -v for the traceback")
+    name, target = quoted.groups()
+    nodes = [node for node in exported.graph.nodes if node.name == name and _qualified(node) == target]
+    nodes = nodes or [node for node in exported.graph.nodes if _qualified(node) == target]
+    path = _module_path(nodes[0]) if nodes else ""
+    where = f" in module '{path}'" if path else ""
+    return BackendError(
+        f"operator {target.removeprefix('torch.ops.')} (node '{name}'{where}) has no ONNX form: {_first_line(cause)}",
+        "choose a backend that runs it, such as --backend eager",
+    )
+
+
+def _qualified(node: fx.Node) -> str:
+    return f"torch.ops.{node.target}" if isinstance(node.target, torch._ops.OpOverload) else str(node.target)
+
+
+def _module_path(node: fx.Node) -> str:
+    """Dotted path of the innermost module of the original model that ``node`` came from."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return next((path for path, _ in reversed(list(stack.values())) if path), "")
+
+
+def _check_file(path: Path) -> None:
+    """Let onnx.checker look at the file itself: from a path it also checks external data, and takes more than 2 GiB."""
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise BackendError(f"onnx.checker refuses {path.name}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+class _ToDebug(logging.Handler):
+    """Passes other packages' messages on at DEBUG."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        log.debug("%s: %s", record.name, record.getMessage())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Turn warnings and log messages of the exporter's packages into debug messages of ours."""
+    handler = _ToDebug()
+    loggers = [logging.getLogger(name) for name in _CHATTY]
+    before = [(logger.handlers[:], logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.handlers, logger.propagate = [handler], False
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
+    finally:
+        for logger, (handlers, propagate) in zip(loggers, before, strict=True):
+            logger.handlers, logger.propagate = handlers, propagate
+        for warning in caught:
+            log.debug("%s: %s", warning.category.__name__, warning.message)
