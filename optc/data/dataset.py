@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from optc.errors import DataError
+from optc.errors import DataError, UnknownNameError
+from optc.plugins.registry import registry
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -144,3 +146,44 @@ def stratified_split(labels: NDArray[np.int64], seed: int = SPLIT_SEED) -> dict[
         parts["validation"].append(members[test : test + validation])
         parts["train"].append(members[test + validation :])
     return {name: generator.permutation(np.concatenate(part)) for name, part in parts.items()}
+
+
+def open_dataset(spec: str) -> Dataset:
+    """The registered dataset of that name, or else the folder of images at that path.
+
+    Raises:
+        UnknownNameError: neither; suggests the closest names.
+        DataError: the folder has no images.
+    """
+    from optc.data.folder import FolderDataset
+
+    table = registry().all("dataset")
+    if spec in table:
+        dataset: Dataset = registry().load("dataset", spec)()
+        return dataset
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return FolderDataset(path)
+    raise UnknownNameError("dataset", spec, table, f"give {', '.join(table)}, or a folder of images that exists")
+
+
+def open_dataset(spec: str) -> Dataset:
+    """The dataset a user named: a registered one, or a folder of images.
+
+    Raises:
+        UnknownNameError: neither; suggests the closest registered name.
+        DataError: the folder holds no images.
+    """
+    from pathlib import Path
+
+    from optc.data.folder import FolderDataset
+    from optc.plugins.registry import registry
+
+    known = registry().all("dataset")
+    if spec in known:
+        dataset: Dataset = registry().load("dataset", spec)()
+        return dataset
+    folder = Path(spec).expanduser()
+    if folder.is_dir():
+        return FolderDataset(folder)
+    raise UnknownNameError("dataset", spec, known, hint=f"give one of {', '.join(known)}, or a folder of images")
