@@ -9,6 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from optc.api import Optimized as Optimized
+    from optc.api import optimize as optimize
     from optc.data.dataset import Dataset as Dataset
     from optc.data.dataset import Split as Split
     from optc.errors import BackendError as BackendError
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from optc.frontend.source import BuiltModel as BuiltModel
     from optc.frontend.source import ModelSource as ModelSource
     from optc.frontend.source import PretrainedUnavailable as PretrainedUnavailable
+    from optc.lowering.artifact import load as load
     from optc.lowering.backend import Backend as Backend
     from optc.lowering.backend import Lowered as Lowered
     from optc.lowering.backend import Runner as Runner
@@ -41,6 +44,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "optc.api": ("Optimized", "optimize"),
+    "optc.lowering.artifact": ("load",),
     "optc.data.dataset": ("Dataset", "Split"),
     "optc.frontend.capture": ("capture",),
     "optc.frontend.source": ("BuiltModel", "ModelSource", "PretrainedUnavailable"),

@@ -9,7 +9,15 @@ from optc.plugins.hookspecs import Entry, hookimpl
 
 @hookimpl
 def optc_backends() -> Iterable[Entry]:
-    return []
+    return [
+        Entry(
+            "onnxruntime",
+            "ONNX Runtime on CPU: one portable .onnx file.",
+            "optc.lowering.onnxruntime:OnnxRuntimeBackend",
+            ("onnxruntime",),
+            "optc[cpu]",
+        ),
+    ]
 
 
 @hookimpl

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from pathlib import Path
 
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from optc.bench.results import CandidateResult, Measurement
 from optc.passmanager.contract import PassRecord, Skip
 from optc.report.report import Report
 
@@ -16,14 +18,15 @@ REFERENCE = "eager-fp32"
 """The candidate whose accuracy and size are the captured model's own."""
 
 
-def render(report: Report, verbose: bool = False) -> Group:
-    """The whole report; ``verbose`` lists every skipped rewrite instead of the first few of each rule."""
+def render(report: Report, artifact: Path, verbose: bool = False) -> Group:
+    """The whole report of the run that wrote ``artifact``; ``verbose`` lists every skipped rewrite instead of the first few of each rule."""
     parts: list[object] = [passes_table(report.passes)]
     skipped = skipped_table(report.passes, verbose)
     if skipped.row_count:
         parts += ["", skipped]
     parts += ["", results_table(report), "", *(Text(f"! {note}", style="yellow") for note in (*report.notes, *_measurement_warnings(report)))]
     style = "bold green" if report.faster else "bold yellow"
+    parts.append(Text(f"Artifact: {artifact} (python {artifact / 'run.py'} runs it without optc)"))
     parts.append(Text(report.verdict, style=style))
     return Group(*parts)  # type: ignore[arg-type]
 
@@ -82,6 +85,8 @@ def results_table(report: Report) -> Table:
     for column in table.columns[2:]:
         column.justify = "right"
     accuracy = report.accuracy
+    if accuracy.reason:
+        table.caption, table.caption_justify = f"accuracy {accuracy.reason}", "left"
     before = "–" if accuracy.before is None else f"{accuracy.before:.2%}"
     after = "–" if accuracy.after is None else f"{accuracy.after:.2%}"
     if report.measurement is None:
@@ -89,19 +94,30 @@ def results_table(report: Report) -> Table:
         table.add_row(f"after ({report.backend})", report.precision, "", "", "", after, _mb(report.file_bytes))
         return table
     for result in report.measurement.results:
-        optimized = result.name == report.measurement.optimized
-        if result.percentiles is None:
-            table.add_row(result.name, result.precision, Text(f"not measured: {result.error}", style="yellow"))
-            continue
-        p = result.percentiles
-        row = [result.name, result.precision, *(f"{ns / 1e6:.2f}" for ns in (p.p50_ns, p.p90_ns, p.p99_ns))]
-        if optimized:
-            table.add_row(*row, after, _mb(report.file_bytes), style="bold")
+        if result.name == report.measurement.optimized:
+            table.add_row(*_latency_cells(result), after, _mb(report.file_bytes), style="bold")
         elif result.name == REFERENCE:
-            table.add_row(*row, before, _mb(report.model_bytes))
+            table.add_row(*_latency_cells(result), before, _mb(report.model_bytes))
         else:
-            table.add_row(*row)
+            table.add_row(*_latency_cells(result))
     return table
+
+
+def measurement_table(measurement: Measurement) -> Table:
+    """One row per measured candidate: precision, latency percentiles, queries."""
+    table = Table("candidate", "precision", "p50 ms", "p90 ms", "p99 ms", "queries", box=None, header_style="bold")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for result in measurement.results:
+        table.add_row(*_latency_cells(result), str(result.percentiles.count) if result.percentiles else "")
+    return table
+
+
+def _latency_cells(result: CandidateResult) -> list[str | Text]:
+    if result.percentiles is None:
+        return [result.name, Text(f"not measured: {result.error}", style="yellow"), "", "", ""]
+    p = result.percentiles
+    return [result.name, result.precision, *(f"{ns / 1e6:.2f}" for ns in (p.p50_ns, p.p90_ns, p.p99_ns))]
 
 
 def _measurement_warnings(report: Report) -> list[str]:

@@ -56,4 +56,9 @@ def optc_passes() -> Iterable[Entry]:
             "Remove operators and constants that no output depends on.",
             "optc_passes.dead_code:RemoveDeadCode",
         ),
+        Entry(
+            "quant",
+            "Quantize convolutions and linear layers, and what lies between them, to int8.",
+            "optc_passes.quant:Quant",
+        ),
     ]

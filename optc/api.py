@@ -1,0 +1,278 @@
+"""The Python API: ``optimize`` reads top to bottom as what optc does to a model."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from optc.bench.baselines import baselines
+from optc.bench.measure import measure as measure_candidates
+from optc.bench.results import Candidate, Measurement
+from optc.errors import OptcError
+from optc.frontend.capture import capture
+from optc.lowering.artifact import write_artifact
+from optc.lowering.backend import Backend, Lowered, Runner
+from optc.passmanager.contract import Calibration, Instrument, Pass, PassContext
+from optc.passmanager.instruments import Statistics, Timing, Verify
+from optc.passmanager.manager import PassManager, build_passes
+from optc.plugins.registry import registry
+from optc.program import ModelInfo, Program
+from optc.progress import Progress, Step
+from optc.report.report import Accuracy, Report
+from optc.target import Target
+
+Call = Callable[..., Any]
+OPTIMIZED = "optc"
+"""What the optimized model is called among the measured candidates."""
+
+
+class Optimized:
+    """An optimized model: callable like the module it was made from, with everything found out about it.
+
+    Attributes:
+        report: what each pass did and what it gained, as data.
+        program: the optimized graph.
+        target: what it was lowered for.
+    """
+
+    def __init__(
+        self, program: Program, target: Target, backend: Backend, lowered: Lowered, folder: tempfile.TemporaryDirectory[str]
+    ) -> None:
+        self.program = program
+        self.target = target
+        self.report: Report
+        self._backend, self._lowered = backend, lowered
+        self._folder = folder
+        self._runner: Runner | None = None
+
+    @property
+    def files(self) -> list[Path]:
+        """The runtime's files, in a temporary folder that lives as long as this object."""
+        return [Path(self._folder.name) / name for name in self._lowered.files]
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """What the backend had to say of the lowering."""
+        return dict(self._lowered.details)
+
+    def load(self) -> Runner:
+        """A new runner over the files; the caller closes it."""
+        return self._backend.load(Path(self._folder.name), self._lowered.files, self.target)
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """Run the runtime on tensors (batch first); returns what the original module would, as CPU tensors."""
+        self._runner = self._runner or self.load()
+        outputs = self._runner(*[tensor.detach().cpu().numpy() for tensor in inputs])
+        tensors, spec = [torch.from_numpy(array) for array in outputs], self.program.output_spec
+        return pytree.tree_unflatten(tensors, spec) if spec is not None else tuple(tensors)
+
+    def close(self) -> None:
+        """Free the loaded runtime; the next call loads it again."""
+        if self._runner is not None:
+            self._runner.close()
+            self._runner = None
+
+    def save(self, path: str | Path) -> Path:
+        """Write the artifact folder: the runtime's files, ``manifest.json`` and ``run.py``.
+
+        Raises:
+            ArtifactError: ``path`` exists or cannot be written; nothing is left behind then.
+        """
+        source, report = Path(self._folder.name), self.report.to_dict()
+        return write_artifact(Path(path), source, self._lowered, self.program, self._backend.name, report, self.target)
+
+
+def optimize(
+    model: nn.Module,
+    example_inputs: Tensor | Sequence[Tensor],
+    passes: str | Sequence[str | Pass] | PassManager = "fuse,quant",
+    *,
+    pass_options: Mapping[str, Mapping[str, Any]] | None = None,
+    backend: str = "onnxruntime",
+    calibration: Calibration | Iterable[Tensor | tuple[Tensor, ...]] | None = None,
+    evaluate: Callable[[Call], float] | None = None,
+    verification: Sequence[tuple[Tensor, ...]] | None = None,
+    verify: bool = True,
+    measure: bool = True,
+    target: Target | None = None,
+    info: ModelInfo | None = None,
+    instruments: Sequence[Instrument] = (),
+    progress: Progress | None = None,
+) -> Optimized:
+    """Optimize a model: capture it, run passes over it, prove each, lower it, measure it.
+
+    Args:
+        model: put into eval mode for the time of the run; never changed.
+        example_inputs: one tensor per positional argument of ``model``, batch first.
+        passes: names as in ``"fuse,quant"``, or a list of names and :class:`Pass` objects.
+        pass_options: by pass name, its options.
+        backend: name of the runtime to lower to.
+        calibration: input batches for passes that need activation ranges; must not be what ``evaluate`` uses.
+        evaluate: given something callable like ``model``, returns the task metric; called before and after.
+        verification: batches to compare outputs on after every pass; ``example_inputs`` if not given.
+        verify: compare outputs after every pass, and the runtime's with the graph's.
+        measure: measure latency against the best unquantized baselines.
+        target: device and threads; by default the CPU with all threads this process may use.
+        info: what is known of the model, for the manifest.
+        instruments: further watchers of the passes.
+        progress: told of each step.
+
+    Raises:
+        CaptureError: the model cannot be captured.
+        VerificationError: a pass changed what the model computes; nothing was lowered.
+        BackendError: the runtime cannot run the result.
+    """
+    run = _Run(progress or Progress())
+    target = target or Target()
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    pipeline = passes if isinstance(passes, PassManager) else build_passes(passes, pass_options)
+    lowering = _backend(backend, target)
+
+    with run.step("Capturing the graph") as step:
+        captured = capture(model, inputs, info=info)
+        model_bytes = captured.constant_bytes()
+        step.done(f"{captured.operator_count()} operators, {model_bytes / 1e6:.1f} MB")
+    watchers: list[Instrument] = [Timing(), Statistics()]
+    if verify:
+        with run.step("Running the captured model on verification inputs"):
+            watchers.append(Verify(captured, verification or [captured.example_inputs], Path.cwd()))
+    with run.step("Running passes") as step:
+        context = PassContext(target, _as_calibration(calibration), (*watchers, *instruments), step.update)
+        program = pipeline(captured, context).program
+        step.done(", ".join(record.name for record in program.history if record.modified) or "no changes")
+    del captured, watchers, context
+    gc.collect()
+
+    folder = tempfile.TemporaryDirectory(prefix="optc-")
+    with run.step(f"Lowering to {backend}") as step:
+        lowered = lowering.lower(program, target, Path(folder.name))
+        step.done(", ".join(lowered.files))
+    optimized = Optimized(program, target, lowering, lowered, folder)
+    with run.step(f"Loading into {backend}") as step:
+        runner = optimized.load()
+        provider, precision = runner.provider, runner.precision
+        runner.close()
+        step.done(f"{provider}, {precision}")
+    optimized.report = Report(
+        model=program.info,
+        passes=program.history,
+        backend=backend,
+        provider=provider,
+        precision=precision,
+        model_bytes=model_bytes,
+        file_bytes=sum(file.stat().st_size for file in optimized.files),
+        accuracy=_evaluate(run, evaluate, model, optimized),
+        measurement=_measure(run, model, inputs, optimized, precision) if measure else None,
+        lowering=optimized.details,
+        seconds=run.seconds,
+        notes=program.info.notes,
+    )
+    return optimized
+
+
+class _Run:
+    """Steps of one run: shown to the user and timed."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.seconds: dict[str, float] = {}
+        self._progress = progress
+
+    @contextmanager
+    def step(self, title: str) -> Iterator[Step]:
+        start = time.perf_counter()
+        with self._progress.step(title) as step:
+            yield step
+        self.seconds[title] = time.perf_counter() - start
+
+
+class _Batches:
+    """Any iterable of tensors or tuples of tensors as a :class:`Calibration`."""
+
+    description = "batches given by the caller"
+
+    def __init__(self, batches: Iterable[Tensor | tuple[Tensor, ...]]) -> None:
+        self._batches = [(batch,) if isinstance(batch, Tensor) else tuple(batch) for batch in batches]
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        return iter(self._batches)
+
+
+def _as_calibration(given: Calibration | Iterable[Tensor | tuple[Tensor, ...]] | None) -> Calibration | None:
+    if given is None or hasattr(given, "description"):
+        return given  # type: ignore[return-value]  # a Calibration is recognised by its description
+    return _Batches(given)
+
+
+def _backend(name: str, target: Target) -> Backend:
+    """The backend of that name, ready to run here.
+
+    Raises:
+        OptcError: it cannot run here; carries its reason.
+    """
+    cls = registry().load("backend", name)
+    reason = cls.unavailable(target)
+    if reason:
+        raise OptcError(f"backend '{name}' cannot run here: {reason}")
+    backend: Backend = cls()
+    return backend
+
+
+def _evaluate(run: _Run, evaluate: Callable[[Call], float] | None, model: nn.Module, optimized: Optimized) -> Accuracy:
+    """The metric before and after; none for random weights, whose accuracy would be a number without a meaning."""
+    if optimized.program.info.weights == "random":
+        return Accuracy(reason="not measurable: random weights")
+    if evaluate is None:
+        return Accuracy(reason="not measured: no labelled data was given")
+    with run.step("Evaluating the captured model") as step, torch.no_grad():
+        with _in_eval_mode(model):
+            before = evaluate(model)
+        step.done(f"{before:.2%}")
+    with run.step("Evaluating the optimized model") as step:
+        after = evaluate(optimized)
+        optimized.close()
+        step.done(f"{after:.2%}")
+    return Accuracy(before, after)
+
+
+def _measure(
+    run: _Run, model: nn.Module, inputs: tuple[Tensor, ...], optimized: Optimized, precision: str
+) -> Measurement:
+    """Latency of the optimized model and of the device's baselines, in turns."""
+    target = optimized.target
+    query = tuple(tensor[: target.batch].contiguous() for tensor in inputs)
+    quantized = "int8" in precision or "int4" in precision
+    size = sum(file.stat().st_size for file in optimized.files)
+    candidates = [
+        *baselines(model, query, target),
+        Candidate(OPTIMIZED, precision, quantized, optimized.load, size),
+    ]
+    arrays = [tuple(tensor.numpy() for tensor in query)]
+    with run.step("Measuring with MLPerf LoadGen") as step, _in_eval_mode(model):
+        measurement = measure_candidates(candidates, arrays, target, optimized=OPTIMIZED, progress=step.update)
+        step.done(", ".join(result.name for result in measurement.results if result.error is None))
+    return measurement
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; each submodule's training flag is put back."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
