@@ -165,25 +165,3 @@ def open_dataset(spec: str) -> Dataset:
     if path.is_dir():
         return FolderDataset(path)
     raise UnknownNameError("dataset", spec, table, f"give {', '.join(table)}, or a folder of images that exists")
-
-
-def open_dataset(spec: str) -> Dataset:
-    """The dataset a user named: a registered one, or a folder of images.
-
-    Raises:
-        UnknownNameError: neither; suggests the closest registered name.
-        DataError: the folder holds no images.
-    """
-    from pathlib import Path
-
-    from optc.data.folder import FolderDataset
-    from optc.plugins.registry import registry
-
-    known = registry().all("dataset")
-    if spec in known:
-        dataset: Dataset = registry().load("dataset", spec)()
-        return dataset
-    folder = Path(spec).expanduser()
-    if folder.is_dir():
-        return FolderDataset(folder)
-    raise UnknownNameError("dataset", spec, known, hint=f"give one of {', '.join(known)}, or a folder of images")

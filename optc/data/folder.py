@@ -1,149 +1,210 @@
-"""Datasets in folders: class subfolders of images, a flat folder of unlabeled ones, or splits given as subfolders."""
+"""Folders of images as datasets: one subfolder per class, or just images."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from optc.data.dataset import Dataset, Split, SplitName, check_split_name, stratified_split
+from optc.data.dataset import SPLIT_SEED, Dataset, Split, SplitName, check_split_name, stratified_split
 from optc.errors import DataError
+from optc.target import available_threads
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from optc.program import Preprocessing
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
-SPLIT_FOLDERS: dict[SplitName, tuple[str, ...]] = {
-    "train": ("train",),
-    "validation": ("validation", "val"),
-    "test": ("test",),
+_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
+_SPLIT_FOLDERS: dict[str, SplitName] = {
+    "train": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "test": "test",
 }
+_HASHED_BYTES = 1 << 30
+"""Reading more than this only to hash it would take long: then the hash covers names and sizes."""
+_Image = tuple[Path, str]
+"""A file and the name of its class, ``""`` if it has none."""
 
 
 class FolderDataset(Dataset):
-    """Images in a folder.
+    """Images under a folder, split as its subfolders say or else by a fixed seed.
 
-    ``FOLDER/CLASS/*.jpg`` is labelled, ``FOLDER/*.jpg`` is not. Either may stand under ``train``, ``validation`` (or
-    ``val``) and ``test``; without those, or where one is missing, a split is cut from the rest by a fixed seed.
+    ``root/CLASS/*.jpg`` is labeled; ``root/*.jpg`` is not. ``root/train``, ``root/validation`` (or ``val``) and
+    ``root/test`` hold such folders each; a missing validation split is cut from ``train``, a missing test split is the
+    validation split. If every class is named by an ImageNet-1k synset (``n01440764``), labels are ImageNet's.
 
     Raises:
-        DataError: there is no such folder, or no image in it.
+        DataError: there is no such folder or no image in it.
     """
 
     name = "folder"
-    summary = "a folder of images: one subfolder per class, or unlabeled; train/validation/test subfolders optional"
+    summary = (
+        "a folder of images: one subfolder per class (under train, val and test, or split by a seed), or images only"
+    )
 
-    def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
-            raise DataError(f"there is no folder '{folder}'", "give --data digits or a folder of images")
-        self._folder = folder
-        roots = {split: self._split_folder(split) for split in SPLIT_FOLDERS}
-        given = {split: root for split, root in roots.items() if root is not None}
-        classes = {path.name for root in given.values() or [folder] for path in _class_folders(root)}
-        self._classes = tuple(sorted(classes))
-        self._files = self._find(given)
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        if not root.is_dir():
+            raise DataError(f"dataset folder '{root}' does not exist")
+        self._parts = self._find_parts()
+        if not any(self._parts.values()):
+            raise DataError(
+                f"dataset folder '{root}' has no images",
+                f"put them into one subfolder per class; known endings: {', '.join(sorted(_SUFFIXES))}",
+            )
+        classes = {class_ for files in self._parts.values() for _, class_ in files}
+        if "" in classes and len(classes) > 1:
+            raise DataError(
+                f"dataset folder '{root}' mixes class folders with loose images", "move the loose images away"
+            )
+        self._classes = tuple(sorted(classes - {""}))
 
     @property
     def label(self) -> str:
-        return str(self._folder)
+        return str(self._root)
+
+    @cached_property
+    def _imagenet(self) -> dict[str, int] | None:
+        """Each class's index in ImageNet-1k, if all are named by its synsets."""
+        if not self._classes or not all(len(c) == 9 and c[0] == "n" and c[1:].isdigit() for c in self._classes):
+            return None
+        indices = _imagenet_synsets()
+        return indices if indices.keys() >= set(self._classes) else None
 
     @property
     def num_classes(self) -> int | None:
-        return len(self._classes) or None
+        if not self._classes:
+            return None
+        return len(self._imagenet) if self._imagenet else len(self._classes)
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        return self._classes
+        return tuple(self._imagenet) if self._imagenet else self._classes
 
     def split(self, name: SplitName, preprocessing: Preprocessing) -> Split:
         check_split_name(name)
-        files = self._files[name]
+        files = self._files(name)
         if not files:
-            raise DataError(f"'{self._folder}' has no images for its {name} split", "add images or another subfolder")
-        labels = [self._classes.index(path.parent.name) for path in files] if self._classes else None
-        return _FolderSplit(self.label, name, files, labels, preprocessing)
+            raise DataError(f"dataset folder '{self._root}' has no {name} images", f"add some, or a {name} subfolder")
+        labels = None
+        if self._classes:
+            index = self._imagenet or {class_: i for i, class_ in enumerate(self._classes)}
+            labels = np.array([index[class_] for _, class_ in files], np.int64)
+        return _FolderSplit(self._root, name, [file for file, _ in files], labels, preprocessing)
 
-    def _split_folder(self, split: SplitName) -> Path | None:
-        return next((self._folder / name for name in SPLIT_FOLDERS[split] if (self._folder / name).is_dir()), None)
+    def _find_parts(self) -> dict[SplitName | None, list[_Image]]:
+        """Images by the split they are given for, or all under ``None`` if the folder gives no splits."""
+        subfolders = [path for path in sorted(self._root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+        if subfolders and all(path.name in _SPLIT_FOLDERS for path in subfolders):
+            return {_SPLIT_FOLDERS[path.name]: _images(path) for path in subfolders}
+        return {None: _images(self._root)}
 
-    def _find(self, given: dict[SplitName, Path]) -> dict[SplitName, list[Path]]:
-        """Files of each split: as given, the missing ones cut from the training images."""
-        found = {split: _images(root, bool(self._classes)) for split, root in given.items()}
-        pool = found.pop("train", None) if given else _images(self._folder, bool(self._classes))
-        if not pool and not any(found.values()):
-            raise DataError(f"'{self._folder}' has no images", f"known endings: {', '.join(sorted(SUFFIXES))}")
-        pool = pool or []
-        names = [path.parent.name for path in pool] if self._classes else [""] * len(pool)
-        cut = stratified_split(np.unique(names, return_inverse=True)[1].astype(np.int64)) if pool else {}
-        files: dict[SplitName, list[Path]] = {"train": [], "validation": [], "test": []}
-        for split in files:
-            if split in found:
-                files[split] = found[split]
-        for split, indices in cut.items():
-            home: SplitName = "train" if split in found else split
-            files[home] += [pool[index] for index in indices]
-        return files
+    def _files(self, name: SplitName) -> list[_Image]:
+        parts = self._parts
+        if None in parts:
+            return _cut(parts[None], name)
+        if name == "test" and "test" not in parts:
+            name = "validation"
+        if "validation" in parts or name == "test":
+            # In the folder's order the first batches would be of one class only.
+            files = parts.get(name, [])
+            return [files[index] for index in np.random.default_rng(SPLIT_SEED).permutation(len(files))]
+        # No validation images were given: two tenths of train serve, and train keeps the rest.
+        train = parts.get("train", [])
+        if name == "validation":
+            return _cut(train, "test")
+        return [*_cut(train, "train"), *_cut(train, "validation")]
 
 
 class _FolderSplit(Split):
     def __init__(
-        self, dataset: str, name: SplitName, files: list[Path], labels: list[int] | None, preprocessing: Preprocessing
+        self,
+        root: Path,
+        name: SplitName,
+        files: list[Path],
+        labels: NDArray[np.int64] | None,
+        preprocessing: Preprocessing,
     ) -> None:
-        super().__init__(dataset, name)
-        self._files, self._labels, self._preprocessing = files, labels, preprocessing
+        super().__init__(str(root), name)
+        self._root, self._files, self._labels, self._preprocessing = root, files, labels, preprocessing
 
     def __len__(self) -> int:
         return len(self._files)
 
     @property
     def labels(self) -> Sequence[int] | None:
-        return self._labels
+        return None if self._labels is None else [int(label) for label in self._labels]
+
+    @cached_property
+    def _hash(self) -> str:
+        sizes = [file.stat().st_size for file in self._files]
+        whole = sum(sizes) <= _HASHED_BYTES
+        digest = hashlib.sha256()
+        for file, size in zip(self._files, sizes, strict=True):
+            digest.update(f"{file.relative_to(self._root).as_posix()} {size}\n".encode())
+            if whole:
+                digest.update(file.read_bytes())
+        return f"{'' if whole else 'names and sizes '}sha256:{digest.hexdigest()[:16]}"
 
     @property
     def content_hash(self) -> str:
-        """Of names and sizes: reading every image of a large folder only to name it would take minutes."""
-        digest = hashlib.sha256()
-        for path in self._files:
-            digest.update(f"{path.parent.name}/{path.name} {path.stat().st_size}\n".encode())
-        return f"sha256 of names and sizes:{digest.hexdigest()[:16]}"
+        return self._hash
 
     def batches(self, batch_size: int, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
         import torch
 
-        from optc.data.preprocess import normalize_bytes, prepare_image
+        from optc.data.preprocess import normalize_bytes
 
-        for span in self.spans(batch_size, limit):
-            pixels = np.stack([prepare_image(_open(path), self._preprocessing) for path in self._files[span]])
-            labels = None if self._labels is None else torch.tensor(self._labels[span], dtype=torch.int64)
-            yield normalize_bytes(pixels, self._preprocessing), labels
+        with ThreadPoolExecutor(available_threads()) as pool:
+            for span in self.spans(batch_size, limit):
+                pixels = np.stack(list(pool.map(self._read, self._files[span])))
+                labels = None if self._labels is None else torch.from_numpy(self._labels[span].copy())
+                yield normalize_bytes(pixels, self._preprocessing), labels
+
+    def _read(self, file: Path) -> NDArray[np.uint8]:
+        from optc.data.preprocess import prepare_image
+
+        try:
+            with Image.open(file) as image:
+                return prepare_image(image, self._preprocessing)
+        except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise DataError(f"image '{file}' cannot be read: {error}", "mend or remove it") from error
 
 
-def _class_folders(root: Path) -> list[Path]:
-    """Subfolders that hold images."""
+def _images(folder: Path) -> list[_Image]:
+    """Image files in a folder and its subfolders, sorted, each with the subfolder (class) it lies in, or ``""``."""
+    files = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in _SUFFIXES and path.is_file())
     return [
-        path for path in sorted(root.iterdir()) if path.is_dir() and any(_is_image(file) for file in path.iterdir())
+        (file, "" if file.parent == folder else file.relative_to(folder).parts[0])
+        for file in files
+        if not file.name.startswith(".")
     ]
 
 
-def _images(root: Path, labelled: bool) -> list[Path]:
-    folders = _class_folders(root) if labelled else [root]
-    return [file for folder in folders for file in sorted(folder.iterdir()) if _is_image(file)]
+def _cut(files: list[_Image], name: SplitName) -> list[_Image]:
+    """The part of ``files`` that a fixed seed gives to a split, class by class."""
+    if not files:
+        return []
+    classes = np.unique([class_ for _, class_ in files], return_inverse=True)[1].astype(np.int64)
+    return [files[index] for index in stratified_split(classes)[name]]
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and path.is_file()
+@cache
+def _imagenet_synsets() -> dict[str, int]:
+    """Class index by synset id, in ImageNet-1k's order."""
+    from optc.frontend.torchvision_ops import declare_torchvision_ops
 
+    declare_torchvision_ops()
+    from timm.data import ImageNetInfo
 
-def _open(path: Path) -> Image.Image:
-    try:
-        image = Image.open(path)
-        image.load()
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise DataError(f"cannot decode image {path}: {error}", "remove or replace it") from error
-    return image
+    return {name: index for index, name in enumerate(ImageNetInfo("imagenet-1k").label_names())}
