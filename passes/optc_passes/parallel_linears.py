@@ -14,7 +14,6 @@ from optc.rewrite import (
     argument,
     calls,
     constant_of,
-    dtype,
     erase_unused,
     label,
     loosen_layout,
@@ -48,26 +47,20 @@ class MergeParallelLinears(Pass):
                 continue
             mergeable = []
             for node in nodes:
-                reason = _obstacle(program, node, nodes)
+                reason = _obstacle(program, node)
                 if reason is None:
                     mergeable.append(node)
                 else:
                     skipped.append(Skip(self.name, node.name, reason))
-            by_type: dict[torch.dtype, list[fx.Node]] = defaultdict(list)
-            for node in mergeable:
-                by_type[dtype(argument(node, "weight"))].append(node)
-            for group in by_type.values():
-                if len(group) > 1:
-                    names = ", ".join(label(node) for node in group)
-                    parts += _merge(program, group)
-                    applied.append(Change(self.name, group[0].name, names))
-                elif len(mergeable) > 1:
-                    skipped.append(Skip(self.name, group[0].name, "no other over the same input has its data type"))
+            if len(mergeable) > 1:
+                names = ", ".join(label(node) for node in mergeable)
+                parts += _merge(program, mergeable)
+                applied.append(Change(self.name, mergeable[0].name, names))
         loosen_layout(parts)
         return PassResult(program, bool(applied), tuple(applied), tuple(skipped))
 
 
-def _obstacle(program: Program, node: fx.Node, nodes: list[fx.Node]) -> str | None:
+def _obstacle(program: Program, node: fx.Node) -> str | None:
     layer = as_layer(node)
     assert layer is not None
     reason = layer.not_constant(program)

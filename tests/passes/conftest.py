@@ -16,18 +16,21 @@ from optc.program import Program
 class Tester:
     """Captures a model in float64, runs passes over it, and checks what came of it.
 
-    Norms get random statistics, weights and biases first: those they are born with (zero mean, unit variance) would hide
-    most mistakes. Every pass is run twice; the second run must change nothing.
+    Norms get random statistics, weights and biases first: those they are born with (zero mean, unit variance) would
+    hide most mistakes. Every pass is run twice; the second run must change nothing.
 
     Args:
         model: changed in place: put into eval mode and float64.
+        randomized: ``False`` leaves norms and layer scales as they are.
         inputs: example inputs, batch first.
     """
 
     __test__ = False
 
-    def __init__(self, model: nn.Module, *inputs: Tensor, dynamic_batch: bool = True) -> None:
-        self.model = randomize(model.eval().double())
+    def __init__(self, model: nn.Module, *inputs: Tensor, dynamic_batch: bool = True, randomized: bool = True) -> None:
+        self.model = model.eval().double()
+        if randomized:
+            randomize(self.model)
         self.inputs = tuple(t.double() if t.is_floating_point() else t for t in inputs)
         self.dynamic_batch = dynamic_batch
         self.before = self.program = optc.capture(self.model, self.inputs, dynamic_batch=dynamic_batch)

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 import optc
 from optc_passes.batch_norm import FoldBatchNorm
@@ -59,15 +59,25 @@ class Between(nn.Module):
 
 
 ACROSS = {
-    "reflect-pad": (nn.Conv2d(4, 6, 3), lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"), nn.BatchNorm2d(6), IMAGE),
-    "replicate-pad": (nn.Conv2d(4, 6, 3), lambda x: F.pad(x, (1, 0, 2, 0), mode="replicate"), nn.BatchNorm2d(6), IMAGE),
+    "reflect-pad": (
+        nn.Conv2d(4, 6, 3),
+        lambda x: functional.pad(x, (1, 1, 1, 1), mode="reflect"),
+        nn.BatchNorm2d(6),
+        IMAGE,
+    ),
+    "replicate-pad": (
+        nn.Conv2d(4, 6, 3),
+        lambda x: functional.pad(x, (1, 0, 2, 0), mode="replicate"),
+        nn.BatchNorm2d(6),
+        IMAGE,
+    ),
     "unsqueeze": (nn.Linear(5, 7), lambda x: x.unsqueeze(-1), nn.BatchNorm1d(7), torch.randn(2, 5)),
     "view": (nn.Linear(5, 7), lambda x: x.view(-1, 7, 1, 1), nn.BatchNorm2d(7), torch.randn(2, 5)),
     "merged-batch": (nn.Linear(5, 7), lambda x: x.view(-1, 7), nn.BatchNorm1d(7), torch.randn(2, 3, 5)),
     "flatten": (nn.Conv2d(4, 6, 3), lambda x: x.flatten(2), nn.BatchNorm1d(6), IMAGE),
     "transpose": (nn.Linear(5, 7), lambda x: x.transpose(1, 2), nn.BatchNorm1d(7), torch.randn(2, 3, 5)),
     "crop": (nn.Conv2d(4, 6, 3), lambda x: x[:, :, 1:-1, 2:], nn.BatchNorm2d(6), IMAGE),
-    "dropout": (nn.Conv2d(4, 6, 3), lambda x: F.dropout(x, training=False), nn.BatchNorm2d(6), IMAGE),
+    "dropout": (nn.Conv2d(4, 6, 3), lambda x: functional.dropout(x, training=False), nn.BatchNorm2d(6), IMAGE),
 }
 
 
@@ -79,7 +89,7 @@ def test_folds_across(tester: Callable, case: str) -> None:
 
 def test_zero_pad_is_crossed_where_every_channel_shifts_alike(tester: Callable) -> None:
     """``scale·0 + shift`` is one number for all channels, which the pad then pads with."""
-    model = Between(nn.Conv2d(4, 6, 3), lambda x: F.pad(x, (1, 1, 1, 1)), nn.BatchNorm2d(6))
+    model = Between(nn.Conv2d(4, 6, 3), lambda x: functional.pad(x, (1, 1, 1, 1)), nn.BatchNorm2d(6))
     t = tester(model, IMAGE)
     with torch.no_grad():
         model.norm.running_mean.zero_()
@@ -143,7 +153,7 @@ class ComputedWeight(nn.Module):
         self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(F.conv2d(x, self.conv.weight * x.mean(), self.conv.bias))
+        return self.norm(functional.conv2d(x, self.conv.weight * x.mean(), self.conv.bias))
 
 
 class ComputedScale(nn.Module):
@@ -153,7 +163,7 @@ class ComputedScale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n = self.norm
-        return F.batch_norm(self.conv(x), n.running_mean, n.running_var, n.weight * x.mean(), n.bias)
+        return functional.batch_norm(self.conv(x), n.running_mean, n.running_var, n.weight * x.mean(), n.bias)
 
 
 BLOCKED = {
@@ -168,11 +178,10 @@ BLOCKED = {
     "activation on both sides": (
         nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1)),
         IMAGE,
-        "relu (1) before it is neither a convolution nor a linear layer,"
-        " and after it relu_1 (3) is neither a convolution nor a linear layer",
+        "relu (1) before it is neither a convolution nor a linear layer, and after it relu_1 (3) is neither",
     ),
     "zero pad between": (
-        Between(nn.Conv2d(4, 4, 3), lambda x: F.pad(x, (1, 1, 1, 1)), nn.BatchNorm2d(4)),
+        Between(nn.Conv2d(4, 4, 3), lambda x: functional.pad(x, (1, 1, 1, 1)), nn.BatchNorm2d(4)),
         IMAGE,
         "pad before it pads all channels with 0, which would have to differ by channel",
     ),
