@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,16 +18,15 @@ import optc
 from optc.errors import ArtifactError
 from optc.lowering.backend import Array, Backend, Lowered, Runner
 from optc.lowering.manifest import NAME, Manifest, TensorEntry, check_files, file_entry, read_manifest
-from optc.machine import isa, machine
+from optc.machine import cpu_name, isa, machine
 from optc.plugins.registry import registry
 from optc.target import Target
 
 if TYPE_CHECKING:
     from optc.program import Program
 
-TENSOR_FILES = {"onnxruntime": "run_onnxruntime.py"}
-"""By backend, the loader in this package that becomes ``run.py``."""
-INT8_ISA = ("avx512_vnni", "avx_vnni", "amx_int8")
+RUN_SCRIPT = "run.py"
+INT8_ISA = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
 
 
 @dataclass(frozen=True)
@@ -105,18 +105,14 @@ def write_artifact(
     """
     if path.exists() or path.is_symlink():
         raise ArtifactError(f"output folder '{path}' exists", "choose another -o or remove it")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    except OSError as error:
-        raise ArtifactError(f"cannot write to '{path.parent}': {error.strerror}", "choose another -o") from error
-    try:
+    with _folder_written_whole(path) as temporary:
         for name in lowered.files:
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             _link_or_copy(source / name, temporary / name)
-        loader = TENSOR_FILES.get(backend)
-        if loader is not None:
-            shutil.copyfile(Path(__file__).with_name(loader), temporary / "run.py")
-        files = {file.name: file_entry(file) for file in sorted(temporary.iterdir())}
+        if lowered.run_script:
+            (temporary / RUN_SCRIPT).write_text(lowered.run_script, encoding="utf-8")
+        written = sorted(file for file in temporary.rglob("*") if file.is_file())
+        files = {file.relative_to(temporary).as_posix(): file_entry(file) for file in written}
         manifest = Manifest(
             optc_version=optc.__version__,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -131,16 +127,32 @@ def write_artifact(
             report=dict(report),
         )
         (temporary / NAME).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+    return path
+
+
+@contextmanager
+def _folder_written_whole(path: Path) -> Iterator[Path]:
+    """A folder that becomes ``path`` if the block succeeds, and goes, with the parents made for it, if it does not."""
+    parents = [parent for parent in path.parents if not parent.exists()]
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        yield temporary
         temporary.chmod(0o755)
-        os.rename(temporary, path)
+        temporary.rename(path)
     except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        for parent in parents:
+            with suppress(OSError):  # a parent that others have put something into stays
+                parent.rmdir()
         if isinstance(error, OSError):
             raise ArtifactError(
-                f"cannot write '{path}': {error.strerror or error}; nothing was written", "free some space or choose another -o"
+                f"cannot write '{path}': {error.strerror or error}; nothing was written",
+                "free some space or choose another -o",
             ) from error
         raise
-    return path
 
 
 def _inputs(program: Program) -> tuple[TensorEntry, ...]:
@@ -156,19 +168,23 @@ def _inputs(program: Program) -> tuple[TensorEntry, ...]:
 
 
 def _required_isa(precision: str, target: Target) -> tuple[str, ...]:
-    """Instruction sets without which the artifact was not measured and would not be what its manifest says: those for
-    int8 that this CPU has; any one of them will do."""
+    """The int8 instruction sets of this CPU that an int8 artifact was checked and measured with."""
     if target.device != "cpu" or "int8" not in precision:
         return ()
     return tuple(flag for flag in isa() or () if flag in INT8_ISA)
 
 
 def _check_machine(folder: Path, manifest: Manifest) -> None:
-    here = isa()
-    if manifest.required_isa and here is not None and not set(INT8_ISA) & set(here):
+    """Refuse an int8 artifact on a CPU whose int8 kernels are others than those it was checked with.
+
+    Without VNNI or AMX, int8 products are summed in saturating 16-bit steps: the outputs differ, not only the speed.
+    """
+    missing = [flag for flag in manifest.required_isa if flag not in (isa() or ())]
+    if missing:
+        made_on = manifest.machine.get("cpu", "another CPU")
         raise ArtifactError(
-            f"'{folder}' was made for a CPU with int8 instructions ({', '.join(manifest.required_isa)}); this one has"
-            f" none of {', '.join(INT8_ISA)}",
+            f"'{folder}' is int8 for {made_on} with {', '.join(manifest.required_isa)}; this CPU, {cpu_name()}, lacks"
+            f" {', '.join(missing)}",
             "optimize the model again on this machine",
         )
 

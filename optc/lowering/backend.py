@@ -28,10 +28,13 @@ class Lowered:
     Attributes:
         files: file names inside the folder, the one to load first.
         details: facts worth keeping in the manifest (opset, operator counts, decomposed composites, fallbacks).
+        run_script: text of the artifact's ``run.py``, which runs the files with the runtime alone; empty if there is
+            none, and then ``details["no_run_script"]`` may say why.
     """
 
     files: tuple[str, ...]
     details: Mapping[str, Any] = field(default_factory=dict)
+    run_script: str = ""
 
 
 class Runner(ABC):

@@ -106,7 +106,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise ArtifactError(f"{path} is not valid: {where}: {first['msg']}", "make the artifact again") from None
     missing = [name for name in manifest.load if name not in manifest.files]
     if missing:
-        raise ArtifactError(f"{path} is not valid: {missing[0]} is to be loaded but has no hash", "make the artifact again")
+        raise ArtifactError(
+            f"{path} is not valid: {missing[0]} is to be loaded but has no hash", "make the artifact again"
+        )
     return manifest
 
 

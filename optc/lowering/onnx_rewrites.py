@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -57,15 +58,15 @@ def _transposed(model: ir.Model, weight: ir.Value, perm: tuple[int, ...] | list[
         return model.graph.initializers[name]
     tensor = weight.const_value
     assert tensor is not None
-    shape = ir.Shape([int(tensor.shape[axis]) for axis in perm])
+    shape = ir.Shape([tensor.numpy().shape[axis] for axis in perm])
     lazy = ir.LazyTensor(_transposer(tensor, tuple(perm), name), dtype=tensor.dtype, shape=shape, name=name)
     value = ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=lazy)
     model.graph.register_initializer(value)
     return value
 
 
-def _transposer(tensor: ir.TensorProtocol, perm: tuple[int, ...], name: str) -> Callable[[], ir.Tensor]:
-    def transpose() -> ir.Tensor:
+def _transposer(tensor: ir.TensorProtocol, perm: tuple[int, ...], name: str) -> Callable[[], ir.Tensor[Any]]:
+    def transpose() -> ir.Tensor[Any]:
         return ir.Tensor(np.ascontiguousarray(tensor.numpy().transpose(perm)), dtype=tensor.dtype, name=name)
 
     return transpose
@@ -77,7 +78,9 @@ def _transposed_dequantize(model: ir.Model, node: ir.Node, perm: tuple[int, ...]
     assert weight is not None
     axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 1
     attributes = [ir.AttrInt64("axis", list(perm).index(axis % len(perm)))]
-    new = ir.Node("", "DequantizeLinear", [_transposed(model, weight, perm), *parameters], attributes, name=f"{node.name}.T")
+    new = ir.Node(
+        "", "DequantizeLinear", [_transposed(model, weight, perm), *parameters], attributes, name=f"{node.name}.T"
+    )
     new.outputs[0].dtype = ir.DataType.FLOAT
     node.graph.insert_after(node, new)  # type: ignore[union-attr]
     return new.outputs[0]
@@ -99,7 +102,10 @@ def dequantize_biases(model: ir.Model) -> None:
         values = ((bias - zero_point).astype(np.float32) * scale).astype(np.float32)
         name = f"{output.name}.float"  # not the bias's: layers may share one and differ in scale
         value = ir.Value(
-            name=name, shape=ir.Shape(values.shape), type=ir.TensorType(ir.DataType.FLOAT), const_value=ir.tensor(values)
+            name=name,
+            shape=ir.Shape(values.shape),
+            type=ir.TensorType(ir.DataType.FLOAT),
+            const_value=ir.tensor(values),
         )
         model.graph.register_initializer(value)
         ir.convenience.replace_all_uses_with(output, value)

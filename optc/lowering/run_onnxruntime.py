@@ -1,4 +1,4 @@
-"""Runs this model with onnxruntime and numpy alone: ``python run.py [input.npy]``, or ``from run import load``."""
+"""Runs this model with onnxruntime and numpy alone: ``python run.py [input.npy ...]``, or ``from run import load``."""
 
 import sys
 from pathlib import Path
@@ -15,18 +15,24 @@ def load(threads: int = 0) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
 
 
-def main() -> None:
-    """Run a float32 ``.npy`` file of shape (batch, …), or zeros without one, and print the five largest outputs."""
+def main(files: list[str]) -> None:
+    """Run float32 ``.npy`` files of shape (batch, …), one per input, and print each sample's five largest outputs.
+
+    Without a file, run zeros and print the outputs' shapes only.
+    """
     session = load()
-    sizes = session.get_inputs()[0].shape
-    shape = [size if isinstance(size, int) else 1 for size in sizes]
-    x = np.load(sys.argv[1], allow_pickle=False) if len(sys.argv) > 1 else np.zeros(shape, np.float32)
-    (output, *_) = session.run(None, {session.get_inputs()[0].name: x})
-    print("output shape:", output.shape)
-    for row in output.reshape(len(output), -1):
-        top = np.argsort(row)[::-1][:5]
-        print("top 5:", ", ".join(f"{i}: {row[i]:.4f}" for i in top))
+    inputs = {value.name: [d if isinstance(d, int) else 1 for d in value.shape] for value in session.get_inputs()}
+    if files and len(files) != len(inputs):
+        sys.exit(f"give one .npy file for each of {', '.join(inputs)}")
+    arrays = [np.load(file, allow_pickle=False) for file in files] or [np.zeros(s, np.float32) for s in inputs.values()]
+    for value, output in zip(
+        session.get_outputs(), session.run(None, dict(zip(inputs, arrays, strict=True))), strict=True
+    ):
+        print(f"{value.name} shape: {output.shape}")
+        for row in output.reshape(len(output), -1) if files else ():
+            top = np.argsort(row)[::-1][:5]
+            print("top 5:", ", ".join(f"{i}: {row[i]:.4f}" for i in top))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

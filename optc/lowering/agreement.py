@@ -1,0 +1,93 @@
+"""Whether a runtime computes what the graph computes: output by output, on the example inputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from optc.errors import BackendError
+from optc.lowering.backend import Array
+from optc.program import Program
+
+FLOAT_DB = 60.0
+"""Least SQNR of a float32 model. Two correct libraries differ by their order of summation alone: 115 to 135 dB on
+AlexNet, ResNet-50 and ViT; a wrong axis, epsilon or approximation costs far more than half of that."""
+HALF_DB = 30.0
+"""Least SQNR of a model with float16 or bfloat16 arithmetic."""
+QUANTIZED_DB = 20.0
+"""Least SQNR of a quantized model. Each value that lies at the edge between two steps may round either way, and a deep
+network amplifies it: AlexNet keeps 48 dB, but ViT-Tiny with random weights 31 dB even where both sides compute the same
+quantized graph in float. A wrong scale, zero point or saturating kernel leaves less than 10 dB."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How close the runtime came, over all outputs (the worst where they differ).
+
+    Attributes:
+        sqnr_db: 10·log10(Σ graph² / Σ (runtime − graph)²) in dB; infinite when equal.
+        max_abs: largest absolute error.
+        bound_db: least SQNR that was asked for.
+    """
+
+    sqnr_db: float
+    max_abs: float
+    bound_db: float
+
+
+def bound_db(program: Program) -> float:
+    """The least SQNR a correct runtime keeps for ``program``, given the coarsest arithmetic in its graph."""
+    dtypes = {
+        getattr(node.meta.get("val"), "dtype", None) for node in program.graph.nodes if node.op == "call_function"
+    }
+    if dtypes & {torch.int8, torch.uint8}:
+        return QUANTIZED_DB
+    return HALF_DB if dtypes & {torch.float16, torch.bfloat16} else FLOAT_DB
+
+
+def check_agreement(
+    runtime: str, names: Sequence[str], graph: Sequence[Array], outputs: Sequence[Array], bound: float
+) -> Agreement:
+    """Compare a runtime's outputs with the graph's.
+
+    Args:
+        runtime: its name, for the message.
+        names: names of the outputs.
+        graph, outputs: arrays of equal shapes, one per output, of the graph and of the runtime.
+        bound: least SQNR in dB.
+
+    Raises:
+        BackendError: names the first output that differs in shape, is not finite where the graph is, or falls below
+            the bound, with the numbers.
+    """
+    worst = Agreement(math.inf, 0.0, bound)
+    for name, reference, output in zip(names, graph, outputs, strict=True):
+        if reference.shape != output.shape:
+            raise _diverges(runtime, name, f"its shape is {output.shape}, the graph's {reference.shape}")
+        expected, found = reference.astype(np.float64), output.astype(np.float64)
+        finite = np.isfinite(expected)
+        if not np.isfinite(found[finite]).all():
+            raise _diverges(runtime, name, "it is not finite where the graph's is")
+        error = found[finite] - expected[finite]
+        sqnr = _sqnr_db(float(np.square(expected[finite]).sum()), float(np.square(error).sum()))
+        max_abs = float(np.abs(error).max(initial=0.0))
+        if sqnr < bound:
+            raise _diverges(
+                runtime, name, f"SQNR {sqnr:.1f} dB (at least {bound:g} dB expected), largest error {max_abs:.3g}"
+            )
+        worst = Agreement(min(worst.sqnr_db, sqnr), max(worst.max_abs, max_abs), bound)
+    return worst
+
+
+def _diverges(runtime: str, name: str, how: str) -> BackendError:
+    return BackendError(f"{runtime} computes output '{name}' differently from the optimized graph: {how}")
+
+
+def _sqnr_db(signal: float, noise: float) -> float:
+    if noise == 0.0:
+        return math.inf
+    return 10.0 * math.log10(signal / noise) if signal > 0.0 else -math.inf
