@@ -8,11 +8,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torchao.quantization.pt2e import MinMaxObserver, PerChannelMinMaxObserver
+
+from optc_passes.torchao_pt2e import MinMaxObserver, PerChannelMinMaxObserver
 
 _TINY = torch.finfo(torch.float32).tiny
+_LEAST_SHARE = 1e-12
+"""Stands for the share of values in a bin that quantization leaves empty, where the divergence would be infinite."""
 _BIAS_LIMIT = 2.0**30
 """Largest |bias / scale|: leaves half of int32 to the products it is added to."""
 
@@ -25,16 +30,24 @@ class ActivationObserver(MinMaxObserver):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(eps=_TINY, **kwargs)
+        self._chosen: tuple[Tensor, Tensor] | None = None
 
-    def range(self) -> tuple[Tensor, Tensor]:
+    def forward(self, x_orig: Tensor) -> Tensor:
+        """Take ``x_orig`` (any shape, float) into account and return it as it is."""
+        self._chosen = None
+        observed: Tensor = super().forward(x_orig)
+        return observed
+
+    def choose(self) -> tuple[Tensor, Tensor]:
         """Lower and upper end of what is represented, both 0-d float32."""
         return self.min_val, self.max_val
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Scale (float32, > 0) and zero point (int), each of shape [1]; scale 1 where every value was 0."""
-        low, high = self.range()
-        scale, zero_point = self._calculate_qparams(low, high)
-        return torch.where(scale > _TINY, scale, torch.ones_like(scale)), zero_point
+        if self._chosen is None:
+            scale, zero_point = self._calculate_qparams(*self.choose())
+            self._chosen = torch.where(scale > _TINY, scale, torch.ones_like(scale)), zero_point
+        return self._chosen
 
 
 class HistogramRangeObserver(ActivationObserver):
@@ -44,7 +57,7 @@ class HistogramRangeObserver(ActivationObserver):
     counts stay exact whatever the order of batches.
     """
 
-    BINS = 8192
+    BINS = 16384
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -87,7 +100,7 @@ class PercentileObserver(HistogramRangeObserver):
         super().__init__(**kwargs)
         self.percentile = percentile
 
-    def range(self) -> tuple[Tensor, Tensor]:
+    def choose(self) -> tuple[Tensor, Tensor]:
         """The two quantiles that leave (100 - percentile) / 2 percent outside on each side."""
         counts = self.counts.clone()
         counts[self.BINS // 2] += self.zeros
@@ -106,36 +119,36 @@ class EntropyObserver(HistogramRangeObserver):
     clips in its outermost bins. Zeros are left out of the histogram, as every range represents them exactly.
     """
 
-    CANDIDATES = 64
     LEVELS = 256
+    SHARES = np.linspace(1.0, 0.1, 91)
 
-    def range(self) -> tuple[Tensor, Tensor]:
+    def choose(self) -> tuple[Tensor, Tensor]:
         """The candidate range of least divergence."""
         if self.limit == 0.0:
             return self.min_val, self.max_val
-        shares = torch.linspace(1.0, 0.1, self.CANDIDATES).tolist()
-        best = min(shares, key=self._divergence)
-        return self.min_val * best, self.max_val * best
+        counts = self.counts.numpy()
+        share = float(min(self.SHARES, key=lambda share: self._divergence(counts, float(share))))
+        return self.min_val * share, self.max_val * share
 
-    def _divergence(self, share: float) -> float:
+    def _divergence(self, counts: NDArray[np.float64], share: float) -> float:
         width = 2 * self.limit / self.BINS
-        low, high = min(float(self.min_val), 0.0) * share, max(float(self.max_val), 0.0) * share
-        first = min(int((low + self.limit) / width), self.BINS - 1)
-        last = min(int((high + self.limit) / width), self.BINS - 1)
-        inside = self.counts[first : last + 1]
-        reference = inside.clone()
-        reference[0] += self.counts[:first].sum()
-        reference[-1] += self.counts[last + 1 :].sum()
-        level = torch.arange(len(inside)) * self.LEVELS // len(inside)
-        filled = (inside > 0).double()
-        mass = torch.zeros(self.LEVELS, dtype=torch.float64).scatter_add_(0, level, inside)
-        bins = torch.zeros(self.LEVELS, dtype=torch.float64).scatter_add_(0, level, filled)
-        quantized = (mass / bins.clamp(min=1.0))[level] * filled
-        if not float(quantized.sum()):
+        ends = (min(float(self.min_val), 0.0) * share, max(float(self.max_val), 0.0) * share)
+        first, last = (min(int((end + self.limit) / width), self.BINS - 1) for end in ends)
+        inside = counts[first : last + 1]
+        filled = inside > 0
+        # Every level takes the same number of bins, give or take one; its mass is spread evenly over its filled bins.
+        edges = np.arange(self.LEVELS + 1) * len(inside) // self.LEVELS
+        mass, bins = (np.diff(np.concatenate(([0.0], np.cumsum(values)))[edges]) for values in (inside, filled))
+        spread = np.repeat(mass / np.maximum(bins, 1.0), np.diff(edges))
+        reference = inside.copy()
+        reference[0] += counts[:first].sum()
+        reference[-1] += counts[last + 1 :].sum()
+        held = reference > 0
+        if not mass.sum():
             return float("inf")
-        p, q = reference / reference.sum(), quantized / quantized.sum()
-        held = p > 0
-        return float((p[held] * (p[held] / q[held].clamp(min=1e-12)).log()).sum())
+        p = reference[held] / reference.sum()
+        q = np.where(filled, spread, 0.0)[held] / mass.sum()
+        return float(np.sum(p * np.log(p / np.maximum(q, _LEAST_SHARE))))
 
 
 class PerChannelWeightObserver(PerChannelMinMaxObserver):
@@ -157,10 +170,11 @@ class PerChannelWeightObserver(PerChannelMinMaxObserver):
         return super().forward(x_orig) if self.min_val.numel() == 0 else x_orig
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """Scale (float32, > 0) and zero point (0), each of shape [channels]."""
+        """Scale (float32, > 0) and zero point (int8, all 0), each of shape [channels]."""
         scale, zero_point = super().calculate_qparams()
         scale = torch.where(scale > _TINY, scale, torch.ones_like(scale))
         if self.layer is not None:
             activation, bias = self.layer
-            scale = torch.maximum(scale, bias.detach().abs().float() / (activation.calculate_qparams()[0] * _BIAS_LIMIT))
-        return scale, zero_point
+            activation_scale, _ = activation.calculate_qparams()
+            scale = torch.maximum(scale, bias.detach().abs().float() / (activation_scale * _BIAS_LIMIT))
+        return scale, zero_point.to(torch.int8)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from optc import Change, Numerics, OptcError, Pass, PassContext, PassOptions, PassResult, Program, Skip
 from pydantic import Field
-from torchao.quantization.pt2e import ObserverBase
 
+from optc import Change, Numerics, OptcError, Pass, PassContext, PassOptions, PassResult, Program, Skip
 from optc_passes.observers import ActivationObserver, EntropyObserver, PercentileObserver
 from optc_passes.quant_noise import Batch, layer_sqnr, output_sqnr
 from optc_passes.quant_plan import RULE, Plan, make_plan
 from optc_passes.quant_pt2e import calibrate, convert, prepare
 from optc_passes.quant_split import split_composites
+from optc_passes.torchao_pt2e import ObserverBase
 
 _MIN_SQNR_DB = 10.0
 """Noise of a tenth of the signal's power: below it a network's outputs are no longer its own."""
@@ -70,36 +70,46 @@ class Quant(Pass):
         if not plan.layers:
             return PassResult(program, modified=False, skipped=plan.skipped)
         if context.calibration is None:
-            raise OptcError("pass 'quant' needs calibration data to find activation ranges", "give --data, or calibration=…")
+            raise OptcError("pass 'quant' needs calibration data to find ranges", "give --data, or calibration=…")
         prepared, observers = prepare(work, plan, self._observer())
         batches, references = calibrate(prepared, context.calibration, context)
 
         def attempt(in_float: Collection[str]) -> _Attempt:
+            """Quantize all but these layers with the ranges already found."""
             work = split_composites(program.fork())
             plan = make_plan(work, in_float)
             prepared, _ = prepare(work, plan, self._observer(), observers)
             quantized = convert(prepared, plan, program)
             return _Attempt(quantized, plan, output_sqnr(quantized, batches, references))
 
-        best = attempt(())
+        best: _Attempt | None
+        best = full = attempt(())
         given_back: tuple[Skip, ...] = ()
-        if not best.sqnr >= _MIN_SQNR_DB:
-            best, given_back = self._give_back(program, best, attempt, observers, batches[0], context)
+        if not full.sqnr >= _MIN_SQNR_DB:
+            best, given_back = self._give_back(program, full, attempt, observers, batches[0], context)
+        skipped = (*plan.skipped, *given_back)
+        if best is None:
+            return PassResult(program, modified=False, skipped=skipped)
         applied = tuple(Change(RULE, layer.node.name, str(layer.weight.target)) for layer in best.plan.layers)
-        if not applied:
-            return PassResult(program, modified=False, skipped=(*plan.skipped, *given_back))
-        return PassResult(best.program, True, applied, (*plan.skipped, *given_back))
+        return PassResult(best.program, True, applied, skipped)
 
     def _give_back(
         self,
         program: Program,
         full: _Attempt,
-        attempt: Any,
+        attempt: Callable[[Collection[str]], _Attempt],
         observers: dict[str, ObserverBase],
         batch: Batch,
         context: PassContext,
-    ) -> tuple[_Attempt, tuple[Skip, ...]]:
-        """The attempt with the fewest layers in float that meets the budget, by bisection over layers ranked by noise."""
+    ) -> tuple[_Attempt | None, tuple[Skip, ...]]:
+        """The attempt with the fewest layers in float that meets the budget, by bisection over layers ranked by noise.
+
+        ``None`` if only the float program meets it.
+
+        Args:
+            full: the attempt with every layer in int8, which does not meet it.
+            batch: what each layer's own noise is measured on.
+        """
         work = split_composites(program.fork())
         noise = layer_sqnr(work, make_plan(work), observers, batch)
         ranked = sorted(noise, key=lambda name: noise[name])
@@ -112,9 +122,15 @@ class Quant(Pass):
                 enough, best = middle, tried
             else:
                 too_few = middle
-        best = best or attempt(ranked)
-        reason = "given back to float: in int8 its output has {:.1f} dB SQNR; with all layers in int8 the model's has {:.1f}, below {:g} dB"
-        skipped = tuple(Skip(RULE, name, reason.format(noise[name], full.sqnr, _MIN_SQNR_DB)) for name in ranked[:enough])
+        skipped = tuple(
+            Skip(
+                RULE,
+                name,
+                f"given back to float: in int8 its own output has {noise[name]:.1f} dB SQNR, "
+                f"and with every layer in int8 the model's has {full.sqnr:.1f} dB, below {_MIN_SQNR_DB:g} dB",
+            )
+            for name in ranked[:enough]
+        )
         return best, skipped
 
     def _observer(self) -> Any:

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from optc import Program
 from torch import Tensor, fx
-from torchao.quantization.pt2e import ObserverBase
 
+from optc import Program
 from optc_passes.quant_plan import Layer, Plan
+from optc_passes.torchao_pt2e import ObserverBase
 
 Batch = tuple[Tensor, ...]
 
@@ -38,9 +38,7 @@ def output_sqnr(program: Program, batches: Sequence[Batch], references: Sequence
     )
 
 
-def layer_sqnr(
-    program: Program, plan: Plan, observers: Mapping[str, ObserverBase], batch: Batch
-) -> dict[str, float]:
+def layer_sqnr(program: Program, plan: Plan, observers: Mapping[str, ObserverBase], batch: Batch) -> dict[str, float]:
     """SQNR in dB of each layer's output when that layer alone is int8, by name of the layer's node.
 
     One forward pass of the float program in which every layer is computed a second time with rounded input, weight
@@ -78,7 +76,7 @@ class _NoiseMeter(fx.Interpreter):
         scale, zero_point = observer.calculate_qparams()
         low, high = observer.quant_min, observer.quant_max
         if hasattr(observer, "ch_axis"):
-            return torch.fake_quantize_per_channel_affine(value, scale, zero_point, observer.ch_axis, low, high)
+            return torch.fake_quantize_per_channel_affine(value, scale, zero_point.int(), observer.ch_axis, low, high)
         return torch.fake_quantize_per_tensor_affine(value, float(scale), int(zero_point), low, high)
 
 

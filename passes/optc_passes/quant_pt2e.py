@@ -2,45 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 import operator
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import fx
+
 from optc import Calibration, DataError, OptcError, PassContext, Program
-from optc.rewrite import argument, calls, constant_of, is_call
-from torch import Tensor, fx
-from torchao.quantization.pt2e import ObserverBase
-from torchao.quantization.pt2e.prepare import prepare as insert_observers
-from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
-
+from optc.rewrite import constant_of, is_call
 from optc_passes.quant_noise import Batch
-from optc_passes.quant_plan import DEQUANTIZERS, Plan, aten
+from optc_passes.quant_plan import DEQUANTIZERS, QUANTIZERS, Plan, aten
 from optc_passes.quantizer import ANNOTATION, Int8Quantizer
+from optc_passes.torchao_pt2e import ObserverBase, convert_pt2e, insert_observers, quiet
 
-CHECKED_SAMPLES = 16
+CHECKED_SAMPLES = 8
 """Calibration samples kept to compare the quantized program on; running it in PyTorch costs several float passes."""
 _META_OF_PT2E = (ANNOTATION, "from_node", "_numeric_debug_handle")
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep torchao's and torch.ao's remarks on their own internals from the user."""
-    loggers = [logging.getLogger(name) for name in ("torchao", "torch.ao")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"(torchao|torch\.ao)\b")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def prepare(
@@ -104,28 +83,31 @@ def convert(prepared: fx.GraphModule, plan: Plan, program: Program) -> Program:
         plan: what it was prepared with.
         program: gives everything but the graph and its constants.
     """
-    names = {layer.node.name: [layer.weight, layer.bias] for layer in plan.layers}
-    names = {name: [str(node.target) for node in nodes if node is not None] for name, nodes in names.items()}
+    names = {
+        layer.node.name: [str(node.target) for node in (layer.weight, layer.bias) if node is not None]
+        for layer in plan.layers
+    }
     with quiet():
         converted = convert_pt2e(prepared)
-    renamed = {}
+    renamed: dict[str, str] = {}
     for node in converted.graph.nodes:
-        for position, name in enumerate(names.get(node.name, ())):
-            dequantize = node.args[1 + position]
+        for dequantize, name in zip(node.args[1:3], names.get(node.name, ()), strict=False):
             for source, suffix in zip(dequantize.args[:3], ("", "_scale", "_zero_point"), strict=True):
                 renamed[source.target] = name + suffix
     _ask_integers_for_sizes(converted.graph)
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(converted.graph, values))
-    constants = {}
+    constants: dict[str, Any] = {}
+    result = replace(program, module=converted)
     for old, new in values.items():
         new.meta = {key: value for key, value in old.meta.items() if key not in _META_OF_PT2E}
         if old.op == "get_attr":
+            new.target = renamed.get(str(old.target), str(old.target))
+            constants[new.target] = constant_of(result, old)
+        if old.op == "get_attr" or is_call(old, *QUANTIZERS, *DEQUANTIZERS):
             new.meta.pop("val", None)
-            new.target = renamed.get(old.target, old.target)
-            constants[new.target] = constant_of(replace(program, module=converted), old)
-    return replace(program, module=fx.GraphModule(constants, graph, class_name="Program").eval())
+    return replace(result, module=fx.GraphModule(constants, graph, class_name="Program").eval())
 
 
 def _ask_integers_for_sizes(graph: fx.Graph) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import fx
+from torch._ops import OpOverload
+
 from optc import Program
 from optc.ops import COMPOSITES, Composite
 from optc.rewrite import argument, calls
-from torch import fx
-from torch._ops import OpOverload
 
 _KEPT_ACTIVATIONS = (None, "relu", "relu6")
 

@@ -9,20 +9,20 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor, fx
+
 from optc import Program
 from optc.rewrite import constant_of
-from torch import Tensor, fx
-from torchao.quantization.pt2e import ObserverBase
-from torchao.quantization.pt2e.quantizer import (
+from optc_passes.observers import PerChannelWeightObserver
+from optc_passes.quant_plan import Layer, Plan, operands
+from optc_passes.torchao_pt2e import (
     DerivedQuantizationSpec,
+    ObserverBase,
     QuantizationAnnotation,
     QuantizationSpec,
     Quantizer,
     SharedQuantizationSpec,
 )
-
-from optc_passes.observers import PerChannelWeightObserver
-from optc_passes.quant_plan import Layer, Plan, operands
 
 ANNOTATION = "quantization_annotation"
 INT32 = torch.iinfo(torch.int32)
@@ -107,7 +107,7 @@ class Int8Quantizer(Quantizer):
         observers = edge_or_node_to_obs_or_fq
         for place in observers:
             value = place[0] if isinstance(place, tuple) else place
-            if value.name in self._observed:
+            if self._observed:
                 observers[place] = self._observed[value.name]
             self.observers[value.name] = observers[place]
         for layer in self._plan.layers:
@@ -132,4 +132,4 @@ def _bias_parameters(observers: list[Any]) -> tuple[Tensor, Tensor]:
     """Scale of a layer's int32 bias, shape [channels]: its input's times its weight's; zero point 0."""
     activation, weight = (observer.calculate_qparams()[0] for observer in observers)
     scale = activation * weight
-    return scale, torch.zeros(scale.shape, dtype=torch.int64)
+    return scale, torch.zeros(scale.shape, dtype=torch.int32)
