@@ -58,7 +58,12 @@ def optc_passes() -> Iterable[Entry]:
         ),
         Entry(
             "quant",
-            "Quantize convolutions and linear layers, and what lies between them, to int8.",
+            "Quantize convolutions, linear layers and what lies between them to int8.",
+            "optc_passes.quant:Quant",
+        ),
+        Entry(
+            "quant",
+            "Quantize convolutions, linear layers and what lies between them to int8.",
             "optc_passes.quant:Quant",
         ),
     ]
