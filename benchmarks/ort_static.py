@@ -108,7 +108,8 @@ def benchmark() -> Result:
     return Result(
         claim="AlexNet int8 by optc in onnxruntime takes at most 1.0 times the better of quantize_static's (p50).",
         held=ratios[best].value <= 1.0,
-        finding=f"optc / {best}: {ratios[best].value:.3f} [{ratios[best].low:.3f}, {ratios[best].high:.3f}]",
+        finding=f"optc / {best}: {ratios[best].value:.3f} [{ratios[best].low:.3f}, {ratios[best].high:.3f}]"
+        + (": INCONCLUSIVE, the interval contains 1" if ratios[best].outcome == "no difference" else ""),
         table=[_row(measured, name, sizes[name]) for name in ("optc", *files)],
         raw={"measurement": measured.to_dict(), "ratios": {name: vars(ratio) for name, ratio in ratios.items()}},
         notes=[f"{name}: {warning}" for name in ("optc", *files) for warning in measured[name].warnings],
