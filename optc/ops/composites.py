@@ -1,9 +1,9 @@
 """The composite operators: a convolution or linear layer with what follows it, as one operator.
 
 Each ``torch.ops.optc.<base>[_add][_<activation>]`` computes ``activation(base(input, weight, bias) + other)`` and is
-defined by its row in :data:`COMPOSITES`: the schema, the decomposition into plain ATen, and through that the fake kernel
-and the kernel of every device without a fused one all follow from the row. The operators are for inference: they have
-no autograd formula.
+defined by its row in :data:`COMPOSITES`: the schema and the decomposition into plain ATen follow from the row, and from
+the decomposition the fake kernel and the kernel of every device without a fused one. The operators are for inference:
+they have no autograd formula.
 """
 
 from __future__ import annotations
@@ -43,9 +43,7 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "hardswish": Activation(aten.hardswish.default, onednn="hardswish"),
     "silu": Activation(aten.silu.default, onednn="swish"),
     "gelu": Activation(aten.gelu.default, onednn="gelu", onednn_algorithm="none"),
-    "gelu_tanh": Activation(
-        aten.gelu.default, kwargs={"approximate": "tanh"}, onednn="gelu", onednn_algorithm="tanh"
-    ),
+    "gelu_tanh": Activation(aten.gelu.default, kwargs={"approximate": "tanh"}, onednn="gelu", onednn_algorithm="tanh"),
     "sigmoid": Activation(aten.sigmoid.default, onednn="sigmoid"),
     "hardsigmoid": Activation(aten.hardsigmoid.default, onednn="hardsigmoid"),
 }

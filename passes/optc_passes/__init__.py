@@ -32,6 +32,16 @@ def optc_passes() -> Iterable[Entry]:
             "optc_passes.constants:FoldConstants",
         ),
         Entry(
+            "fuse-residual",
+            "Fuse residual additions into the convolution or linear layer before them.",
+            "optc_passes.residual_fusion:FuseResidual",
+        ),
+        Entry(
+            "fuse-activation",
+            "Fuse activations into the convolution or linear layer before them.",
+            "optc_passes.activation_fusion:FuseActivation",
+        ),
+        Entry(
             "merge-parallel-linears",
             "Compute linear layers over one input with one matrix product.",
             "optc_passes.parallel_linears:MergeParallelLinears",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from optc import PassManager
+from optc_passes.activation_fusion import FuseActivation
 from optc_passes.batch_norm import FoldBatchNorm
 from optc_passes.constants import FoldConstants
 from optc_passes.dead_code import RemoveDeadCode
@@ -10,6 +11,7 @@ from optc_passes.identity import RemoveIdentity
 from optc_passes.layer_norm import FoldLayerNorm
 from optc_passes.layer_scale import FoldLayerScale
 from optc_passes.parallel_linears import MergeParallelLinears
+from optc_passes.residual_fusion import FuseResidual
 from optc_passes.subexpressions import MergeCommonSubexpressions
 from optc_passes.views import MergeViews
 
@@ -34,6 +36,9 @@ class Fuse(PassManager):
                 MergeViews(),
                 RemoveIdentity(),
                 FoldLayerNorm(),
+                # The residual first: convolution, add and relu together become one operator.
+                FuseResidual(),
+                FuseActivation(),
                 # After activations are fused, so that a linear layer with one keeps it and is not merged.
                 MergeParallelLinears(),
                 MergeCommonSubexpressions(),

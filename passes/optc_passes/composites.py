@@ -1,0 +1,97 @@
+"""What the two fusions into composite operators share: reading the layer a composite is built on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from optc.ops import COMPOSITES, find_composite
+from optc.rewrite import argument, is_call, replace, shape
+
+aten = torch.ops.aten
+_OTHER_LAYERS = (
+    aten.conv1d.default,
+    aten.conv1d.padding,
+    aten.conv3d.default,
+    aten.conv3d.padding,
+    aten.conv_transpose1d.default,
+    aten.conv_transpose2d.input,
+    aten.conv_transpose3d.input,
+    aten.convolution.default,
+)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A 2-D convolution or linear layer, perhaps with a residual added, that no activation has been fused into.
+
+    Attributes:
+        base: ``aten.conv2d.default`` or ``aten.linear.default``.
+        args: the arguments of the composite it will become, without ``other`` unless ``residual``.
+    """
+
+    node: fx.Node
+    base: OpOverload
+    args: tuple[Any, ...]
+    residual: bool = False
+
+    def composite(self, activation: str | None, residual: bool) -> OpOverload | None:
+        """The composite operator of this layer with an activation, a residual or both."""
+        return find_composite(self.base, activation, residual)
+
+    @property
+    def kind(self) -> str:
+        """For messages: ``"conv2d"``, ``"linear"`` or, with a residual, ``"conv2d_add"``."""
+        name = self.base._opname
+        return f"{name}_add" if self.residual else name
+
+
+def as_layer(node: object) -> Layer | str | None:
+    """The layer at a node; why not, if it is one that no composite is built on; ``None`` if it is anything else."""
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return None
+    if is_call(node, aten.conv2d.default, aten.linear.default):
+        return Layer(node, node.target, _arguments(node))  # type: ignore[arg-type]
+    if is_call(node, aten.conv2d.padding):
+        padding = _explicit_padding(node)
+        if padding is None:
+            return f"{node.name} pads one side more than the other"
+        args = _arguments(node)
+        return Layer(node, aten.conv2d.default, (*args[:4], padding, *args[5:]))
+    row = COMPOSITES.get(node.target)  # type: ignore[call-overload]
+    if row is not None and row.activation is None:
+        return Layer(node, row.base, _arguments(node), residual=True)
+    if is_call(node, *_OTHER_LAYERS):
+        transposed = is_call(node, aten.convolution.default) and argument(node, "transposed")
+        what = "a transposed" if transposed or "transpose" in str(node.target) else "not a 2-D"
+        return f"{node.name} is {what} convolution"
+    return None
+
+
+def fuse(end: fx.Node, layer: Layer, composite: OpOverload, args: tuple[Any, ...]) -> fx.Node:
+    """Put a composite at the place of ``end`` (so all its operands are there) and erase ``end`` and the layer."""
+    with end.graph.inserting_before(end):
+        new = end.graph.create_node("call_function", composite, args, name=composite._opname)
+    module = layer.node.meta.get("nn_module_stack")
+    if module is not None:  # of the two modules it now stands for, the layer says more
+        new.meta["nn_module_stack"] = module
+    replace(end, new)
+    layer.node.graph.erase_node(layer.node)
+    return new
+
+
+def _arguments(node: fx.Node) -> tuple[Any, ...]:
+    return tuple(argument(node, parameter.name) for parameter in node.target._schema.arguments)  # type: ignore[union-attr]
+
+
+def _explicit_padding(node: fx.Node) -> list[int] | None:
+    """``"same"`` or ``"valid"`` as numbers; ``None`` where the two sides of a dimension differ."""
+    if argument(node, "padding") == "valid":
+        return [0, 0]
+    kernel, dilation = shape(argument(node, "weight"))[2:], argument(node, "dilation")
+    total = [step * (size - 1) for size, step in zip(kernel, list(dilation) * (2 // len(dilation)), strict=True)]
+    return None if any(pad % 2 for pad in total) else [pad // 2 for pad in total]
