@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from optc.ops import cpu, cuda
 from optc.ops.composites import ACTIVATIONS, COMPOSITES, Activation, Composite, find_composite
 from optc.ops.decompose import decompose
+
+cpu.register()
+cuda.register()
 
 __all__ = ["ACTIVATIONS", "COMPOSITES", "Activation", "Composite", "decompose", "find_composite"]

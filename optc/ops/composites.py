@@ -8,7 +8,7 @@ they have no autograd formula.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,6 +93,18 @@ class Composite:
         required = 4 if self.residual else 3
         return args + _GEOMETRY_DEFAULTS[len(args) - required :] if self.is_conv else args
 
+    def output_shape(self, args: tuple[Any, ...]) -> tuple[int, ...]:
+        """Shape of ``base(input, weight, bias)``; ``args`` are all arguments of the composite, the input batched."""
+        x, weight = args[:2]
+        if not self.is_conv:
+            return (*x.shape[:-1], weight.shape[0])
+        stride, padding, dilation = (pair(value) for value in args[-4:-1])
+        spatial = (
+            (size + 2 * p - d * (kernel - 1) - 1) // s + 1
+            for size, kernel, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+        )
+        return (x.shape[0], weight.shape[0], *spatial)
+
     def decomposition(self, *args: Any) -> Tensor:
         """The composite in plain ATen, on tensors."""
         result: Tensor = self.emit(lambda target, a, kw: target(*a, **kw), args)
@@ -108,6 +120,11 @@ class Composite:
             activation = ACTIVATIONS[self.activation]
             value = call(activation.target, (value, *activation.args), dict(activation.kwargs))
         return value
+
+
+def pair(value: Sequence[int]) -> list[int]:
+    """A per-dimension argument of a 2-D convolution, which ATen lets be given once for both, as two numbers."""
+    return list(value) * 2 if len(value) == 1 else list(value)
 
 
 def _rows() -> Iterator[Composite]:

@@ -9,18 +9,19 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from optc.ops.composites import ACTIVATIONS, COMPOSITES, Composite, register_kernel
+from optc.ops.composites import ACTIVATIONS, COMPOSITES, Composite, pair, register_kernel
 
 mkldnn = torch.ops.mkldnn
 
 
-def refusal(composite: Composite, args: tuple[Any, ...]) -> str | None:
+def refusal(composite: Composite, args: tuple[Any, ...], packed: bool = False) -> str | None:
     """Why oneDNN cannot run this call (the decomposition then does), or ``None`` if it can.
 
     Args:
         args: all arguments of the composite; tensors may be fake.
+        packed: whether the weight will be in oneDNN's own layout, which makes the convolution channels-last.
     """
-    (x, weight, bias, *_), other = composite.split(args)
+    (x, weight, bias, *geometry), other = composite.split(args)
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return "this PyTorch has oneDNN missing or turned off"
     reason = dtype_refusal(weight.dtype)
@@ -35,9 +36,19 @@ def refusal(composite: Composite, args: tuple[Any, ...]) -> str | None:
     # oneDNN reads a strided bias as if it were dense, and torch's wrapper does not check.
     if not (is_dense(weight) and (bias is None or bias.is_contiguous())):
         return "its weight or bias is not stored densely"
-    if other is not None and tuple(other.shape) != output_shape(composite, args):
+    if other is not None and tuple(other.shape) != composite.output_shape(args):
         return "the added operand is broadcast"
+    if other is not None and composite.is_conv:
+        # Here torch's wrapper itself computes one after the other, with an add_relu that knows float32 only.
+        if geometry[-1] != 1:
+            return "oneDNN adds nothing to a grouped convolution"
+        if not (packed or _channels_last(x) or _channels_last(weight)):
+            return "oneDNN adds only to a channels-last convolution"
     return None
+
+
+def _channels_last(tensor: Tensor) -> bool:
+    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
 
 def dtype_refusal(dtype: torch.dtype) -> str | None:
@@ -56,23 +67,6 @@ def is_dense(weight: Tensor) -> bool:
     return weight.is_contiguous() or (weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last))
 
 
-def output_shape(composite: Composite, args: tuple[Any, ...]) -> tuple[int, ...]:
-    """Shape of ``base(input, weight, bias)``."""
-    (x, weight, *_), _ = composite.split(args)
-    if not composite.is_conv:
-        return (*x.shape[:-1], weight.shape[0])
-    stride, padding, dilation = (_pair(value) for value in args[-4:-1])
-    spatial = (
-        (size + 2 * p - d * (kernel - 1) - 1) // s + 1
-        for size, kernel, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
-    )
-    return (x.shape[0], weight.shape[0], *spatial)
-
-
-def _pair(value: Any) -> tuple[int, ...]:
-    return tuple(value) * 2 if len(value) == 1 else tuple(value)
-
-
 def fused_call(composite: Composite, args: tuple[Any, ...]) -> tuple[OpOverload, tuple[Any, ...]]:
     """The ``mkldnn`` operator and arguments that compute a composite call in one oneDNN primitive.
 
@@ -87,7 +81,7 @@ def fused_call(composite: Composite, args: tuple[Any, ...]) -> tuple[OpOverload,
             return mkldnn._linear_pointwise.binary, (x, other, weight, bias, "add")
         return mkldnn._linear_pointwise.default, (x, weight, bias, *post)
     stride, padding, dilation, groups = geometry
-    layout = (list(_pair(padding)), list(_pair(stride)), list(_pair(dilation)), groups)
+    layout = (pair(padding), pair(stride), pair(dilation), groups)
     if composite.residual:
         return mkldnn._convolution_pointwise.binary, (x, other, weight, bias, *layout, "add", 1.0, *post)
     return mkldnn._convolution_pointwise.default, (x, weight, bias, *layout, *post)
