@@ -11,7 +11,7 @@ from pydantic import Field
 from optc import Change, Numerics, OptcError, Pass, PassContext, PassOptions, PassResult, Program, Skip
 from optc_passes.observers import ActivationObserver, EntropyObserver, PercentileObserver
 from optc_passes.quant_noise import Batch, layer_sqnr, output_sqnr
-from optc_passes.quant_plan import RULE, Plan, make_plan
+from optc_passes.quant_plan import RULE, make_plan
 from optc_passes.quant_pt2e import calibrate, convert, prepare
 from optc_passes.quant_split import split_composites
 from optc_passes.torchao_pt2e import ObserverBase
@@ -33,10 +33,10 @@ class QuantOptions(PassOptions):
 
 @dataclass(frozen=True)
 class _Attempt:
-    """A quantized program, what it was made by, and the SQNR of its outputs in dB."""
+    """A quantized program, the layers that are int8 in it, and the SQNR of its outputs in dB."""
 
     program: Program
-    plan: Plan
+    layers: tuple[Change, ...]
     sqnr: float
 
 
@@ -79,8 +79,9 @@ class Quant(Pass):
             work = split_composites(program.fork())
             plan = make_plan(work, in_float)
             prepared, _ = prepare(work, plan, self._observer(), observers)
+            layers = tuple(Change(RULE, layer.node.name, str(layer.weight.target)) for layer in plan.layers)
             quantized = convert(prepared, plan, program)
-            return _Attempt(quantized, plan, output_sqnr(quantized, batches, references))
+            return _Attempt(quantized, layers, output_sqnr(quantized, batches, references))
 
         best: _Attempt | None
         best = full = attempt(())
@@ -90,8 +91,7 @@ class Quant(Pass):
         skipped = (*plan.skipped, *given_back)
         if best is None:
             return PassResult(program, modified=False, skipped=skipped)
-        applied = tuple(Change(RULE, layer.node.name, str(layer.weight.target)) for layer in best.plan.layers)
-        return PassResult(best.program, True, applied, skipped)
+        return PassResult(best.program, True, best.layers, skipped)
 
     def _give_back(
         self,

@@ -74,30 +74,16 @@ class Layer:
     Attributes:
         node: the ATen or composite node.
         tail: the node whose output is rounded: ``node``, or the rectifier right behind it.
+        activation: the node that produces the layer's input.
+        weight: the ``get_attr`` node of the weight.
+        bias: the ``get_attr`` node of the bias, if there is one.
     """
 
     node: fx.Node
     tail: fx.Node
-
-    @property
-    def activation(self) -> fx.Node:
-        """The node that produces the layer's input."""
-        node = argument(self.node, "input")
-        assert isinstance(node, fx.Node)
-        return node
-
-    @property
-    def weight(self) -> fx.Node:
-        """The ``get_attr`` node of the weight."""
-        node = argument(self.node, "weight")
-        assert isinstance(node, fx.Node)
-        return node
-
-    @property
-    def bias(self) -> fx.Node | None:
-        """The ``get_attr`` node of the bias, if there is one."""
-        node = argument(self.node, "bias")
-        return node if isinstance(node, fx.Node) else None
+    activation: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
 
     @property
     def is_conv(self) -> bool:
@@ -147,7 +133,8 @@ def make_plan(program: Program, in_float: Collection[str] = ()) -> Plan:
         if reason:
             skipped.append(Skip(RULE, node.name, reason))
         else:
-            layers.append(Layer(node, _tail(node)))
+            source, weight, bias = (argument(node, name) for name in ("input", "weight", "bias"))
+            layers.append(Layer(node, _tail(node), source, weight, bias))
     shared, rescaled = _between(program.graph, layers)
     return Plan(tuple(layers), frozenset(shared), rescaled, tuple(skipped))
 

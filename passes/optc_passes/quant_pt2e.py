@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from optc_passes.quant_plan import DEQUANTIZERS, QUANTIZERS, Plan, aten
 from optc_passes.quantizer import ANNOTATION, Int8Quantizer
 from optc_passes.torchao_pt2e import ObserverBase, convert_pt2e, insert_observers, quiet
 
+BATCH_NORM = aten._native_batch_norm_legit_no_training.default
 CHECKED_SAMPLES = 8
 """Calibration samples kept to compare the quantized program on; running it in PyTorch costs several float passes."""
 _META_OF_PT2E = (ANNOTATION, "from_node", "_numeric_debug_handle")
@@ -87,8 +88,10 @@ def convert(prepared: fx.GraphModule, plan: Plan, program: Program) -> Program:
         layer.node.name: [str(node.target) for node in (layer.weight, layer.bias) if node is not None]
         for layer in plan.layers
     }
+    _retarget(prepared.graph, BATCH_NORM, _batch_norm)
     with quiet():
         converted = convert_pt2e(prepared)
+    _retarget(converted.graph, _batch_norm, BATCH_NORM)
     renamed: dict[str, str] = {}
     for node in converted.graph.nodes:
         for dequantize, name in zip(node.args[1:3], names.get(node.name, ()), strict=False):
@@ -108,6 +111,20 @@ def convert(prepared: fx.GraphModule, plan: Plan, program: Program) -> Program:
         if old.op == "get_attr" or is_call(old, *QUANTIZERS, *DEQUANTIZERS):
             new.meta.pop("val", None)
     return replace(result, module=fx.GraphModule(constants, graph, class_name="Program").eval())
+
+
+def _batch_norm(*args: object) -> object:
+    """Stands for batch norms while torchao converts.
+
+    Where it sees one, it exports 96 patterns of quantization-aware training to look for, which takes half a minute.
+    """
+    raise AssertionError("stands for an operator, is never called")
+
+
+def _retarget(graph: fx.Graph, old: Callable[..., Any], new: Callable[..., Any]) -> None:
+    for node in graph.nodes:
+        if is_call(node, old):
+            node.target = new
 
 
 def _ask_integers_for_sizes(graph: fx.Graph) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Self
+from collections.abc import Iterator, Sequence
+from typing import Any, Self
 
 import pytest
 import torch
@@ -117,3 +118,61 @@ def operators(program: Program) -> Counter[str]:
 @pytest.fixture
 def tester() -> type[Tester]:
     return Tester
+
+
+class Batches:
+    """Calibration data made of given batches."""
+
+    description = "test batches"
+
+    def __init__(self, *batches: tuple[Tensor, ...]) -> None:
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        return iter(self._batches)
+
+
+class Quantized:
+    """A float32 program, what ``quant`` made of it, and how to look at the result.
+
+    Args:
+        model: an ``nn.Module``, or a program already captured.
+        inputs: example inputs, batch first; calibration is on four batches of noise like them.
+    """
+
+    def __init__(
+        self, model: nn.Module | Program, *inputs: Tensor, batches: Sequence[tuple[Tensor, ...]] = (), **options: Any
+    ):
+        from optc_passes.quant import Quant
+
+        self.before = model if isinstance(model, Program) else optc.capture(model, inputs)
+        self.inputs = self.before.example_inputs
+        self.batches = batches or [tuple(torch.randn_like(t) for t in self.inputs) for _ in range(4)]
+        context = optc.PassContext(calibration=Batches(*self.batches))
+        self.result = Quant(**options)(self.before, context)
+        self.program = self.result.program
+
+    @property
+    def sqnr_db(self) -> float:
+        """SQNR of the first output in dB on inputs calibration has not seen."""
+        inputs = [torch.randn_like(t) for t in self.inputs]
+        wanted, got = (program.run(*inputs)[0].double() for program in (self.before, self.program))
+        return float(10 * torch.log10(wanted.square().sum() / (wanted - got).square().sum()))
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        return {skip.node: skip.reason for skip in self.result.skipped}
+
+    def chain(self) -> str:
+        """The operators that compute, in order, with q and d for quantize and dequantize of activations."""
+        short = {"quantize_per_tensor": "q", "dequantize_per_tensor": "d", "dequantize_per_channel": "", "sym_size": ""}
+        names = [getattr(node.target, "_opname", "") for node in self.program.graph.nodes if node.op == "call_function"]
+        return " ".join(filter(None, (short.get(name, name) for name in names)))
+
+
+@pytest.fixture
+def quantized() -> type[Quantized]:
+    return Quantized
