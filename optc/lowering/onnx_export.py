@@ -119,14 +119,36 @@ def _untranslatable(exported: ExportedProgram, error: Exception) -> BackendError
     if quoted is None:
         return BackendError(f"the model has no ONNX form: {_first_line(cause)}", "run with -v for the traceback")
     name, target = quoted.groups()
-    nodes = [node for node in exported.graph.nodes if node.name == name and _qualified(node) == target]
-    nodes = nodes or [node for node in exported.graph.nodes if _qualified(node) == target]
-    path = _module_path(nodes[0]) if nodes else ""
-    where = f" in module '{path}'" if path else ""
-    return BackendError(
-        f"operator {target.removeprefix('torch.ops.')} (node '{name}'{where}) has no ONNX form: {_first_line(cause)}",
-        "choose a backend that runs it, such as --backend eager",
-    )
+    node = _origin(exported, name, target)
+    reason = _first_line(cause).partition(", or ")[0]
+    if node is None:
+        what = f"operator {target.removeprefix('torch.ops.')} (node '{name}')"
+    else:
+        path = _module_path(node)
+        what = f"operator {node.target} (node '{node.name}'{f' in module {path!r}' if path else ''})"
+    return BackendError(f"{what} has no ONNX form: {reason}", "choose a backend that runs it, such as --backend eager")
+
+
+def _origin(exported: ExportedProgram, name: str, target: str) -> fx.Node | None:
+    """The node torch.onnx means, or the one it was decomposed from; ``None`` if it cannot be traced back."""
+    for node in exported.graph.nodes:
+        if node.name == name and _qualified(node) == target:
+            return node
+    try:
+        decomposed = exported.run_decompositions(dict(torch._decomp.decomposition_table))
+    except Exception as error:
+        log.debug("cannot trace %s back: %s", target, error)
+        return None
+    nodes = {node.name: node for node in exported.graph.nodes}
+    for node in decomposed.graph.nodes:
+        if _qualified(node) == target:
+            sources = list(node.meta.get("from_node") or ())
+            while sources:
+                source = sources.pop(0)
+                if source.name in nodes:
+                    return nodes[source.name]
+                sources += source.from_node
+    return None
 
 
 def _qualified(node: fx.Node) -> str:

@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import Tensor, nn
+
+from optc import Program, Target, capture
+from optc.errors import BackendError
+from optc.lowering import onnxruntime as backend_module
+from optc.lowering.onnxruntime import OnnxRuntimeBackend, precision
+from optc.plugins.registry import registry
+
+Quantize = Callable[[Program], Program]
+TARGET = Target(threads=2)
+
+
+def sqnr_db(reference: np.ndarray, output: np.ndarray) -> float:
+    return float(10 * np.log10(np.square(reference).sum() / np.square(reference - output).sum()))
+
+
+def test_it_is_registered() -> None:
+    assert registry().load("backend", "onnxruntime") is OnnxRuntimeBackend
+
+
+def test_a_float_program_runs_as_float(cnn: Program, tmp_path: Path) -> None:
+    backend = OnnxRuntimeBackend()
+    lowered = backend.lower(cnn, TARGET, tmp_path)
+    runner = backend.load(tmp_path, lowered.files, TARGET)
+    assert runner.provider == "onnxruntime CPUExecutionProvider"
+    assert runner.precision == "float32"
+    assert lowered.details["check"]["sqnr_db"] > 100
+    for batch in (1, 3, 8):
+        x = torch.randn(batch, 3, 16, 16)
+        (output,) = runner(x.numpy())
+        assert output.dtype == np.float32
+        assert sqnr_db(cnn.run(x)[0].numpy(), output) > 100
+
+
+@pytest.mark.parametrize(("name", "layers"), [("cnn", 4), ("block", 4)])
+def test_an_int8_program_runs_integer_kernels(
+    name: str, layers: int, tmp_path: Path, quantized: Quantize, request: pytest.FixtureRequest
+) -> None:
+    program = quantized(request.getfixturevalue(name))
+    backend = OnnxRuntimeBackend()
+    lowered = backend.lower(program, TARGET, tmp_path)
+    runner = backend.load(tmp_path, lowered.files, TARGET)
+    x = torch.randn(3, 3, 16, 16)
+    int8 = int(runner.precision.removeprefix("int8 (").split()[0])
+    # A convolution whose output is not quantized again keeps its float kernel in ONNX Runtime; the runner must say so.
+    assert runner.precision == (
+        f"int8 ({int8} of {layers} layers)"
+        if int8 == layers
+        else f"int8 ({int8} of {layers} layers, {layers - int8} float32)"
+    )
+    assert int8 >= 2
+    for ours, graph in zip(runner(x.numpy()), program.run(x), strict=True):
+        assert sqnr_db(graph.numpy(), ours) > 30
+
+
+def test_several_inputs_keep_their_order(tmp_path: Path) -> None:
+    class Minus(nn.Module):
+        def forward(self, zulu: Tensor, alpha: Tensor) -> Tensor:
+            return zulu - 2 * alpha
+
+    program = capture(Minus(), (torch.randn(2, 4), torch.randn(2, 4)))
+    backend = OnnxRuntimeBackend()
+    runner = backend.load(tmp_path, backend.lower(program, TARGET, tmp_path).files, TARGET)
+    zulu, alpha = np.ones((5, 4), np.float32), np.full((5, 4), 3, np.float32)
+    np.testing.assert_array_equal(runner(zulu, alpha)[0], zulu - 2 * alpha)
+
+
+def test_a_file_that_computes_something_else_is_refused(
+    cnn: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from optc.lowering import onnx_export
+
+    export = onnx_export.export_onnx
+
+    def damage(program: Program, path: Path) -> object:
+        """What a broken exporter would do: one weight differs."""
+        result = export(program, path)
+        model = onnx.load(path)
+        weight = next(t for t in model.graph.initializer if len(t.dims) == 4)
+        array = numpy_helper.to_array(weight).copy()
+        array.flat[0] += 0.5
+        weight.CopyFrom(numpy_helper.from_array(array, weight.name))
+        onnx.save(model, path)
+        return result
+
+    monkeypatch.setattr(onnx_export, "export_onnx", damage)
+    with pytest.raises(BackendError, match=r"output 'output'.*SQNR .* dB \(at least 60 dB expected\)"):
+        OnnxRuntimeBackend().lower(cnn, TARGET, tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model", None])
+def test_files_onnxruntime_cannot_read_get_one_line(content: bytes | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "model.onnx").write_bytes(content)
+    with pytest.raises(BackendError, match=r"onnxruntime refuses model\.onnx") as caught:
+        OnnxRuntimeBackend().load(tmp_path, ("model.onnx",), TARGET)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_data_file_is_refused(block: Program, tmp_path: Path) -> None:
+    from optc.lowering.onnx_export import export_onnx
+
+    files, _ = export_onnx(block, tmp_path / "model.onnx", external_data_bytes=1000)
+    (tmp_path / files[1]).unlink()
+    with pytest.raises(BackendError, match=r"refuses model\.onnx"):
+        OnnxRuntimeBackend().load(tmp_path, files, TARGET)
+
+
+def test_a_closed_runner_says_so(cnn: Program, tmp_path: Path) -> None:
+    backend = OnnxRuntimeBackend()
+    runner = backend.load(tmp_path, backend.lower(cnn, TARGET, tmp_path).files, TARGET)
+    runner.close()
+    with pytest.raises(BackendError, match="closed"):
+        runner(np.zeros((1, 3, 16, 16), np.float32))
+
+
+def test_no_worker_spins_after_a_call(cnn: Program, tmp_path: Path) -> None:
+    backend = OnnxRuntimeBackend()
+    runner = backend.load(tmp_path, backend.lower(cnn, TARGET, tmp_path).files, TARGET)
+    x = np.zeros((8, 3, 16, 16), np.float32)
+    time.sleep(0.3)  # torch's own workers spin for a while after the lowering
+    runner(x)
+    before = time.process_time()
+    time.sleep(0.3)
+    # Spinning would burn some 40 ms here; a session that does not, next to nothing.
+    assert time.process_time() - before < 0.015
+
+
+def test_a_device_onnxruntime_lacks_is_refused_with_the_mend() -> None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        assert "optc[gpu]" in (OnnxRuntimeBackend.unavailable(Target(device="cuda")) or "")
+    assert OnnxRuntimeBackend.unavailable(TARGET) is None
+    assert "not on 'tpu'" in (OnnxRuntimeBackend.unavailable(Target(device="tpu")) or "")
+
+
+def test_loading_leaves_no_profile_behind(cnn: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    backend = OnnxRuntimeBackend()
+    folder = tmp_path / "model"
+    folder.mkdir()
+    backend.load(folder, backend.lower(cnn, TARGET, folder).files, TARGET).close()
+    assert not list(scratch.iterdir())
+    assert [file.name for file in folder.iterdir()] == ["model.onnx"]
+
+
+def event(kernel: str, *inputs: tuple[str, list[int]], parameters: int = 0) -> dict[str, object]:
+    shapes = [{kind: shape} for kind, shape in inputs]
+    args = {"op_name": kernel, "input_type_shape": shapes, "parameter_size": str(parameters)}
+    return {"cat": "Node", "name": f"{kernel}_kernel_time", "args": args}
+
+
+X, W, U8 = ("float", [1, 8]), ("float", [8, 8]), ("uint8", [1, 8])
+
+
+@pytest.mark.parametrize(
+    ("events", "expected"),
+    [
+        ([event("Conv", X, W), event("FusedGemm", X)], "float32"),
+        ([event("QLinearConv", U8), event("MatMulIntegerToFloat", U8), event("Conv", X)],
+         "int8 (2 of 3 layers, 1 float32)"),
+        ([event("QGemm", U8), event("MatMulNBits", X)], "int4 (1 of 2 layers, 1 int8)"),
+        ([event("Gemm", X), event("MatMul", U8, U8)], "float32"),  # attention's product of two activations
+        ([event("MatMul", X, W, parameters=256)], "float32"),
+        ([event("Relu", X)], "float32"),
+        ([], "no arithmetic"),
+    ],
+)  # fmt: skip
+def test_precision_counts_layers_by_the_kernel_that_ran(events: list[dict[str, object]], expected: str) -> None:
+    assert precision(events) == expected
+
+
+def test_loading_needs_no_torch() -> None:
+    import subprocess
+    import sys
+
+    code = f"import sys, {backend_module.__name__}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
