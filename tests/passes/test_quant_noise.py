@@ -1,0 +1,59 @@
+"""SQNR of outputs and of single layers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import optc
+from optc_passes.observers import ActivationObserver
+from optc_passes.quant_noise import layer_sqnr, output_sqnr, sqnr_db
+from optc_passes.quant_plan import make_plan
+from optc_passes.quant_pt2e import prepare
+
+
+def test_sqnr_is_the_ratio_of_powers_in_decibel() -> None:
+    reference = torch.full((10,), 2.0)
+    assert sqnr_db(reference, reference + 0.2) == pytest.approx(20, abs=1e-4)
+    assert sqnr_db(reference, reference) == math.inf
+    assert sqnr_db(torch.zeros(2), torch.ones(2)) == -math.inf
+    assert math.isnan(sqnr_db(reference, reference * float("nan")))
+
+
+def test_output_sqnr_is_that_of_the_worst_output() -> None:
+    class Two(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return x + 0.01, x * 1.1
+
+    program = optc.capture(Two(), (torch.randn(2, 3),))
+    batches = [(torch.ones(2, 3),), (torch.ones(2, 3),)]
+    references = [(torch.ones(2, 3), torch.ones(2, 3))] * 2
+    assert output_sqnr(program, batches, references) == pytest.approx(20, abs=1e-3)
+
+
+def test_each_layer_is_measured_alone() -> None:
+    """The second layer's input holds an outlier; the first and the last layer do not suffer from it."""
+
+    class Outlier(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(7, 4, 1), nn.Linear(8, 4)
+            with torch.no_grad():
+                self.b.weight[:, 4:] = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.c(self.b(torch.cat([nn.functional.gelu(self.a(x)), 1e5 * x], 1)))
+
+    x = torch.randn(2, 3, 8, 8)
+    program = optc.capture(Outlier(), (x,))
+    work = program.fork()
+    prepared, observers = prepare(work, make_plan(work), ActivationObserver)
+    prepared(x)
+    noise = layer_sqnr(program, make_plan(program), observers, (x,))
+    assert list(noise) == ["conv2d", "conv2d_1", "linear"]
+    assert noise["conv2d"] > 30
+    assert noise["conv2d_1"] < 5
+    assert noise["linear"] > 30
