@@ -64,8 +64,9 @@ def fold_after(program: Program, value: fx.Node, axis: int, scale: Tensor, shift
     layers = layers_after(program, value, axis, shifted=shift is not None)
     if isinstance(layers, str):
         return False, layers
-    for layer in layers:
-        scale_input(program, layer, scale, shift)
+    if shift is not None or not bool((scale == 1).all()):  # else the weights stay shared, not copied
+        for layer in layers:
+            scale_input(program, layer, scale, shift)
     return True, "into " + ", ".join(module_path(layer.node) or layer.node.name for layer in layers)
 
 
