@@ -131,15 +131,14 @@ def _untranslatable(exported: ExportedProgram, error: Exception) -> BackendError
 
 def _origin(exported: ExportedProgram, name: str, target: str) -> fx.Node | None:
     """The node torch.onnx means, or the one it was decomposed from; ``None`` if it cannot be traced back."""
-    for node in exported.graph.nodes:
-        if node.name == name and _qualified(node) == target:
-            return node
+    nodes: dict[str, fx.Node] = {node.name: node for node in exported.graph.nodes}
+    if name in nodes and _qualified(nodes[name]) == target:
+        return nodes[name]
     try:
         decomposed = exported.run_decompositions(dict(torch._decomp.decomposition_table))
     except Exception as error:
         log.debug("cannot trace %s back: %s", target, error)
         return None
-    nodes = {node.name: node for node in exported.graph.nodes}
     for node in decomposed.graph.nodes:
         if _qualified(node) == target:
             sources = list(node.meta.get("from_node") or ())
