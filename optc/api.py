@@ -45,7 +45,12 @@ class Optimized:
     """
 
     def __init__(
-        self, program: Program, target: Target, backend: Backend, lowered: Lowered, folder: tempfile.TemporaryDirectory[str]
+        self,
+        program: Program,
+        target: Target,
+        backend: Backend,
+        lowered: Lowered,
+        folder: tempfile.TemporaryDirectory[str],
     ) -> None:
         self.program = program
         self.target = target

@@ -9,6 +9,7 @@ from optc.plugins.hookspecs import Entry, hookimpl
 
 @hookimpl
 def optc_backends() -> Iterable[Entry]:
+    """The runtimes optc lowers to itself."""
     return [
         Entry(
             "onnxruntime",
@@ -22,6 +23,7 @@ def optc_backends() -> Iterable[Entry]:
 
 @hookimpl
 def optc_model_sources() -> Iterable[Entry]:
+    """Where models come from, in the order of look-up."""
     # The order of look-up: first what is recognised by its form alone, then timm, which wins over torchvision.
     return [
         Entry(
@@ -49,6 +51,7 @@ def optc_model_sources() -> Iterable[Entry]:
 
 @hookimpl
 def optc_datasets() -> Iterable[Entry]:
+    """Datasets that ship with optc or its dependencies."""
     return [
         Entry(
             "digits",

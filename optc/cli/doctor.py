@@ -52,7 +52,9 @@ def diagnose() -> dict[str, Any]:
         "machine": asdict(machine(gpus=True)),
         "packages": [_package(name, *about) for name, about in EXTRAS.items()],
         "backends": [status(name) for name in registry().all("backend")],
-        "plugins": sorted({r.plugin for kind in ("pass", "backend", "model source", "dataset") for r in registry().all(kind).values()}),
+        "plugins": sorted(
+            {r.plugin for kind in ("pass", "backend", "model source", "dataset") for r in registry().all(kind).values()}
+        ),
         "advice": _advice(machine(gpus=True).isa),
     }
 
@@ -64,7 +66,7 @@ def _package(name: str, purpose: str, install: str) -> dict[str, Any]:
         return {**row, "reason": "not installed"}
     try:
         if name in ("torchvision", "timm"):
-            from optc.frontend.torchvision_ops import declare_torchvision_ops
+            from optc.torchvision_ops import declare_torchvision_ops
 
             declare_torchvision_ops()
         importlib.import_module(name)
@@ -81,7 +83,9 @@ def _advice(isa: tuple[str, ...] | None) -> list[str]:
     if isa is not None and not BF16_FLAGS & set(isa):
         advice.append("this CPU has no bfloat16 instructions: bfloat16 is emulated and slow")
     if shutil.which("c++") is None and shutil.which("g++") is None and shutil.which("clang++") is None:
-        advice.append("no C++ compiler: the torch.compile baseline cannot be measured; install g++ (apt-get install g++)")
+        advice.append(
+            "no C++ compiler: the torch.compile baseline cannot be measured; install g++ (apt-get install g++)"
+        )
     return advice
 
 

@@ -1,4 +1,4 @@
-"""The ``optc`` command: one file per subcommand, loaded when it is asked for; every failure one line and exit code 2."""
+"""The ``optc`` command: one file per subcommand, loaded when asked for; every failure one line and exit code 2."""
 
 from __future__ import annotations
 

@@ -62,7 +62,9 @@ class Data:
             loaded.info.preprocessing.input_size
         ]
         if dataset is not None and not self._is_image_model:
-            raise DataError(f"'{loaded.info.name}' does not take images, so --data has no use for it", "leave --data away")
+            raise DataError(
+                f"'{loaded.info.name}' does not take images, so --data has no use for it", "leave --data away"
+            )
 
     def calibration(self) -> Calibration | None:
         """Batches of the training split; the example inputs of a model that does not take images."""

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import click
 from rich.console import Console
 
-from optc.cli.options import json_option, print_json, progress_for, verbosity_options
 from optc.cli.model import Data, load
+from optc.cli.options import json_option, print_json, progress_for, verbosity_options
 from optc.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def command(
     verbose: bool,
     quiet: bool,
 ) -> None:
-    """Optimize MODEL: a timm or torchvision name, package.module:factory, or a .pt2 file.
+    r"""Optimize MODEL: a timm or torchvision name, package.module:factory, or a .pt2 file.
 
     \b
     Examples:

@@ -21,7 +21,9 @@ def json_option(command: Command) -> Command:
 
 def verbosity_options(command: Command) -> Command:
     """``-v`` and ``-q``."""
-    command = click.option("-v", "--verbose", is_flag=True, help="Show more, other packages' messages included.")(command)
+    command = click.option("-v", "--verbose", is_flag=True, help="Show more, other packages' messages included.")(
+        command
+    )
     return click.option("-q", "--quiet", is_flag=True, help="Show results only.")(command)
 
 

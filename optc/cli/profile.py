@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +20,9 @@ if TYPE_CHECKING:
 
 @click.command("profile")
 @click.argument("targets", nargs=-1, required=True)
-@click.option("--weights", default="pretrained", show_default=True, help="For model names: pretrained, random or a file.")
+@click.option(
+    "--weights", default="pretrained", show_default=True, help="For model names: pretrained, random or a file."
+)
 @click.option("--threads", type=click.IntRange(1), help="Threads for every candidate.  [default: all this process has]")
 @json_option
 @verbosity_options
@@ -66,9 +67,7 @@ def _artifact(name: str, target: Target) -> tuple[list[Candidate], tuple[Array, 
     return [candidate], artifact.example_query()
 
 
-def _model(
-    name: str, weights: str, target: Target, progress: Progress
-) -> tuple[list[Candidate], tuple[Array, ...]]:
+def _model(name: str, weights: str, target: Target, progress: Progress) -> tuple[list[Candidate], tuple[Array, ...]]:
     """The baselines of a model, and its example input."""
     from dataclasses import replace
 

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from optc.progress import Progress, Step
 
+
 def silence_third_parties() -> None:
     """Keep other packages' warnings and log lines from the user; ``-v`` does not call this.
 
@@ -68,7 +69,9 @@ class TerminalProgress(Progress):
 
     def note(self, text: str, *, important: bool = False) -> None:
         if important:
-            self._console.print(Panel(Text(text, style="bold"), border_style="yellow", title="Note", title_align="left"))
+            self._console.print(
+                Panel(Text(text, style="bold"), border_style="yellow", title="Note", title_align="left")
+            )
         elif self._verbosity >= 0:
             self._console.print(Text(text))
 

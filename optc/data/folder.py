@@ -202,7 +202,7 @@ def _cut(files: list[_Image], name: SplitName) -> list[_Image]:
 @cache
 def _imagenet_synsets() -> dict[str, int]:
     """Class index by synset id, in ImageNet-1k's order."""
-    from optc.frontend.torchvision_ops import declare_torchvision_ops
+    from optc.torchvision_ops import declare_torchvision_ops
 
     declare_torchvision_ops()
     from timm.data import ImageNetInfo

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -71,7 +72,7 @@ def program_from_exported(
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     graph.graph_copy(unlifted.graph, values)
-    leaves = pytree.tree_leaves(unlifted.graph.output_node().args[0])
+    leaves: list[Any] = pytree.tree_leaves(unlifted.graph.output_node().args[0])
     graph.output(tuple(values[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in leaves))
     for old, new in values.items():
         new.meta = {key: value for key, value in old.meta.items() if key != "val"}

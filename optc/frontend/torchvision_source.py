@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from optc.errors import OptcError, WeightsError
 from optc.frontend.hub import unreachable
 from optc.frontend.source import BuiltModel, ModelSource, PretrainedUnavailable
-from optc.frontend.torchvision_ops import declare_torchvision_ops
 from optc.program import Preprocessing
+from optc.torchvision_ops import declare_torchvision_ops
 
 if TYPE_CHECKING:
     from torch import nn

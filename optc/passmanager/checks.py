@@ -1,4 +1,4 @@
-"""Holding a pass to its contract: graph lint, honest ``modified``, same inputs and outputs, untouched shared tensors."""
+"""Holding a pass to its contract: lint, honest ``modified``, same inputs and outputs, untouched shared tensors."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ class ContractGuard:
         try:
             after.graph.lint()
         except Exception as error:
-            raise self._broken(f"left a graph that does not lint: {error}", "check the order and users of nodes") from error
+            raise self._broken(
+                f"left a graph that does not lint: {error}", "check the order and users of nodes"
+            ) from error
         after = replace(after, module=graph_module(after.module, after.graph))
         try:
             complete_meta(after)

@@ -67,7 +67,9 @@ def build_passes(
         if name:
             built.append(registry().load("pass", name)(**given.pop(name, {})))
     if given:
-        raise UnknownNameError("pass in the options", next(iter(given)), [p.name for p in built], hint="add it to the passes")
+        raise UnknownNameError(
+            "pass in the options", next(iter(given)), [p.name for p in built], hint="add it to the passes"
+        )
     return PassManager(built)
 
 

@@ -54,7 +54,10 @@ def write_reproducer(
         path = parent / f"optc-reproducer-{pass_.name}-{number}"
     path.mkdir(parents=True)
     names = [node.name for node in before.graph.find_nodes(op="placeholder")]
-    save_file({f"{i}_{name}": t.contiguous() for i, (name, t) in enumerate(zip(names, inputs, strict=True))}, path / "inputs.safetensors")
+    save_file(
+        {f"{i}_{name}": t.contiguous() for i, (name, t) in enumerate(zip(names, inputs, strict=True))},
+        path / "inputs.safetensors",
+    )
     with torch.no_grad():
         torch.export.save(torch.export.export(before.module, inputs), path / "before.pt2")
     (path / "before.txt").write_text(before.text())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from pathlib import Path
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -19,12 +19,20 @@ REFERENCE = "eager-fp32"
 
 
 def render(report: Report, artifact: Path, verbose: bool = False) -> Group:
-    """The whole report of the run that wrote ``artifact``; ``verbose`` lists every skipped rewrite instead of the first few of each rule."""
+    """The whole report of the run that wrote ``artifact``.
+
+    ``verbose`` lists every skipped rewrite instead of the first few of each pass.
+    """
     parts: list[object] = [passes_table(report.passes)]
     skipped = skipped_table(report.passes, verbose)
     if skipped.row_count:
         parts += ["", skipped]
-    parts += ["", results_table(report), "", *(Text(f"! {note}", style="yellow") for note in (*report.notes, *_measurement_warnings(report)))]
+    parts += [
+        "",
+        results_table(report),
+        "",
+        *(Text(f"! {note}", style="yellow") for note in (*report.notes, *_measurement_warnings(report))),
+    ]
     style = "bold green" if report.faster else "bold yellow"
     parts.append(Text(f"Artifact: {artifact} (python {artifact / 'run.py'} runs it without optc)"))
     parts.append(Text(report.verdict, style=style))
@@ -47,7 +55,9 @@ def passes_table(records: tuple[PassRecord, ...]) -> Table:
                 record.name,
                 _what(record),
                 f"{before} → {after}" if before != after else str(after),
-                f"{_mb(bytes_before)} → {_mb(bytes_after)}" if abs(bytes_before - bytes_after) > 5e4 else _mb(bytes_after),
+                f"{_mb(bytes_before)} → {_mb(bytes_after)}"
+                if abs(bytes_before - bytes_after) > 5e4
+                else _mb(bytes_after),
                 _distance(record),
                 f"{record.notes['timing']['seconds']:.2f} s",
             )

@@ -9,6 +9,7 @@ from optc import Entry, hookimpl
 
 @hookimpl
 def optc_passes() -> Iterable[Entry]:
+    """Every built-in pass."""
     return [
         Entry("fuse", "Fold, fuse and simplify without changing what the model computes.", "optc_passes.fuse:Fuse"),
         Entry(
@@ -65,11 +66,6 @@ def optc_passes() -> Iterable[Entry]:
             "remove-dead-code",
             "Remove operators and constants that no output depends on.",
             "optc_passes.dead_code:RemoveDeadCode",
-        ),
-        Entry(
-            "quant",
-            "Quantize convolutions, linear layers and what lies between them to int8.",
-            "optc_passes.quant:Quant",
         ),
         Entry(
             "quant",

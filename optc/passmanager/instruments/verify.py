@@ -74,7 +74,9 @@ def _exceeded(pass_: Pass, after: Program, distance: Comparison) -> str | None:
     if promise.exact:
         bound = rounding_sqnr_db(after)
         if distance.sqnr_db < bound:
-            return f"an exact pass, but SQNR fell to {distance.sqnr_db:.1f} dB (rounding alone stays above {bound:.0f} dB)"
+            return (
+                f"an exact pass, but SQNR fell to {distance.sqnr_db:.1f} dB (rounding alone stays above {bound:.0f} dB)"
+            )
         return None
     if promise.min_sqnr_db is not None and distance.sqnr_db < promise.min_sqnr_db:
         return f"SQNR {distance.sqnr_db:.1f} dB is below its budget of {promise.min_sqnr_db:g} dB"

@@ -119,7 +119,9 @@ def test_an_approximate_pass_is_held_to_its_budget(program: Program, inputs, tmp
         Approximate(factor=2.0)(program, verified(program, inputs, tmp_path))
 
 
-def test_an_exact_pass_after_an_approximate_one_is_judged_by_its_own_step(program: Program, inputs, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_an_exact_pass_after_an_approximate_one_is_judged_by_its_own_step(
+    program: Program, inputs, tmp_path: Path
+) -> None:  # type: ignore[no-untyped-def]
     result = PassManager([Approximate(factor=1.02), Rescale(factor=1.0)])(program, verified(program, inputs, tmp_path))
     notes = result.program.history[1].notes["verify"]
     assert notes["from_previous"]["max_abs"] == 0.0

@@ -1,0 +1,138 @@
+"""The command line as users run it: real processes, what they print and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FACTORY = """
+import torch
+from torch import nn
+
+def small():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+    return net, (torch.randn(1, 3, 16, 16),)
+
+class Branches(nn.Module):
+    def forward(self, x):
+        return x.relu() if x.sum() > 0 else x
+
+def branches():
+    return Branches(), (torch.randn(1, 3),)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "mine.py").write_text(FACTORY)
+    return tmp_path
+
+
+def optc(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "optc.cli.main", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False, timeout=240)
+
+
+def test_optimize_writes_an_artifact_that_runs_without_optc(folder: Path) -> None:
+    done = optc("optimize", "mine:small", "--passes", "fuse", "--no-measure", "--json", "-o", "out", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["artifact"] == "out"
+    assert {p["name"] for p in report["passes"] if p["modified"]} >= {"fold-batch-norm", "fuse-activation"}
+    assert all(p["notes"]["verify"]["from_captured"]["max_rel"] < 1e-4 for p in report["passes"] if p["modified"])
+    assert sorted(path.name for path in (folder / "out").iterdir()) == ["manifest.json", "model.onnx", "run.py"]
+    ran = subprocess.run([sys.executable, "out/run.py"], capture_output=True, text=True, cwd=folder, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert "(1, 10)" in ran.stdout
+
+
+def test_optimize_measures_and_ends_with_a_verdict(folder: Path) -> None:
+    done = optc("optimize", "mine:small", "--passes", "fuse", "-q", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    for word in ("Passes", "Before and after", "eager-fp32", "eager-bf16", "compile-bf16", "p50 ms", "p99 ms"):
+        assert word in done.stdout
+    assert "best unquantized candidate" in done.stdout.splitlines()[-1] or "faster" in done.stdout.lower()
+    assert (folder / "mine-small-optimized").is_dir()
+
+
+def test_random_weights_are_unmissable_and_have_no_accuracy(tmp_path: Path) -> None:
+    arguments = ("optimize", "mobilenetv3_small_050", "--passes", "remove-identity", "--no-measure", "--data", "digits")
+    done = optc(*arguments, "--weights", "random", "-o", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "not measurable: random weights" in done.stdout
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["model"]["weights"] == "random"
+    assert manifest["report"]["accuracy"]["after"] is None
+
+
+def test_print_after_and_bisect(folder: Path) -> None:
+    arguments = ("optimize", "mine:small", "--passes", "fold-batch-norm,fuse-activation", "--no-measure")
+    done = optc(*arguments, "--print-after", "fold-batch-norm", "--bisect-limit", "1", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "# graph after fold-batch-norm" in done.stderr
+    assert "BISECT: running pass (1) fold-batch-norm" in done.stderr
+    assert "BISECT: NOT running pass (2) fuse-activation" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["optimize", "alexnte"], "unknown model 'alexnte' — did you mean alexnet"),
+        (["optimize", "mine:small", "--passes", "fuze"], "unknown pass 'fuze' — did you mean fuse"),
+        (
+            ["optimize", "mine:small", "--backend", "onnxruntme"],
+            "unknown backend 'onnxruntme' — did you mean onnxruntime",
+        ),
+        (["optimize", "mine:small", "-O", "fuse.x=1"], "unknown pass in the options 'fuse'"),
+        (["optimize", "mine:small", "--pases", "fuse"], "unknown option '--pases' — did you mean --passes"),
+        (["optimize", "mine:small", "--data", "empty"], "has no images"),
+        (["optimize", "mine:small", "-o", "empty"], "output folder 'empty' exists"),
+        (["optimize", "mine:branches"], "mine.py:12"),
+        (["optimize", "alexnet", "--weights", "wrong.safetensors"], "classifier.6.weight"),
+        (["profile", "empty"], "is no optc artifact"),
+        (["optimise"], "unknown command 'optimise' — did you mean optimize"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(folder: Path, arguments: list[str], message: str) -> None:
+    (folder / "empty").mkdir()
+    if "wrong.safetensors" in arguments:
+        from safetensors.torch import save_file
+
+        save_file({"classifier.6.weight": torch.zeros(3, 7)}, folder / "wrong.safetensors")
+    if "-O" in arguments:
+        arguments = [*arguments, "--passes", "quant"]
+    before = sorted(path.name for path in folder.iterdir())
+    done = optc(*arguments, "-q", cwd=folder) if arguments[0] != "optimise" else optc(*arguments, cwd=folder)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert sorted(path.name for path in folder.iterdir() if path.name != "__pycache__") == before
+
+
+def test_profile_measures_an_artifact_beside_its_model(folder: Path) -> None:
+    optc("optimize", "mine:small", "--passes", "fuse", "--no-measure", "-o", "out", cwd=folder)
+    done = optc("profile", "out", "mine:small", "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)["results"]
+    assert [r["name"] for r in results][:2] == ["out", "mine:small eager-fp32"]
+    assert all(r["percentiles"]["count"] > 0 for r in results if r["error"] is None)
+
+
+def test_the_listings_have_json(folder: Path) -> None:
+    passes = json.loads(optc("passes", "--json", cwd=folder).stdout)
+    assert {"fuse", "quant"} <= {p["name"] for p in passes}
+    described = json.loads(optc("passes", "quant", "--json", cwd=folder).stdout)
+    assert "observer" in described["options"]
+    backends = json.loads(optc("backends", "--json", cwd=folder).stdout)
+    assert {"name": "onnxruntime", "ready": True}.items() <= next(
+        b for b in backends if b["name"] == "onnxruntime"
+    ).items()
+    doctor = json.loads(optc("doctor", "--json", cwd=folder).stdout)
+    assert any(p["name"] == "onnxruntime" and p["ready"] for p in doctor["packages"])

@@ -1,0 +1,72 @@
+"""``optc.optimize``: the Python API end to end on a small real network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import optc
+from optc.errors import OptcError
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3, padding=1)
+        self.norm = nn.BatchNorm2d(16)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"scores": self.head(self.norm(self.conv(x)).relu().mean((2, 3)))}
+
+
+@pytest.fixture(scope="module")
+def net() -> Net:
+    torch.manual_seed(0)
+    net = Net()
+    net(torch.randn(8, 3, 16, 16))  # gives the batch norm running statistics
+    return net
+
+
+def test_optimize_is_callable_like_the_module_and_saves(net: Net, tmp_path: Path) -> None:
+    x = torch.randn(1, 3, 16, 16)
+    seen: list[object] = []
+
+    def metric(call: object) -> float:
+        seen.append(call)
+        return 0.5
+
+    batches = [torch.randn(4, 3, 16, 16) for _ in range(4)]
+    optimized = optc.optimize(net, x, ["fuse", "quant"], calibration=batches, evaluate=metric, measure=False)
+    assert net.training
+    assert seen == [net, optimized]
+    assert optimized.report.accuracy.before == 0.5
+    assert optimized.report.precision.startswith("int8 (2 of 2")
+    y = torch.randn(5, 3, 16, 16)
+    net.eval()
+    expected, got = net(y)["scores"], optimized(y)["scores"]
+    net.train()
+    assert got.shape == (5, 10)
+    assert float((got - expected).abs().max() / expected.abs().max()) < 0.1
+    runner = optc.load(optimized.save(tmp_path / "artifact"))
+    assert torch.equal(torch.from_numpy(runner(y.numpy())[0]), got)
+    with pytest.raises(OptcError, match="exists"):
+        optimized.save(tmp_path / "artifact")
+
+
+def test_quant_without_calibration_is_one_line(net: Net) -> None:
+    with pytest.raises(OptcError, match="calibration"):
+        optc.optimize(net, torch.randn(1, 3, 16, 16), "quant", measure=False)
+
+
+def test_measurement_has_the_baselines_and_a_verdict(net: Net) -> None:
+    optimized = optc.optimize(net, torch.randn(1, 3, 16, 16), "fuse")
+    measurement = optimized.report.measurement
+    assert measurement is not None
+    assert [r.name for r in measurement.results] == ["eager-fp32", "eager-bf16", "compile-bf16", "optc"]
+    assert all(r.blocks for r in measurement.results if r.error is None)
+    assert "best unquantized candidate" in optimized.report.verdict
+    assert optimized.report.to_dict()["verdict"] == optimized.report.verdict
