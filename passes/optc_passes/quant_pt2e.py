@@ -93,8 +93,9 @@ def convert(prepared: fx.GraphModule, plan: Plan, program: Program) -> Program:
         converted = convert_pt2e(prepared)
     _retarget(converted.graph, _batch_norm, BATCH_NORM)
     renamed: dict[str, str] = {}
-    for node in converted.graph.nodes:
+    for node in list(converted.graph.nodes):
         for dequantize, name in zip(node.args[1:3], names.get(node.name, ()), strict=False):
+            node.prepend(dequantize)  # at the top of the graph it would hold the float weight while the model runs
             for source, suffix in zip(dequantize.args[:3], ("", "_scale", "_zero_point"), strict=True):
                 renamed[source.target] = name + suffix
     _ask_integers_for_sizes(converted.graph)

@@ -72,6 +72,15 @@ def test_what_follows_a_relu_uses_all_256_levels(quantized: Callable) -> None:
     assert quantize.args[2] == 0
 
 
+def test_a_weight_is_dequantized_right_before_its_layer(quantized: Callable) -> None:
+    """At the top of the graph, all dequantized weights would be alive at once when it runs."""
+    q = quantized(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)), IMAGE)
+    names = [getattr(node.target, "_opname", "") for node in q.program.graph.nodes if node.op == "call_function"]
+    for position, name in enumerate(names):
+        if name == "conv2d":
+            assert names[position - 2 : position] == ["dequantize_per_channel"] * 2
+
+
 def test_every_consumer_dequantizes_for_itself(quantized: Callable) -> None:
     class Fork(nn.Module):
         def __init__(self) -> None:
