@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,7 +52,7 @@ class Optimized:
         target: Target,
         backend: Backend,
         lowered: Lowered,
-        folder: tempfile.TemporaryDirectory[str],
+        folder: _TemporaryFolder,
     ) -> None:
         self.program = program
         self.target = target
@@ -62,7 +64,7 @@ class Optimized:
     @property
     def files(self) -> list[Path]:
         """The runtime's files, in a temporary folder that lives as long as this object."""
-        return [Path(self._folder.name) / name for name in self._lowered.files]
+        return [self._folder.path / name for name in self._lowered.files]
 
     @property
     def details(self) -> dict[str, Any]:
@@ -71,7 +73,7 @@ class Optimized:
 
     def load(self) -> Runner:
         """A new runner over the files; the caller closes it."""
-        return self._backend.load(Path(self._folder.name), self._lowered.files, self.target)
+        return self._backend.load(self._folder.path, self._lowered.files, self.target)
 
     def __call__(self, *inputs: Tensor) -> Any:
         """Run the runtime on tensors (batch first); returns what the original module would, as CPU tensors."""
@@ -92,7 +94,7 @@ class Optimized:
         Raises:
             ArtifactError: ``path`` exists or cannot be written; nothing is left behind then.
         """
-        source, report = Path(self._folder.name), self.report.to_dict()
+        source, report = self._folder.path, self.report.to_dict()
         return write_artifact(Path(path), source, self._lowered, self.program, self._backend.name, report, self.target)
 
 
@@ -157,9 +159,9 @@ def optimize(
     del captured, watchers, context
     gc.collect()
 
-    folder = tempfile.TemporaryDirectory(prefix="optc-")
+    folder = _TemporaryFolder()
     with run.step(f"Lowering to {backend}") as step:
-        lowered = lowering.lower(program, target, Path(folder.name))
+        lowered = lowering.lower(program, target, folder.path)
         step.done(", ".join(lowered.files))
     optimized = Optimized(program, target, lowering, lowered, folder)
     with run.step(f"Loading into {backend}") as step:
@@ -182,6 +184,14 @@ def optimize(
         notes=program.info.notes,
     )
     return optimized
+
+
+class _TemporaryFolder:
+    """A folder that is removed with the object, or at exit."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="optc-"))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
 class _Run:

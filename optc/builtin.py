@@ -12,6 +12,16 @@ def optc_backends() -> Iterable[Entry]:
     """The runtimes optc lowers to itself."""
     return [
         Entry(
+            "eager",
+            "PyTorch eager with fused kernels: oneDNN on CPU, cuDNN on GPU.",
+            "optc.lowering.eager:EagerBackend",
+        ),
+        Entry(
+            "null",
+            "Runs nothing and returns zeros: measures the harness's own overhead.",
+            "optc.lowering.null:NullBackend",
+        ),
+        Entry(
             "onnxruntime",
             "ONNX Runtime on CPU: one portable .onnx file.",
             "optc.lowering.onnxruntime:OnnxRuntimeBackend",

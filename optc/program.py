@@ -62,7 +62,8 @@ class Program:
 
     Attributes:
         module: flat ``fx.GraphModule`` (tensors in, tuple of tensors out) of functional ATen (and ``optc::``)
-            operators. Parameters and constants are ``get_attr`` nodes; every tensor-valued node has a FakeTensor in ``node.meta["val"]``.
+            operators. Parameters and constants are ``get_attr`` nodes; every tensor-valued node has a FakeTensor in
+            ``node.meta["val"]``.
             Its shape is that of the example inputs; ``node.meta["dims"]``, where known, says which sizes vary
             (``("s0", 3, 64, 64)``; ``"8*s0"`` where the batch is multiplied), for rewrites that must hold at any batch.
         example_inputs: one tensor per placeholder, batch first (batch size 2 where the batch is dynamic, as

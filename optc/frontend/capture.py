@@ -43,8 +43,10 @@ def capture(
     info = info or ModelInfo(name=type(model).__name__)
     with _eval_mode(model), torch.no_grad(), _quiet():
         if dynamic_batch:
-            inputs = tuple(torch.cat([t, t]) if t.shape[0] == 1 else t for t in given)
+            # A tensor of its own for each, as the exporter marks it as dynamic for good.
+            inputs = tuple(torch.cat([t, t]) if t.shape[0] == 1 else t.detach() for t in given)
             try:
+                _refuse_fixed_batch(model)
                 exported = torch.export.export(model, inputs, dynamic_shapes=tuple({0: Dim.DYNAMIC} for _ in inputs))
                 return program_from_exported(exported, inputs, True, info)
             except Exception as error:
@@ -81,6 +83,14 @@ def program_from_exported(
     program = Program(graph_module(unlifted, graph), inputs, dynamic_batch, info, exported.call_spec.out_spec)
     complete_meta(program)
     return program
+
+
+def _refuse_fixed_batch(model: torch.nn.Module) -> None:
+    """Exported again, a graph exported for one batch size may seem to take any, with that size baked into constants."""
+    if isinstance(model, fx.GraphModule):
+        values = [node.meta.get("val") for node in model.graph.find_nodes(op="placeholder")]
+        if any(isinstance(value, Tensor) and isinstance(value.shape[0], int) for value in values if value is not None):
+            raise CaptureError("it was exported for one batch size")
 
 
 @contextmanager

@@ -74,8 +74,10 @@ def fused_call(composite: Composite, args: tuple[Any, ...]) -> tuple[OpOverload,
         args: all arguments of the composite: tensors, or what stands for them in a graph.
     """
     (x, weight, bias, *geometry), other = composite.split(args)
-    activation = ACTIVATIONS[composite.activation] if composite.activation else None
-    post = (activation.onednn, list(activation.args), activation.onednn_algorithm) if activation else (None, [], None)
+    post: tuple[str | None, list[float], str | None] = (None, [], None) if composite.residual else ("none", [], "")
+    if composite.activation:
+        activation = ACTIVATIONS[composite.activation]
+        post = (activation.onednn, list(activation.args), activation.onednn_algorithm)
     if not composite.is_conv:
         if composite.residual:
             return mkldnn._linear_pointwise.binary, (x, other, weight, bias, "add")

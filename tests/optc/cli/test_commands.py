@@ -1,14 +1,22 @@
-"""The command line as users run it: real processes, what they print and what they leave behind."""
+"""The command line as users run it: what it prints and what it leaves behind.
+
+Commands run in this process, which has imported torch already; one test starts a real one.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+
+from optc.cli.main import run
 
 FACTORY = """
 import torch
@@ -16,7 +24,8 @@ from torch import nn
 
 def small():
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+    body = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    net = nn.Sequential(*body, nn.Linear(8, 10))
     return net, (torch.randn(1, 3, 16, 16),)
 
 class Branches(nn.Module):
@@ -28,19 +37,37 @@ def branches():
 """
 
 
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Run = Callable[..., Done]
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "mine.py").write_text(FACTORY)
-    return tmp_path
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    sys.modules.pop("mine", None)
 
 
-def optc(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "optc.cli.main", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False, timeout=240)
+@pytest.fixture
+def optc(capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
+    def optc(*arguments: str) -> Done:
+        code = run(list(arguments))
+        captured = capsys.readouterr()
+        return Done(code, captured.out, captured.err)
+
+    yield optc
+    logging.disable(logging.NOTSET)
 
 
-def test_optimize_writes_an_artifact_that_runs_without_optc(folder: Path) -> None:
-    done = optc("optimize", "mine:small", "--passes", "fuse", "--no-measure", "--json", "-o", "out", cwd=folder)
+def test_optimize_writes_an_artifact_that_runs_without_optc(folder: Path, optc: Run) -> None:
+    done = optc("optimize", "mine:small", "--passes", "fuse", "--no-measure", "--json", "-o", "out")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["artifact"] == "out"
@@ -52,8 +79,15 @@ def test_optimize_writes_an_artifact_that_runs_without_optc(folder: Path) -> Non
     assert "(1, 10)" in ran.stdout
 
 
-def test_optimize_measures_and_ends_with_a_verdict(folder: Path) -> None:
-    done = optc("optimize", "mine:small", "--passes", "fuse", "-q", cwd=folder)
+def test_a_real_process_fails_with_one_line_and_code_2(folder: Path) -> None:
+    command = [sys.executable, "-m", "optc.cli.main", "optimize", "alexnte"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("optc: unknown model 'alexnte'")
+
+
+def test_optimize_measures_and_ends_with_a_verdict(folder: Path, optc: Run) -> None:
+    done = optc("optimize", "mine:small", "--passes", "fuse", "-q")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     for word in ("Passes", "Before and after", "eager-fp32", "eager-bf16", "compile-bf16", "p50 ms", "p99 ms"):
@@ -62,19 +96,19 @@ def test_optimize_measures_and_ends_with_a_verdict(folder: Path) -> None:
     assert (folder / "mine-small-optimized").is_dir()
 
 
-def test_random_weights_are_unmissable_and_have_no_accuracy(tmp_path: Path) -> None:
+def test_random_weights_are_unmissable_and_have_no_accuracy(folder: Path, optc: Run) -> None:
     arguments = ("optimize", "mobilenetv3_small_050", "--passes", "remove-identity", "--no-measure", "--data", "digits")
-    done = optc(*arguments, "--weights", "random", "-o", "out", cwd=tmp_path)
+    done = optc(*arguments, "--weights", "random", "-o", "out")
     assert done.returncode == 0, done.stderr
     assert "not measurable: random weights" in done.stdout
-    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    manifest = json.loads((folder / "out" / "manifest.json").read_text())
     assert manifest["model"]["weights"] == "random"
     assert manifest["report"]["accuracy"]["after"] is None
 
 
-def test_print_after_and_bisect(folder: Path) -> None:
+def test_print_after_and_bisect(folder: Path, optc: Run) -> None:
     arguments = ("optimize", "mine:small", "--passes", "fold-batch-norm,fuse-activation", "--no-measure")
-    done = optc(*arguments, "--print-after", "fold-batch-norm", "--bisect-limit", "1", cwd=folder)
+    done = optc(*arguments, "--print-after", "fold-batch-norm", "--bisect-limit", "1")
     assert done.returncode == 0, done.stderr
     assert "# graph after fold-batch-norm" in done.stderr
     assert "BISECT: running pass (1) fold-batch-norm" in done.stderr
@@ -94,13 +128,13 @@ def test_print_after_and_bisect(folder: Path) -> None:
         (["optimize", "mine:small", "--pases", "fuse"], "unknown option '--pases' — did you mean --passes"),
         (["optimize", "mine:small", "--data", "empty"], "has no images"),
         (["optimize", "mine:small", "-o", "empty"], "output folder 'empty' exists"),
-        (["optimize", "mine:branches"], "mine.py:12"),
+        (["optimize", "mine:branches"], "mine.py:13"),
         (["optimize", "alexnet", "--weights", "wrong.safetensors"], "classifier.6.weight"),
         (["profile", "empty"], "is no optc artifact"),
         (["optimise"], "unknown command 'optimise' — did you mean optimize"),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(folder: Path, arguments: list[str], message: str) -> None:
+def test_bad_input_is_one_line_and_leaves_nothing(folder: Path, optc: Run, arguments: list[str], message: str) -> None:
     (folder / "empty").mkdir()
     if "wrong.safetensors" in arguments:
         from safetensors.torch import save_file
@@ -109,30 +143,30 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder: Path, arguments: list[
     if "-O" in arguments:
         arguments = [*arguments, "--passes", "quant"]
     before = sorted(path.name for path in folder.iterdir())
-    done = optc(*arguments, "-q", cwd=folder) if arguments[0] != "optimise" else optc(*arguments, cwd=folder)
+    done = optc(*arguments, *(["-q"] if arguments[0] != "optimise" else []))
     assert done.returncode == 2, done.stdout + done.stderr
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert sorted(path.name for path in folder.iterdir() if path.name != "__pycache__") == before
 
 
-def test_profile_measures_an_artifact_beside_its_model(folder: Path) -> None:
-    optc("optimize", "mine:small", "--passes", "fuse", "--no-measure", "-o", "out", cwd=folder)
-    done = optc("profile", "out", "mine:small", "--json", cwd=folder)
+def test_profile_measures_an_artifact_beside_its_model(folder: Path, optc: Run) -> None:
+    optc("optimize", "mine:small", "--passes", "fuse", "--no-measure", "-o", "out")
+    done = optc("profile", "out", "mine:small", "--json")
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)["results"]
     assert [r["name"] for r in results][:2] == ["out", "mine:small eager-fp32"]
     assert all(r["percentiles"]["count"] > 0 for r in results if r["error"] is None)
 
 
-def test_the_listings_have_json(folder: Path) -> None:
-    passes = json.loads(optc("passes", "--json", cwd=folder).stdout)
+def test_the_listings_have_json(folder: Path, optc: Run) -> None:
+    passes = json.loads(optc("passes", "--json").stdout)
     assert {"fuse", "quant"} <= {p["name"] for p in passes}
-    described = json.loads(optc("passes", "quant", "--json", cwd=folder).stdout)
+    described = json.loads(optc("passes", "quant", "--json").stdout)
     assert "observer" in described["options"]
-    backends = json.loads(optc("backends", "--json", cwd=folder).stdout)
+    backends = json.loads(optc("backends", "--json").stdout)
     assert {"name": "onnxruntime", "ready": True}.items() <= next(
         b for b in backends if b["name"] == "onnxruntime"
     ).items()
-    doctor = json.loads(optc("doctor", "--json", cwd=folder).stdout)
+    doctor = json.loads(optc("doctor", "--json").stdout)
     assert any(p["name"] == "onnxruntime" and p["ready"] for p in doctor["packages"])

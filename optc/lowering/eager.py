@@ -1,0 +1,175 @@
+"""The ``eager`` backend: PyTorch's own operators, one by one, with the composites' fused kernels.
+
+On CPU every convolution and linear layer becomes one oneDNN primitive whose weights are laid out once, at load. On CUDA
+composites run cuDNN's fused convolution where it has one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from optc.errors import BackendError
+from optc.lowering.backend import Array, Backend, Lowered, Runner
+from optc.lowering.graph_file import read_graph, refusal, write_graph
+from optc.lowering.prepack import LAYERS, prepack
+from optc.ops import COMPOSITES
+from optc.program import Program, complete_meta
+from optc.rewrite import add_constant, constant_of, label, replace
+from optc.target import Target
+
+aten = torch.ops.aten
+_PRODUCTS = {
+    *LAYERS,
+    aten.conv1d.default,
+    aten.conv2d.padding,
+    aten.conv3d.default,
+    aten.conv_transpose2d.input,
+    aten.convolution.default,
+    aten.matmul.default,
+    aten.bmm.default,
+    aten.scaled_dot_product_attention.default,
+}
+"""Operators that do a model's arithmetic: what their precision is, the model's is."""
+
+
+class EagerBackend(Backend):
+    """Runs the graph in eager PyTorch. Composites keep their kernels; explicit quantization is simulated in float."""
+
+    name = "eager"
+    summary = "PyTorch eager with fused kernels: oneDNN on CPU, cuDNN on GPU."
+
+    @classmethod
+    def unavailable(cls, target: Target) -> str | None:
+        """Why PyTorch cannot run on the target's device."""
+        if target.device == "cpu" or (target.device == "cuda" and torch.cuda.is_available()):
+            return None
+        if target.device == "cuda":
+            return "this PyTorch sees no GPU: install a CUDA build of torch and NVIDIA's driver"
+        return f"the eager backend runs on cpu or cuda, not on '{target.device}'"
+
+    def supports(self, node: fx.Node) -> str | None:
+        """Why the graph file cannot hold ``node``, or ``None``."""
+        return refusal(node)
+
+    def lower(self, program: Program, target: Target, folder: Path) -> Lowered:
+        """Write ``graph.json`` and ``weights.safetensors``.
+
+        Raises:
+            BackendError: the graph holds something that is not a call of a PyTorch operator.
+        """
+        refused = [(node, reason) for node in program.graph.nodes if (reason := self.supports(node))]
+        if refused:
+            node, reason = refused[0]
+            more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+            raise BackendError(f"the eager backend cannot write {label(node)}: {reason}{more}", "use another backend")
+        files = write_graph(program, folder)
+        composites = Counter(str(node.target) for node in program.graph.nodes if node.target in COMPOSITES)
+        operators = sum(node.op == "call_function" for node in program.graph.nodes)
+        details = {
+            "operators": operators,
+            "composites": dict(composites),
+            "no_run_script": "eager artifacts run inside optc: optc.load(folder)",
+        }
+        return Lowered(files, details)
+
+    def load(self, folder: Path, files: tuple[str, ...], target: Target) -> Runner:
+        """Read the graph, resolve its operators and lay weights out for the target.
+
+        Raises:
+            BackendError: the files are unreadable or call operators that are not registered.
+        """
+        reason = self.unavailable(target)
+        if reason:
+            raise BackendError(reason)
+        return EagerRunner(read_graph(folder, target.batch, target.device), target)
+
+
+class EagerRunner(Runner):
+    """A graph in eager PyTorch. Takes the program over: its weights are repacked in place.
+
+    Attributes:
+        left: why layers did not get a oneDNN primitive, with how many for each reason; empty on CUDA.
+    """
+
+    def __init__(self, program: Program, target: Target) -> None:
+        self.precision = _precision(program, target)
+        self.left: dict[str, int] = {}
+        self._device = torch.device(target.device)
+        self._threads = target.threads
+        self._dtypes = [example.dtype for example in program.example_inputs]
+        library = "cuDNN"
+        if self._device.type == "cpu":
+            _dequantize_weights(program)
+            packed = prepack(program)
+            self.left = dict(packed.left)
+            library = f"oneDNN: {packed.layers} of {packed.layers + packed.left.total()} layers"
+        self.provider = f"eager {target.device} ({library})"
+        self._module = program.module.to(self._device)
+
+    def __call__(self, *inputs: Array) -> tuple[Array, ...]:
+        if len(inputs) != len(self._dtypes):
+            raise BackendError(f"the model takes {len(self._dtypes)} inputs, not {len(inputs)}")
+        if torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
+        with torch.inference_mode():
+            tensors = [_tensor(array, dtype, self._device) for array, dtype in zip(inputs, self._dtypes, strict=True)]
+            outputs: tuple[Tensor, ...] = self._module(*tensors)
+            return tuple(_array(output) for output in outputs)
+
+    def close(self) -> None:
+        """Free the weights."""
+        del self._module
+
+
+def _tensor(array: Array, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The array as a tensor, sharing its memory where PyTorch can."""
+    if not (array.flags.writeable and array.flags.c_contiguous):
+        array = np.array(array)
+    return torch.from_numpy(array).to(device, dtype)
+
+
+def _array(tensor: Tensor) -> Array:
+    """The tensor as an array; types numpy has not (bfloat16, float8) as float32."""
+    if tensor.dtype.is_floating_point and tensor.dtype not in (torch.float64, torch.float32, torch.float16):
+        tensor = tensor.float()
+    array: Array = tensor.cpu().contiguous().numpy()
+    return array
+
+
+@torch.no_grad()
+def _dequantize_weights(program: Program) -> None:
+    """Evaluate, in place, each dequantization of constants: the layer it feeds then has a constant weight to pack."""
+    for node in list(program.graph.nodes):
+        operands = node.all_input_nodes
+        if node.op != "call_function" or "::dequantize_" not in str(getattr(node.target, "_schema", "")):
+            continue
+        values: dict[fx.Node, Any] = {operand: constant_of(program, operand) for operand in operands}
+        if all(value is not None for value in values.values()):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            replace(node, add_constant(program, node, f"{node.name}_constant", node.target(*args, **kwargs)))
+    for node in reversed(program.graph.find_nodes(op="get_attr")):
+        if not node.users:
+            program.graph.erase_node(node)
+    complete_meta(program)
+
+
+def _precision(program: Program, target: Target) -> str:
+    """What a model's layers compute in: ``"float32"``, or each type with its share of the layers."""
+    found = Counter(
+        str(node.meta["val"].dtype).removeprefix("torch.") for node in program.graph.nodes if node.target in _PRODUCTS
+    )
+    if not found:
+        return "no convolution or matrix product"
+    total = found.total()
+    names = [name if len(found) == 1 else f"{name} ({count} of {total} layers)" for name, count in found.most_common()]
+    text = ", ".join(names)
+    if target.device == "cuda" and "float32" in found and torch.backends.cudnn.allow_tf32:
+        text += ", convolutions in TF32"
+    quantized = sum("::quantize_" in str(getattr(node.target, "_schema", "")) for node in program.graph.nodes)
+    return f"{text}, simulating {quantized} quantizations" if quantized else text

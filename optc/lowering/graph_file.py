@@ -1,0 +1,239 @@
+"""Programs as files: ``graph.json`` for the operators, ``weights.safetensors`` for the constants.
+
+Not ``torch.export.save``: its loader unpickles (``torch.load(weights_only=False)``) whatever the archive asks it to,
+and evaluates shape expressions as Python. Here a file can name only operators registered with PyTorch and a few
+functions on numbers; constants are plain bytes; nothing runs before the model is called. Writing needs no second
+export and shares the program's weights.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import operator
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+
+from optc.errors import BackendError
+from optc.program import Program, complete_meta, graph_module
+
+GRAPH, WEIGHTS = "graph.json", "weights.safetensors"
+VERSION = 1
+
+_NUMBER_FUNCTIONS: Mapping[str, Callable[..., Any]] = {
+    f"{module.__name__}.{name}": getattr(module, name)
+    for module, names in (
+        (
+            operator,
+            [
+                "getitem",
+                "add",
+                "sub",
+                "mul",
+                "floordiv",
+                "truediv",
+                "mod",
+                "pow",
+                "neg",
+                "pos",
+                "eq",
+                "ne",
+                "lt",
+                "le",
+                "gt",
+                "ge",
+                "and_",
+                "or_",
+                "not_",
+            ],
+        ),
+        (math, ["ceil", "floor", "trunc", "sqrt", "pow"]),
+        (torch, ["sym_float", "sym_int", "sym_ite", "sym_max", "sym_min", "sym_not", "sym_sqrt", "sym_sum"]),
+    )
+    for name in names
+}
+"""The Python functions a graph may call, all on numbers (``getitem`` also on tuples)."""
+
+_FUNCTION_NAMES = {function: name for name, function in _NUMBER_FUNCTIONS.items()}
+_OPERATOR = re.compile(r"(\w+)\.(\w+)\.(\w+)")
+_REGISTERED_BY = {
+    "optc": "optc.ops",
+    "quantized_decomposed": "torch.ao.quantization.fx._decomposed",
+}
+_REFUSED = {
+    torch.ops.aten.from_file.default: "it reads a file",
+    torch.ops.aten.as_strided.default: "it depends on the strides its input had when the model was captured",
+}
+_TYPES = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
+
+
+def refusal(node: fx.Node) -> str | None:
+    """Why a node cannot be written, or ``None`` if it can."""
+    if node.op not in ("placeholder", "get_attr", "call_function", "output"):
+        return f"it is a {node.op}, not a call of an operator"
+    if node.op != "call_function":
+        return None
+    if not isinstance(node.target, OpOverload) and node.target not in _FUNCTION_NAMES:
+        return f"{getattr(node.target, '__name__', node.target)} is not a PyTorch operator"
+    if node.target in _REFUSED:
+        return _REFUSED[node.target]
+    try:
+        _encode([node.args, node.kwargs], dict.fromkeys(node.all_input_nodes, 0))
+    except TypeError as error:
+        return str(error)
+    return None
+
+
+def write_graph(program: Program, folder: Path) -> tuple[str, str]:
+    """Write ``program`` into ``folder`` and return the names of its two files. Tied weights are written once."""
+    index: dict[fx.Node, int] = {}
+    names: dict[tuple[Any, ...], str] = {}
+    tensors: dict[str, Tensor] = {}
+    constants, calls = [], []
+    found = dict(program.constants())
+    inputs = program.graph.find_nodes(op="placeholder")
+    attributes = program.graph.find_nodes(op="get_attr")
+    for node in (*inputs, *attributes):
+        index[node] = len(index)
+    for node in attributes:
+        tensor = found[str(node.target)].detach()
+        key = (tensor.data_ptr() or node, tensor.dtype, tensor.shape, tensor.stride())
+        name = names.setdefault(key, str(node.target))
+        if name not in tensors:
+            tensors[name] = _alone(tensor)
+        constants.append(name)
+    for node in program.graph.nodes:
+        if node.op == "call_function":
+            target = _FUNCTION_NAMES.get(node.target) or str(node.target)
+            calls.append([node.name, target, _encode(node.args, index), _encode(dict(node.kwargs), index)])
+            index[node] = len(index)
+    document = {
+        "format": "optc graph",
+        "version": VERSION,
+        "inputs": [_input(node, tensor, program) for node, tensor in zip(inputs, program.example_inputs, strict=True)],
+        "constants": constants,
+        "calls": calls,
+        "outputs": _encode(program.graph.output_node().args[0], index),
+    }
+    (folder / GRAPH).write_text(json.dumps(document, allow_nan=False), encoding="utf-8")
+    safetensors.torch.save_file(tensors, folder / WEIGHTS)
+    return GRAPH, WEIGHTS
+
+
+def read_graph(folder: Path, batch: int, device: str = "cpu") -> Program:
+    """Read what :func:`write_graph` wrote as a program whose example inputs have ``batch`` rows where they may vary.
+
+    Raises:
+        BackendError: the files are no such graph, or call an operator that is not registered.
+    """
+    try:
+        document = json.loads((folder / GRAPH).read_text(encoding="utf-8"))
+        if document["format"] != "optc graph" or document["version"] > VERSION:
+            raise BackendError(f"'{folder / GRAPH}' was written by a newer optc", "upgrade optc")
+        tensors = safetensors.torch.load_file(folder / WEIGHTS, device=device)
+        program = _build(document, tensors, batch, device)
+    except (OSError, LookupError, TypeError, ValueError, safetensors.SafetensorError) as error:
+        raise BackendError(f"cannot read the graph in '{folder}': {error}", "optimize the model again") from error
+    complete_meta(program)
+    return program
+
+
+def _build(document: Mapping[str, Any], tensors: Mapping[str, Tensor], batch: int, device: str) -> Program:
+    root, graph = torch.nn.Module(), fx.Graph()
+    values: list[fx.Node] = []
+    examples = []
+    # Placeholders and attributes are written into generated code by name, so their names are made here, not read.
+    for number, entry in enumerate(document["inputs"]):
+        values.append(graph.placeholder(f"input_{number}"))
+        shape = [batch if size is None else int(size) for size in entry["shape"]]
+        examples.append(torch.zeros(shape, dtype=_named(entry["dtype"], torch.dtype), device=device))
+    for number, name in enumerate(document["constants"]):
+        root.register_buffer(f"constant_{number}", tensors[name])
+        values.append(graph.get_attr(f"constant_{number}"))
+    for name, target, args, kwargs in document["calls"]:
+        function = _resolve(target)
+        arguments, keywords = _decode(args, values, device), _decode(kwargs, values, device)
+        values.append(graph.create_node("call_function", function, tuple(arguments), keywords, name=str(name)))
+    graph.output(tuple(_decode(document["outputs"], values, device)))
+    dynamic = any(entry["shape"][:1] == [None] for entry in document["inputs"])
+    return Program(graph_module(root, graph), tuple(examples), dynamic)
+
+
+def _input(node: fx.Node, example: Tensor, program: Program) -> dict[str, Any]:
+    shape = [None if program.dynamic_batch and axis == 0 else size for axis, size in enumerate(example.shape)]
+    return {"name": node.name, "shape": shape, "dtype": str(example.dtype).removeprefix("torch.")}
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor stored densely and by itself, as safetensors asks; the same one where it is."""
+    if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _encode(value: Any, index: Mapping[fx.Node, int]) -> Any:
+    if isinstance(value, fx.Node):
+        return {"value": index[value]}
+    if isinstance(value, (list, tuple)):
+        return [_encode(item, index) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _encode(item, index) for key, item in value.items()}
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"float": str(value)}
+    if isinstance(value, torch.device):
+        return {"device": value.type}
+    for kind, cls in _TYPES.items():
+        if isinstance(value, cls):
+            return {kind: str(value).removeprefix("torch.")}
+    raise TypeError(f"an argument is a {type(value).__name__}")
+
+
+def _decode(value: Any, values: list[fx.Node], device: str) -> Any:
+    if isinstance(value, list):
+        return [_decode(item, values, device) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if len(value) == 1:
+        ((kind, content),) = value.items()
+        if kind == "value":
+            return values[content]
+        if kind == "float":
+            return float(content)
+        if kind == "device" and isinstance(content, str):
+            return torch.device(device)
+        if kind in _TYPES and isinstance(content, str):
+            return _named(content, _TYPES[kind])
+    return {key: _decode(item, values, device) for key, item in value.items()}
+
+
+def _named(name: str, cls: type) -> Any:
+    value = getattr(torch, name, None)
+    if not isinstance(value, cls):
+        raise ValueError(f"{name!r} is not a {cls.__name__}")
+    return value
+
+
+def _resolve(target: str) -> Callable[..., Any]:
+    if target in _NUMBER_FUNCTIONS:
+        return _NUMBER_FUNCTIONS[target]
+    match = _OPERATOR.fullmatch(target)
+    if match is None:
+        raise ValueError(f"{target!r} is not an operator")
+    if match[1] in _REGISTERED_BY:
+        importlib.import_module(_REGISTERED_BY[match[1]])
+    function: Any = torch.ops
+    for name in match.groups():
+        function = getattr(function, name, None)
+    if not isinstance(function, OpOverload) or function in _REFUSED:
+        raise BackendError(f"the graph calls {target}, which is not registered", "import the package that provides it")
+    return function
