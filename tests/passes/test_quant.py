@@ -205,7 +205,7 @@ MODELS = (
 
 
 def check_verified(name: str, size: int, folder: Path) -> optc.PassResult:
-    from optc.frontend.torchvision_ops import declare_torchvision_ops
+    from optc.torchvision_ops import declare_torchvision_ops
 
     declare_torchvision_ops()
     import timm
