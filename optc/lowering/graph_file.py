@@ -140,9 +140,9 @@ def read_graph(folder: Path, batch: int, device: str = "cpu") -> Program:
             raise BackendError(f"'{folder / GRAPH}' was written by a newer optc", "upgrade optc")
         tensors = safetensors.torch.load_file(folder / WEIGHTS, device=device)
         program = _build(document, tensors, batch, device)
-    except (OSError, LookupError, TypeError, ValueError, safetensors.SafetensorError) as error:
+        complete_meta(program)
+    except (OSError, LookupError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         raise BackendError(f"cannot read the graph in '{folder}': {error}", "optimize the model again") from error
-    complete_meta(program)
     return program
 
 

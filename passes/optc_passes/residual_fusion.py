@@ -33,6 +33,8 @@ class FuseResidual(Pass):
                 if isinstance(layer, str):
                     skipped.append(Skip(self.name, name, layer))
                 elif fused:
+                    if layer.residual:  # the residual stream: it was never to be fused a second time
+                        continue
                     skipped.append(Skip(self.name, name, f"{label(layer.node)} is the operand added in {fused}"))
                 elif reason := _refusal(node, layer, other):
                     skipped.append(Skip(self.name, name, reason))

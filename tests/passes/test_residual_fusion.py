@@ -75,6 +75,7 @@ def test_fuses_block_after_block(tester: Callable) -> None:
 
     t = tester(Layers(compute), TOKENS).run(FuseResidual())
     t.check_count(linear_add=3, linear=0, add=0).check_applied("fuse-residual", 3).check_close()
+    assert not t.skipped
 
 
 def two_users(m: nn.Module, x: Tensor) -> Tensor:
