@@ -19,9 +19,10 @@ AlexNet, ResNet-50 and ViT; a wrong axis, epsilon or approximation costs far mor
 HALF_DB = 30.0
 """Least SQNR of a model with float16 or bfloat16 arithmetic."""
 QUANTIZED_DB = 20.0
-"""Least SQNR of a quantized model. Each value that lies at the edge between two steps may round either way, and a deep
-network amplifies it: AlexNet keeps 48 dB, but ViT-Tiny with random weights 31 dB even where both sides compute the same
-quantized graph in float. A wrong scale, zero point or saturating kernel leaves less than 10 dB."""
+"""Least SQNR of a quantized model. A value at the edge between two steps may round either way, and a deep network
+amplifies it: with random weights AlexNet keeps 48 dB, Swin-T 36, EfficientNet-B0 26, MobileNetV3 25, and ViT-Tiny 31 dB
+even where ONNX Runtime computes the same quantize/dequantize graph in float. A wrong scale, zero point or saturating
+kernel leaves less than 10 dB."""
 
 
 @dataclass(frozen=True)
