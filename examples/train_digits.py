@@ -50,7 +50,10 @@ def train(
         seed: seeds weights, order and random changes.
     """
     loaded = load_model(name, weights="random", num_classes=dataset.num_classes, seed=seed)
-    model, preprocessing = loaded.module.to(memory_format=torch.channels_last), loaded.info.preprocessing
+    model, preprocessing = loaded.module, loaded.info.preprocessing
+    for parameter in model.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.to(memory_format=torch.channels_last)
     grey, labels = grey_images(dataset, preprocessing, images)
     validation = dataset.split("validation", preprocessing)
     torch.manual_seed(seed)
@@ -147,8 +150,7 @@ def save(model: nn.Module, path: Path, metadata: dict[str, str]) -> None:
 
 def keep_freed_memory() -> None:
     """Let glibc's malloc keep freed blocks: AlexNet's gradients are made anew each step, half of it page faults."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         trim_threshold, mmap_threshold = -1, -3
         libc.mallopt(mmap_threshold, 1 << 30)
         libc.mallopt(trim_threshold, (1 << 31) - 1)

@@ -97,7 +97,7 @@ def _weights_at_hand(name: str, config: Any) -> Iterator[None]:
     Raises:
         PretrainedUnavailable: neither; timm itself would retry for most of a minute.
     """
-    import huggingface_hub
+    from huggingface_hub import constants, try_to_load_from_cache
     from timm.models import _hub
 
     if config is None or not config.has_weights:
@@ -111,17 +111,15 @@ def _weights_at_hand(name: str, config: Any) -> Iterator[None]:
     repository, revision = _hub.hf_split(config.hf_hub_id)
     wanted = config.hf_hub_filename or _hub.HF_WEIGHTS_NAME
     files = (*_hub._get_safe_alternatives(wanted), wanted)
-    if any(
-        isinstance(huggingface_hub.try_to_load_from_cache(repository, file, revision=revision), str) for file in files
-    ):
-        offline = huggingface_hub.constants.HF_HUB_OFFLINE
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
+    if any(isinstance(try_to_load_from_cache(repository, file, revision=revision), str) for file in files):
+        offline = constants.HF_HUB_OFFLINE
+        constants.HF_HUB_OFFLINE = True
         try:
             yield
         finally:
-            huggingface_hub.constants.HF_HUB_OFFLINE = offline
+            constants.HF_HUB_OFFLINE = offline
         return
-    reason = unreachable(huggingface_hub.constants.ENDPOINT)
+    reason = unreachable(constants.ENDPOINT)
     if reason:
         raise PretrainedUnavailable(reason)
     yield

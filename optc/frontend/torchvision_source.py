@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -75,8 +76,8 @@ def _pretrained(name: str, weights: Any, options: dict[str, Any]) -> nn.Module:
             module: nn.Module = _models().get_model(name, weights=weights, **options)
         except OSError as error:
             raise PretrainedUnavailable(str(error)) from error
-        except RuntimeError as error:
-            raise WeightsError(f"{cached} is damaged: {error}", "delete it to download it again") from error
+        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            raise WeightsError(f"'{cached}' is damaged", "delete it to download it again") from error
     return module
 
 

@@ -1,0 +1,198 @@
+"""Loading .pt2 files, and refusing those whose loading could run code."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim
+
+from optc import capture
+from optc.errors import OptcError
+from optc.frontend.load import load_model
+from optc.frontend.pt2_safety import refuse_unsafe
+
+Members = dict[str, bytes]
+
+
+class Evil:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(True), nn.Flatten(), nn.Linear(4 * 36, 5)).eval()
+
+
+@pytest.fixture(scope="module")
+def file(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pt2") / "m.pt2"
+    exported = torch.export.export(model, (torch.randn(2, 3, 8, 8),), dynamic_shapes=({0: Dim.DYNAMIC},))
+    torch.export.save(exported, path)
+    return path
+
+
+def rewritten(file: Path, target: Path, edit: Callable[[Members], None]) -> Path:
+    """A copy of an archive with its members edited (by name without the top folder)."""
+    with zipfile.ZipFile(file) as archive:
+        top = archive.namelist()[0].partition("/")[0]
+        members = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
+    edit(members)
+    with zipfile.ZipFile(target, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(f"{top}/{name}", content)
+    return target
+
+
+def edit_graph(change: Callable[[Any], None]) -> Callable[[Members], None]:
+    def edit(members: Members) -> None:
+        model = json.loads(members["models/model.json"])
+        change(model)
+        members["models/model.json"] = json.dumps(model).encode()
+
+    return edit
+
+
+def first_node(model: Any) -> Any:
+    return model["graph_module"]["graph"]["nodes"][0]
+
+
+def size(expression: str) -> Callable[[Any], None]:
+    """Give the first operator a symbolic integer argument."""
+    argument = {"as_sym_int": {"as_expr": {"expr_str": expression}}}
+    return lambda model: first_node(model)["inputs"][0].update(arg=argument)
+
+
+def test_roundtrip_computes_the_same_at_any_batch(model: nn.Module, file: Path) -> None:
+    loaded = load_model(str(file))
+    assert (loaded.info.source, loaded.info.weights, loaded.info.weights_detail) == ("pt2", "given", "inside m.pt2")
+    assert loaded.info.preprocessing.input_size == (3, 8, 8)
+    program = capture(loaded.module, loaded.example_inputs, info=loaded.info)
+    x = torch.randn(3, 3, 8, 8)
+    torch.testing.assert_close(program.run(x)[0], model(x))
+
+
+def test_file_exported_for_one_batch_size_is_captured_for_it(model: nn.Module, tmp_path: Path) -> None:
+    torch.export.save(torch.export.export(model, (torch.randn(4, 3, 8, 8),)), tmp_path / "four.pt2")
+    loaded = load_model(str(tmp_path / "four.pt2"))
+    program = capture(loaded.module, loaded.example_inputs, info=loaded.info)
+    assert not program.dynamic_batch
+    assert (
+        "captured for batch size 4 only, the batch cannot vary: it was exported for one batch size"
+        in program.info.notes[-1]
+    )
+    x = torch.randn(4, 3, 8, 8)
+    torch.testing.assert_close(program.run(x)[0], model(x))
+
+
+def test_rewriting_alone_is_not_refused(file: Path, tmp_path: Path) -> None:
+    refuse_unsafe(rewritten(file, tmp_path / "same.pt2", lambda members: None))
+
+
+def pickled_inputs(folder: Path) -> Callable[[Members], None]:
+    buffer = io.BytesIO()
+    torch.save(Evil(folder / "pwned"), buffer)
+    return lambda members: members.update({"data/sample_inputs/model.pt": buffer.getvalue()})
+
+
+def opaque_constant(folder: Path) -> Callable[[Members], None]:
+    config = {
+        "config": {"c": {"path_name": "opaque_obj_0", "is_param": False, "use_pickle": True, "tensor_meta": None}}
+    }
+    return lambda members: members.update(
+        {
+            "data/constants/model_constants_config.json": json.dumps(config).encode(),
+            "data/constants/opaque_obj_0": pickle.dumps(Evil(folder / "pwned")),
+        }
+    )
+
+
+def pickled_weight(folder: Path) -> Callable[[Members], None]:
+    def edit(members: Members) -> None:
+        config = json.loads(members["data/weights/model_weights_config.json"])
+        payload = next(iter(config["config"].values()))
+        payload["use_pickle"] = True
+        buffer = io.BytesIO()
+        torch.save(Evil(folder / "pwned"), buffer)
+        members[f"data/weights/{payload['path_name']}"] = buffer.getvalue()
+        members["data/weights/model_weights_config.json"] = json.dumps(config).encode()
+
+    return edit
+
+
+@pytest.mark.parametrize("attack", [pickled_inputs, opaque_constant, pickled_weight])
+def test_pickles_are_refused_though_torch_would_run_them(
+    attack: Callable[[Path], Callable[[Members], None]], file: Path, tmp_path: Path
+) -> None:
+    path = rewritten(file, tmp_path / "evil.pt2", attack(tmp_path))
+    with pytest.raises(OptcError, match=r"holds pickled .* and loading that could run code"):
+        load_model(str(path))
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda m: first_node(m).update(target="torch.hub.load"), "calls 'torch.hub.load'"),
+        (lambda m: first_node(m).update(target="torch.ops.load_library.__call__"), "calls 'torch.ops.load_library"),
+        (lambda m: first_node(m).update(target="torch.ops.aten.from_file.default"), "calls 'torch.ops.aten.from_file"),
+        (lambda m: first_node(m).update(target="_operator.call"), "calls '_operator.call'"),
+        (size("__import__('os')"), "shape expression"),
+        (size("s0.func"), "shape expression"),
+        (size("exec(s0)"), "shape expression"),
+        (lambda m: m["range_constraints"].update({"eval(s1)": {"min_val": 2, "max_val": None}}), "shape expressions"),
+        (lambda m: first_node(m)["outputs"][0]["as_tensor"].update(name="x=print()\n"), "names a value"),
+    ],
+)  # fmt: skip
+def test_graphs_that_reach_beyond_tensors_are_refused(
+    change: Callable[[Any], None], reason: str, file: Path, tmp_path: Path
+) -> None:
+    path = rewritten(file, tmp_path / "evil.pt2", edit_graph(change))
+    with pytest.raises(OptcError, match=reason):
+        refuse_unsafe(path)
+
+
+def test_machine_code_and_doubled_members_are_refused(file: Path, tmp_path: Path) -> None:
+    code = rewritten(file, tmp_path / "a.pt2", lambda members: members.update({"data/aotinductor/model/x.so": b""}))
+    with pytest.raises(OptcError, match="holds compiled machine code"):
+        refuse_unsafe(code)
+    doubled = rewritten(file, tmp_path / "b.pt2", lambda members: None)
+    with zipfile.ZipFile(doubled, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr(archive.namelist()[0], b"")
+    with pytest.raises(OptcError, match="two members of one name"):
+        refuse_unsafe(doubled)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK no zip", None])
+def test_other_files_give_one_line(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "x.pt2"
+    if content is None:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a/readme", "hello")
+    else:
+        path.write_bytes(content)
+    with pytest.raises(OptcError, match=r"is not a readable \.pt2 file") as caught:
+        load_model(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_and_keyword_inputs(tmp_path: Path) -> None:
+    with pytest.raises(OptcError, match="does not exist"):
+        load_model(str(tmp_path / "none.pt2"))
+    exported = torch.export.export(nn.Linear(2, 2), (), {"input": torch.randn(2, 2)})
+    torch.export.save(exported, tmp_path / "kw.pt2")
+    with pytest.raises(OptcError, match="takes other inputs than positional tensors"):
+        load_model(str(tmp_path / "kw.pt2"))
