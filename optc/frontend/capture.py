@@ -79,7 +79,8 @@ def program_from_exported(
     for old, new in values.items():
         new.meta = {key: value for key, value in old.meta.items() if key != "val"}
         if isinstance(value := old.meta.get("val"), torch.Tensor):
-            new.meta["dims"] = tuple(size if isinstance(size, int) else str(size) for size in value.shape)
+            sizes: list[Any] = list(value.shape)
+            new.meta["dims"] = tuple(size if isinstance(size, int) else str(size) for size in sizes)
     program = Program(graph_module(unlifted, graph), inputs, dynamic_batch, info, exported.call_spec.out_spec)
     complete_meta(program)
     return program
