@@ -72,8 +72,9 @@ def _drop_if_undone(program: Program, node: fx.Node, relaid: list[fx.Node]) -> N
         undone = dims(node) is not None and dims(node) == dims(source)
     if undone and not (source.op in ("placeholder", "get_attr") and any(user.op == "output" for user in node.users)):
         node.replace_all_uses_with(source)
+        if is_call(node, aten.reshape.default):
+            relaid.append(source)
         program.graph.erase_node(node)
-        relaid.append(source)
 
 
 def _order(node: fx.Node) -> list[int]:
