@@ -34,7 +34,8 @@ def render(report: Report, artifact: Path, verbose: bool = False) -> Group:
         *(Text(f"! {note}", style="yellow") for note in (*report.notes, *_measurement_warnings(report))),
     ]
     style = "bold green" if report.faster else "bold yellow"
-    parts.append(Text(f"Artifact: {artifact} (python {artifact / 'run.py'} runs it without optc)"))
+    script = artifact / "run.py"
+    parts.append(Text(f"Artifact: {artifact}" + (f" (python {script} runs it without optc)" if script.exists() else "")))
     parts.append(Text(report.verdict, style=style))
     return Group(*parts)  # type: ignore[arg-type]
 
