@@ -125,6 +125,7 @@ def write_graph(program: Program, folder: Path) -> tuple[str, str]:
     }
     (folder / GRAPH).write_text(json.dumps(document, allow_nan=False), encoding="utf-8")
     safetensors.torch.save_file(tensors, folder / WEIGHTS)
+    (folder / WEIGHTS).chmod((folder / GRAPH).stat().st_mode)  # safetensors lets only the owner read what it writes
     return GRAPH, WEIGHTS
 
 

@@ -23,6 +23,7 @@ aten = torch.ops.aten
 
 def round_trip(program: Program, folder: Path, batch: int = 2) -> Program:
     assert write_graph(program, folder) == (GRAPH, WEIGHTS)
+    assert (folder / WEIGHTS).stat().st_mode == (folder / GRAPH).stat().st_mode
     return read_graph(folder, batch)
 
 
