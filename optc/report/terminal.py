@@ -35,7 +35,9 @@ def render(report: Report, artifact: Path, verbose: bool = False) -> Group:
     ]
     style = "bold green" if report.faster else "bold yellow"
     script = artifact / "run.py"
-    parts.append(Text(f"Artifact: {artifact}" + (f" (python {script} runs it without optc)" if script.exists() else "")))
+    parts.append(
+        Text(f"Artifact: {artifact}" + (f" (python {script} runs it without optc)" if script.exists() else ""))
+    )
     parts.append(Text(report.verdict, style=style))
     return Group(*parts)  # type: ignore[arg-type]
 
