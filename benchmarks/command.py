@@ -41,9 +41,12 @@ def optimize(arguments: list[str], folder: Path) -> Command:
     samples: list[tuple[float, int]] = []
     with tempfile.TemporaryFile(dir=folder) as output:
         process = subprocess.Popen(command, stdout=output, cwd=folder)
-        while process.poll() is None:
-            samples.append((time.perf_counter() - start, tree_resident(process.pid)))
-            time.sleep(_SAMPLE_SECONDS)
+        try:
+            while process.poll() is None:
+                samples.append((time.perf_counter() - start, tree_resident(process.pid)))
+                time.sleep(_SAMPLE_SECONDS)
+        finally:
+            process.terminate()  # an interrupted benchmark leaves no command running; no effect on one that ended
         seconds = time.perf_counter() - start
         if process.returncode:
             sys.exit(f"{' '.join(command)} exited with {process.returncode}")
