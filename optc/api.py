@@ -153,7 +153,8 @@ def optimize(
         with run.step("Running the captured model on verification inputs"):
             watchers.append(Verify(captured, verification or [captured.example_inputs], Path.cwd()))
     with run.step("Running passes") as step:
-        context = PassContext(target, _as_calibration(calibration), (*watchers, *instruments), step.update)
+        batches = _as_calibration(calibration)
+        context = PassContext(target, batches, (*watchers, *instruments), step.update)
         program = pipeline(captured, context).program
         step.done(", ".join(record.name for record in program.history if record.modified) or "no changes")
     del captured, watchers, context
@@ -179,6 +180,7 @@ def optimize(
         file_bytes=sum(file.stat().st_size for file in optimized.files),
         accuracy=_evaluate(run, evaluate, model, optimized),
         measurement=_measure(run, model, inputs, optimized, precision) if measure else None,
+        calibration=batches.description if batches is not None else "",
         lowering=optimized.details,
         seconds=run.seconds,
         notes=program.info.notes,

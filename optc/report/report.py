@@ -36,6 +36,7 @@ class Report:
     Attributes:
         passes: one record per leaf pass that ran.
         model_bytes: constants of the captured model; ``file_bytes``: all runtime files written.
+        calibration: where activation ranges came from; empty if no data was offered.
         lowering: what the backend had to say (opset, operator counts, fallbacks).
         lowering_check: distance of the runtime's outputs from the optimized graph's.
         seconds: wall time of each step.
@@ -51,6 +52,7 @@ class Report:
     file_bytes: int
     accuracy: Accuracy
     measurement: Measurement | None
+    calibration: str = ""
     lowering: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

@@ -44,6 +44,7 @@ def test_optimize_is_callable_like_the_module_and_saves(net: Net, tmp_path: Path
     assert net.training
     assert seen == [net, optimized]
     assert optimized.report.accuracy.before == 0.5
+    assert optimized.report.calibration == "batches given by the caller"
     assert optimized.report.precision.startswith("int8 (2 of 2")
     y = torch.randn(5, 3, 16, 16)
     net.eval()
