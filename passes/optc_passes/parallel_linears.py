@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from optc import Change, Pass, PassContext, PassResult, Program, Skip
+from optc.ops import COMPOSITES
 from optc.rewrite import (
     add_constant,
     argument,
@@ -24,6 +25,7 @@ from optc.rewrite import (
 from optc_passes.layers import as_layer
 
 aten = torch.ops.aten
+_WITH_MORE_FUSED = tuple(target for target, row in COMPOSITES.items() if row.base is aten.linear.default)
 
 
 class MergeParallelLinears(Pass):
@@ -37,7 +39,7 @@ class MergeParallelLinears(Pass):
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         by_input: dict[fx.Node, list[fx.Node]] = defaultdict(list)
-        for node in calls(program, aten.linear.default):
+        for node in calls(program, aten.linear.default, *_WITH_MORE_FUSED):
             by_input[argument(node, "input")].append(node)
         applied: list[Change] = []
         skipped: list[Skip] = []
@@ -62,7 +64,8 @@ class MergeParallelLinears(Pass):
 
 def _obstacle(program: Program, node: fx.Node) -> str | None:
     layer = as_layer(node)
-    assert layer is not None
+    if layer is None:
+        return f"it is fused with what follows it ({COMPOSITES[node.target].name})"  # type: ignore[index]
     reason = layer.not_constant(program)
     if reason:
         return reason

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from optc_passes.activation_fusion import FuseActivation
 from optc_passes.dead_code import RemoveDeadCode
 from optc_passes.parallel_linears import MergeParallelLinears
 
@@ -91,3 +92,18 @@ def test_shared_weight_is_not_copied(tester: Callable) -> None:
 def test_layers_over_different_inputs_are_no_candidates(tester: Callable) -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     assert not tester(model, TOKENS).run(MergeParallelLinears()).check_untouched().skipped
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.silu(self.gate(x)) * self.up(x)
+
+
+def test_layer_with_its_activation_fused_is_left(tester: Callable) -> None:
+    t = tester(Gated(), TOKENS).run(FuseActivation(), MergeParallelLinears()).check_count(linear_silu=1, linear=1)
+    t.check_skipped("merge-parallel-linears", "it is fused with what follows it (linear_silu)")
+    tester(Gated(), TOKENS).run(MergeParallelLinears()).check_count(linear=1, silu=1).check_close()
