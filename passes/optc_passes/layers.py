@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from optc import Program
-from optc.rewrite import add_constant, argument, constant_of, dtype, erase_unused, is_call, set_argument, shape
+from optc.rewrite import add_constant, argument, constant_of, erase_unused, is_call, set_argument, shape
 
 aten = torch.ops.aten
 LINEARS = (aten.linear.default,)
@@ -101,7 +101,7 @@ def scale_output(program: Program, layer: Layer, scale: Tensor, shift: Tensor | 
     weight = _constant(program, layer, "weight")
     scale, shift = scale.to(weight.device), None if shift is None else shift.to(weight.device)
     groups = layer.groups if layer.transposed else 1
-    wide = weight.to(torch.float64, copy=True)
+    wide = _writable(weight)
     if layer.transposed:  # (in, out/groups, …): output channel g·(out/groups)+j sits at [rows of group g, j]
         grouped = wide.view(groups, weight.shape[0] // groups, weight.shape[1], -1)
         grouped.mul_(scale.view(groups, 1, weight.shape[1], 1))
@@ -122,7 +122,7 @@ def scale_input(program: Program, layer: Layer, scale: Tensor, shift: Tensor | N
     """
     weight = _constant(program, layer, "weight")
     scale, shift = scale.to(weight.device), None if shift is None else shift.to(weight.device)
-    wide = weight.to(torch.float64, copy=True)
+    wide = _writable(weight)
     if layer.transposed:
         grouped = wide.view(1, weight.shape[0], weight.shape[1], -1)
         per_input = (1, -1, 1, 1)
@@ -145,13 +145,23 @@ def _constant(program: Program, layer: Layer, name: str) -> Tensor:
     return value.detach()
 
 
+def _writable(weight: Tensor) -> Tensor:
+    """A row-major float64 copy, whatever the memory format (channels last) of the weight."""
+    return weight.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+
+
 def _set_constants(program: Program, layer: Layer, weight: Tensor, bias: Tensor | None) -> None:
-    """Give the layer new constants of its own precision; the old ones go when nothing else uses them."""
+    """Give the layer new constants in its own precision and memory format; unused old ones go.
+
+    The new weight takes over the old one's ``meta["val"]``: a layer between two norms is rewritten twice in one pass.
+    """
     old_weight, old_bias = argument(layer.node, "weight"), argument(layer.node, "bias")
-    precision = dtype(old_weight)
     hint = str(old_weight.target)
-    set_argument(layer.node, "weight", add_constant(program, layer.node, hint, weight.to(precision)))
+    value = torch.empty_like(_constant(program, layer, "weight")).copy_(weight)
+    new_weight = add_constant(program, layer.node, hint, value)
+    new_weight.meta.update({key: old_weight.meta[key] for key in ("val", "dims") if key in old_weight.meta})
+    set_argument(layer.node, "weight", new_weight)
     if bias is not None:
         hint = str(old_bias.target) if old_bias is not None else hint.removesuffix("weight").rstrip("._") + ".bias"
-        set_argument(layer.node, "bias", add_constant(program, layer.node, hint.lstrip("."), bias.to(precision)))
+        set_argument(layer.node, "bias", add_constant(program, layer.node, hint.lstrip("."), bias.to(value.dtype)))
     erase_unused((old_weight, old_bias))

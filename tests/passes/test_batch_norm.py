@@ -47,6 +47,19 @@ def test_folded_constants_keep_precision_and_release_the_old(tester: Callable) -
     assert {t.dtype for t in constants.values()} == {torch.float32}
 
 
+def test_a_layer_between_two_norms_takes_both(tester: Callable) -> None:
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6))
+    tester(model, IMAGE).run(FoldBatchNorm()).check_count(**{BN: 0}).check_applied("fold-batch-norm", 2).check_close()
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(4, 6, 3), nn.ConvTranspose2d(4, 6, 3)])
+def test_channels_last_weights_stay_channels_last(tester: Callable, layer: nn.Module) -> None:
+    model = nn.Sequential(layer, nn.BatchNorm2d(6)).to(memory_format=torch.channels_last)
+    t = tester(model, IMAGE).run(FoldBatchNorm()).check_count(**{BN: 0}).check_close()
+    (weight,) = (tensor for _, tensor in t.program.constants() if tensor.dim() == 4)
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
 class Between(nn.Module):
     """A layer, something in between, a batch norm."""
 
