@@ -65,7 +65,8 @@ def measure(
         plan = _Plan(inputs, blocks, block_seconds, limit_seconds, progress)
         try:
             if note:
-                for state in states:
+                # The largest first, while the process is lean: compiling leaves memory behind that is not given back.
+                for state in sorted(states, key=lambda state: -state.candidate.bytes):
                     state.open(progress)
                     plan.run([state], share=len(states))
                     state.close()
@@ -176,7 +177,9 @@ def _why_not_together(candidates: Sequence[Candidate], target: Target) -> str:
         free, where = machine.available_memory(), "memory"
     if need <= _MEMORY_SHARE * free:
         return ""
-    return f"their weights ({need / 1e9:.1f} GB) do not fit into the free {where} ({free / 1e9:.1f} GB) together"
+    return (
+        f"their weights ({need / 1e9:.1f} GB) take over {_MEMORY_SHARE:.0%} of the free {where} ({free / 1e9:.1f} GB)"
+    )
 
 
 def _one_line(error: Exception) -> str:

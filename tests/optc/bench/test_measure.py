@@ -210,6 +210,14 @@ def test_one_after_another_on_request_and_where_memory_is_short(
     assert _short(huge, query, together=True).interleaved
 
 
+def test_one_after_another_opens_the_largest_first_and_keeps_the_order_of_results(
+    log: list[tuple[str, str]], query: list[Arrays]
+) -> None:
+    result = _short([_candidate("small", log, size=1), _candidate("large", log, size=2)], query, together=False)
+    assert _turns(log) == ["large", "small"]
+    assert [candidate.name for candidate in result.results] == ["small", "large"]
+
+
 def test_slow_models_get_few_queries_and_fewer_rounds(log: list[tuple[str, str]], query: list[Arrays]) -> None:
     def slow(x: np.ndarray) -> Arrays:
         time.sleep(0.15)
