@@ -20,6 +20,7 @@ from optc.bench.baselines import baselines
 from optc.bench.measure import measure as measure_candidates
 from optc.bench.results import Candidate, Measurement
 from optc.errors import OptcError
+from optc.evaluation import evaluation_mode
 from optc.frontend.capture import capture
 from optc.lowering.artifact import write_artifact
 from optc.lowering.backend import Backend, Lowered, Runner
@@ -151,10 +152,11 @@ def optimize(
     watchers: list[Instrument] = [Timing(), Statistics()]
     if verify:
         with run.step("Running the captured model on verification inputs"):
-            watchers.append(Verify(captured, verification or [captured.example_inputs], Path.cwd()))
+            batches = _Batches(verification or [captured.example_inputs], captured)
+            watchers.append(Verify(captured, list(batches), Path.cwd()))
     with run.step("Running passes") as step:
-        batches = _as_calibration(calibration)
-        context = PassContext(target, batches, (*watchers, *instruments), step.update)
+        ranges = _as_calibration(calibration, captured)
+        context = PassContext(target, ranges, (*watchers, *instruments), step.update)
         program = pipeline(captured, context).program
         step.done(", ".join(record.name for record in program.history if record.modified) or "no changes")
     del captured, watchers, context
@@ -180,7 +182,7 @@ def optimize(
         file_bytes=sum(file.stat().st_size for file in optimized.files),
         accuracy=_evaluate(run, evaluate, model, optimized),
         measurement=_measure(run, model, inputs, optimized, precision) if measure else None,
-        calibration=batches.description if batches is not None else "",
+        calibration=ranges.description if ranges is not None else "",
         lowering=optimized.details,
         seconds=run.seconds,
         notes=program.info.notes,
@@ -212,24 +214,32 @@ class _Run:
 
 
 class _Batches:
-    """Any iterable of tensors or tuples of tensors as a :class:`Calibration`."""
+    """Any iterable of tensors or tuples of tensors as a :class:`Calibration`.
 
-    description = "batches given by the caller"
+    Where the program takes one batch size only, batches are cut to it; what is left over at the end of one is not used.
+    """
 
-    def __init__(self, batches: Iterable[Tensor | tuple[Tensor, ...]]) -> None:
-        self._batches = [(batch,) if isinstance(batch, Tensor) else tuple(batch) for batch in batches]
-
-    def __len__(self) -> int:
-        return len(self._batches)
+    def __init__(self, batches: Iterable[Tensor | tuple[Tensor, ...]], program: Program) -> None:
+        self.description = getattr(batches, "description", "batches given by the caller")
+        self._batches = batches if hasattr(batches, "__len__") else list(batches)
+        self._size = None if program.dynamic_batch else program.example_inputs[0].shape[0]
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        return iter(self._batches)
+        for batch in self._batches:
+            tensors = (batch,) if isinstance(batch, Tensor) else tuple(batch)
+            if self._size is None:
+                yield tensors
+            else:
+                for start in range(0, len(tensors[0]) - self._size + 1, self._size):
+                    yield tuple(tensor[start : start + self._size] for tensor in tensors)
 
 
-def _as_calibration(given: Calibration | Iterable[Tensor | tuple[Tensor, ...]] | None) -> Calibration | None:
-    if given is None or hasattr(given, "description"):
+def _as_calibration(
+    given: Calibration | Iterable[Tensor | tuple[Tensor, ...]] | None, program: Program
+) -> Calibration | None:
+    if given is None or (hasattr(given, "description") and program.dynamic_batch):
         return given  # type: ignore[return-value]  # a Calibration is recognised by its description
-    return _Batches(given)
+    return _Batches(given, program)
 
 
 def _backend(name: str, target: Target) -> Backend:
@@ -252,8 +262,10 @@ def _evaluate(run: _Run, evaluate: Callable[[Call], float] | None, model: nn.Mod
         return Accuracy(reason="not measurable: random weights")
     if evaluate is None:
         return Accuracy(reason="not measured: no labelled data was given")
+    if not optimized.program.dynamic_batch:
+        return Accuracy(reason="not measured: the model takes one batch size only")
     with run.step("Evaluating the captured model") as step, torch.no_grad():
-        with _in_eval_mode(model):
+        with evaluation_mode(model):
             before = evaluate(model)
         step.done(f"{before:.2%}")
     with run.step("Evaluating the optimized model") as step:
@@ -276,20 +288,7 @@ def _measure(
         Candidate(OPTIMIZED, precision, quantized, optimized.load, size),
     ]
     arrays = [tuple(tensor.numpy() for tensor in query)]
-    with run.step("Measuring with MLPerf LoadGen") as step, _in_eval_mode(model):
+    with run.step("Measuring with MLPerf LoadGen") as step, evaluation_mode(model):
         measurement = measure_candidates(candidates, arrays, target, optimized=OPTIMIZED, progress=step.update)
         step.done(", ".join(result.name for result in measurement.results if result.error is None))
     return measurement
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; each submodule's training flag is put back."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

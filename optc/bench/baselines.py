@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from optc.bench.results import Candidate
 from optc.errors import MeasurementError
+from optc.evaluation import set_evaluation_mode
 from optc.lowering.backend import Array, Runner
 from optc.machine import isa
 from optc.target import Target
@@ -77,7 +78,7 @@ def _convert(module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.
     a second copy in the old precision.
     """
     tensors = [*module.parameters(), *module.buffers()]
-    module.eval()
+    set_evaluation_mode(module)
     if all(t.device == device and (t.dtype == dtype or not t.is_floating_point()) for t in tensors):
         return module
     memo: dict[int, Any] = {}

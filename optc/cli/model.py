@@ -66,6 +66,9 @@ class Data:
                 f"'{loaded.info.name}' does not take images, so --data has no use for it", "leave --data away"
             )
 
+        if dataset is not None and dataset.num_classes is not None:
+            dataset.check_classes(_outputs(loaded))
+
     def calibration(self) -> Calibration | None:
         """Batches of the training split; the example inputs of a model that does not take images."""
         from optc.data.calibration import DatasetCalibration
@@ -93,3 +96,18 @@ class Data:
             return None
         split = dataset.split("test", self._loaded.info.preprocessing)
         return lambda call: evaluate(call, split, EVALUATION_BATCH).top1
+
+
+def _outputs(loaded: LoadedModel) -> int:
+    """How many classes a model scores.
+
+    Raises:
+        DataError: it does not return scores of shape (batch, classes).
+    """
+    import torch
+
+    with torch.no_grad():
+        scores = loaded.module(*loaded.example_inputs)
+    if not isinstance(scores, torch.Tensor) or scores.ndim != 2:
+        raise DataError(f"'{loaded.info.name}' does not return one score per class", "leave --data away")
+    return int(scores.shape[1])

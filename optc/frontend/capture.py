@@ -17,6 +17,7 @@ from torch.export import Dim, ExportedProgram, _trace
 from torch.utils import _pytree as pytree
 
 from optc.errors import CaptureError
+from optc.evaluation import evaluation_mode
 from optc.program import ModelInfo, Program, complete_meta, graph_module
 
 
@@ -41,7 +42,7 @@ def capture(
     """
     given = tuple(example_inputs)
     info = info or ModelInfo(name=type(model).__name__)
-    with _eval_mode(model), torch.no_grad(), _quiet():
+    with evaluation_mode(model), torch.no_grad(), _quiet():
         if dynamic_batch:
             # A tensor of its own for each, as the exporter marks it as dynamic for good.
             inputs = tuple(torch.cat([t, t]) if t.shape[0] == 1 else t.detach() for t in given)
@@ -92,21 +93,6 @@ def _refuse_fixed_batch(model: torch.nn.Module) -> None:
         values = [node.meta.get("val") for node in model.graph.find_nodes(op="placeholder")]
         if any(isinstance(value, Tensor) and isinstance(value.shape[0], int) for value in values if value is not None):
             raise CaptureError("it was exported for one batch size")
-
-
-@contextmanager
-def _eval_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Put a model into eval mode and give every submodule its own training flag back afterwards."""
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-    except NotImplementedError:  # What torch.export made is in eval mode for good, and says so this way.
-        flags = []
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 @contextmanager

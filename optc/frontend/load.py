@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from optc.errors import UnknownNameError, WeightsError
+from optc.evaluation import set_evaluation_mode
 from optc.frontend.source import BuiltModel, ModelSource, PretrainedUnavailable
 from optc.frontend.weights import Checkpoint, apply_checkpoint, classes_in_checkpoint, read_checkpoint
 from optc.plugins.registry import registry
@@ -55,7 +56,8 @@ def load_model(spec: str, weights: str = "pretrained", num_classes: int | None =
     if weights == "random" and built.weights != "random":
         raise WeightsError(f"'{spec}' brings its own weights", "leave --weights random away")
     info = ModelInfo(name, source.name, built.weights, built.weights_detail, built.preprocessing, built.notes)
-    return LoadedModel(_eval(built.module), info, inputs)
+    set_evaluation_mode(built.module)
+    return LoadedModel(built.module, info, inputs)
 
 
 def find_source(spec: str) -> tuple[ModelSource, str]:
@@ -108,10 +110,3 @@ def _with_checkpoint(
         built = source.build(name, pretrained=False, num_classes=classes, seed=seed)
     apply_checkpoint(built.module, name, checkpoint)
     return replace(built, weights=checkpoint.file, weights_detail=f"sha256:{checkpoint.sha256}")
-
-
-def _eval(module: nn.Module) -> nn.Module:
-    try:
-        return module.eval()
-    except NotImplementedError:  # What torch.export.load gives is in eval mode for good and says so this way.
-        return module

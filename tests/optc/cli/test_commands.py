@@ -150,6 +150,23 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder: Path, optc: Run, argum
     assert sorted(path.name for path in folder.iterdir() if path.name != "__pycache__") == before
 
 
+def test_a_dataset_whose_classes_are_not_the_models_is_refused(folder: Path, optc: Run) -> None:
+    done = optc("optimize", "mobilenetv3_small_050", "--data", "digits", "-o", "out")
+    assert done.returncode == 2
+    assert "dataset 'digits' has 10 classes but the model has 1000 outputs" in done.stderr.splitlines()[-1]
+    assert not (folder / "out").exists()
+
+
+def test_an_exported_file_is_measured_against_its_baselines(folder: Path, optc: Run) -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 5)).eval()
+    torch.export.save(torch.export.export(model, (torch.randn(1, 3, 8, 8),)), folder / "mine.pt2")
+    done = optc("optimize", "mine.pt2", "--passes", "fuse", "--json", "-o", "out")
+    assert done.returncode == 0, done.stderr
+    errors = {r["name"]: r["error"] for r in json.loads(done.stdout)["measurement"]["results"]}
+    assert errors["eager-fp32"] is None
+    assert errors["optc"] is None
+
+
 def test_profile_measures_an_artifact_beside_its_model(folder: Path, optc: Run) -> None:
     optc("optimize", "mine:small", "--passes", "fuse", "--no-measure", "-o", "out")
     done = optc("profile", "out", "mine:small", "--json")
