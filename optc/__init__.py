@@ -20,10 +20,13 @@ if TYPE_CHECKING:
     from optc.frontend.source import BuiltModel as BuiltModel
     from optc.frontend.source import ModelSource as ModelSource
     from optc.frontend.source import PretrainedUnavailable as PretrainedUnavailable
+    from optc.lowering.agreement import Agreement as Agreement
+    from optc.lowering.agreement import check_agreement as check_agreement
     from optc.lowering.artifact import load as load
     from optc.lowering.backend import Backend as Backend
     from optc.lowering.backend import Lowered as Lowered
     from optc.lowering.backend import Runner as Runner
+    from optc.lowering.onnx_export import export_onnx as export_onnx
     from optc.passmanager.contract import Calibration as Calibration
     from optc.passmanager.contract import Change as Change
     from optc.passmanager.contract import Instrument as Instrument
@@ -50,7 +53,9 @@ _HOMES = {
     "optc.frontend.capture": ("capture",),
     "optc.frontend.source": ("BuiltModel", "ModelSource", "PretrainedUnavailable"),
     "optc.errors": ("BackendError", "DataError", "OptcError"),
+    "optc.lowering.agreement": ("Agreement", "check_agreement"),
     "optc.lowering.backend": ("Backend", "Lowered", "Runner"),
+    "optc.lowering.onnx_export": ("export_onnx",),
     "optc.passmanager.contract": (
         "Calibration",
         "Change",

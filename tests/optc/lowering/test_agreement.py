@@ -5,52 +5,64 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 
 from optc import Program
 from optc.errors import BackendError
-from optc.lowering.agreement import FLOAT_DB, QUANTIZED_DB, bound_db, check_agreement
+from optc.lowering.agreement import FLOAT_DB, QUANTIZED_DB, bound_db, check_agreement, compare_outputs
 
 REFERENCE = np.array([[3.0, 4.0]], np.float32)
 
 
 def test_numbers_of_a_known_difference() -> None:
-    found = check_agreement("rt", ["a"], [REFERENCE], [REFERENCE + np.float32(0.05)], 30.0)
+    found = compare_outputs("rt", ["a"], [REFERENCE], [REFERENCE + np.float32(0.05)], 30.0)
     assert found.sqnr_db == pytest.approx(10 * math.log10(25 / (2 * 0.05**2)), abs=1e-3)
     assert found.max_abs == pytest.approx(0.05, abs=1e-6)
 
 
 def test_equal_outputs_are_infinitely_close() -> None:
-    assert check_agreement("rt", ["a"], [REFERENCE], [REFERENCE], 60.0).sqnr_db == math.inf
+    assert compare_outputs("rt", ["a"], [REFERENCE], [REFERENCE], 60.0).sqnr_db == math.inf
 
 
 def test_the_first_output_that_diverges_is_named_with_numbers() -> None:
     with pytest.raises(
         BackendError, match=r"output 'b'.*SQNR 27\.4 dB \(at least 60 dB expected\), largest error 0\.15"
     ):
-        check_agreement("rt", ["a", "b", "c"], [REFERENCE] * 3, [REFERENCE, REFERENCE + 0.15, -REFERENCE], 60.0)
+        compare_outputs("rt", ["a", "b", "c"], [REFERENCE] * 3, [REFERENCE, REFERENCE + 0.15, -REFERENCE], 60.0)
 
 
 def test_an_error_where_the_graph_gives_zeros_counts() -> None:
     with pytest.raises(BackendError, match="-inf dB"):
-        check_agreement("rt", ["a"], [np.zeros(3)], [np.full(3, 1e-3)], 60.0)
+        compare_outputs("rt", ["a"], [np.zeros(3)], [np.full(3, 1e-3)], 60.0)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_is_refused(bad: float) -> None:
     with pytest.raises(BackendError, match="not finite"):
-        check_agreement("rt", ["a"], [REFERENCE], [np.array([[3.0, bad]])], 60.0)
+        compare_outputs("rt", ["a"], [REFERENCE], [np.array([[3.0, bad]])], 60.0)
 
 
 def test_infinities_of_the_graph_itself_are_not_held_against_the_runtime() -> None:
     both = np.array([1.0, -math.inf])
-    assert check_agreement("rt", ["a"], [both], [both], 60.0).sqnr_db == math.inf
+    assert compare_outputs("rt", ["a"], [both], [both], 60.0).sqnr_db == math.inf
 
 
 def test_a_wrong_shape_is_refused() -> None:
     with pytest.raises(BackendError, match=r"shape is \(2,\), the graph's \(1, 2\)"):
-        check_agreement("rt", ["a"], [REFERENCE], [REFERENCE[0]], 60.0)
+        compare_outputs("rt", ["a"], [REFERENCE], [REFERENCE[0]], 60.0)
 
 
 def test_the_bound_follows_the_graphs_arithmetic(cnn: Program, quantized: Callable[[Program], Program]) -> None:
     assert bound_db(cnn) == FLOAT_DB
     assert bound_db(quantized(cnn)) == QUANTIZED_DB
+
+
+def test_a_program_is_compared_on_its_example_inputs_under_its_bound(cnn: Program) -> None:
+    def run(*arrays: np.ndarray) -> list[np.ndarray]:
+        return [output.numpy() for output in cnn.run(*map(torch.from_numpy, arrays))]
+
+    found = check_agreement("rt", cnn, run)
+    assert found.bound_db == FLOAT_DB
+    assert found.details()["sqnr_db"] == "inf"
+    with pytest.raises(BackendError, match=r"rt computes output 'output' differently"):
+        check_agreement("rt", cnn, lambda *arrays: [output * 1.1 for output in run(*arrays)])
