@@ -1,0 +1,74 @@
+"""The ``openvino`` backend: the graph as OpenVINO IR, run by OpenVINO's CPU plugin."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+from optc import Backend, BackendError, Lowered, Program, Runner, Target, check_agreement, export_onnx
+from optc_openvino.execution import not_int8
+from optc_openvino.graph import drop_zero_points, quantized_layers
+from optc_openvino.runner import OpenVinoRunner
+from optc_openvino.runtime import VERSION, errors, ov, read
+
+FILES = ("model.xml", "model.bin")
+RUN_SCRIPT = Path(__file__).with_name("run_openvino.py")
+
+
+class OpenVinoBackend(Backend):
+    """Lowers to OpenVINO's own IR, through ONNX with explicit QuantizeLinear/DequantizeLinear."""
+
+    name = "openvino"
+    summary = "OpenVINO on CPU: an IR file (.xml and .bin)."
+
+    @classmethod
+    def unavailable(cls, target: Target) -> str | None:
+        """Why OpenVINO is not used on the target's device."""
+        if target.device == "cpu":
+            return None
+        return f"the openvino backend runs on the CPU only, not on '{target.device}': use --device cpu"
+
+    def lower(self, program: Program, target: Target, folder: Path) -> Lowered:
+        """Write ``model.xml`` and ``model.bin``, and compare what they compute with the graph.
+
+        Raises:
+            BackendError: an operator has no ONNX form, OpenVINO refuses it, or OpenVINO's outputs on the example
+                inputs differ from the graph's.
+        """
+        with tempfile.TemporaryDirectory(prefix="onnx-", dir=folder) as scratch:
+            onnx = Path(scratch) / "model.onnx"
+            _, exported = export_onnx(program, onnx)
+            model = read(onnx)
+            dropped = drop_zero_points(model)
+            with errors("openvino cannot write the model"):
+                ov.save_model(model, folder / FILES[0], compress_to_fp16=False)
+            del model  # it maps the ONNX file
+        model = read(folder / FILES[0])
+        asked = quantized_layers(model)
+        operators = Counter(node.get_type_name() for node in model.get_ops())
+        runner = OpenVinoRunner(model, replace(target, batch=len(program.example_inputs[0])))
+        details = {
+            "openvino": VERSION,
+            "opset": exported["opset"],
+            "weight_bytes": exported["weight_bytes"],
+            "decomposed": exported["decomposed"],
+            "operators": dict(operators.most_common()),
+            "dropped_zero_points": dropped,
+            "not_int8": not_int8(runner.kernels, asked),
+            "check": check_agreement("openvino", program, runner).details(),
+        }
+        runner.close()
+        return Lowered(FILES, details, run_script=RUN_SCRIPT.read_text(encoding="utf-8"))
+
+    def load(self, folder: Path, files: tuple[str, ...], target: Target) -> Runner:
+        """Read the IR and compile it for the target's threads and batch.
+
+        Raises:
+            BackendError: the device is not the CPU, or OpenVINO refuses the files.
+        """
+        reason = self.unavailable(target)
+        if reason:
+            raise BackendError(reason)
+        return OpenVinoRunner(read(folder / files[0]), target)

@@ -1,0 +1,98 @@
+"""OpenVINO itself: imported without its telemetry, reading and compiling models, its errors in one line."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from optc import BackendError, Target
+
+__all__ = ["VERSION", "compile_model", "core", "errors", "ov", "read"]
+
+
+@contextmanager
+def _without_telemetry() -> Iterator[None]:
+    """Let ``import openvino_telemetry`` fail, which OpenVINO allows for.
+
+    ``import openvino`` otherwise reports the import to Google Analytics unless the user has opted out, and writes a
+    client id to ``~/intel``. The package stays importable afterwards, for whoever wants it.
+    """
+    name = "openvino_telemetry"
+    if name in sys.modules:  # somebody else decided
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
+with _without_telemetry():
+    import openvino as ov
+
+VERSION = ov.get_version().partition("-")[0]
+
+
+@lru_cache(maxsize=1)
+def core() -> ov.Core:
+    """The process's OpenVINO core."""
+    return ov.Core()
+
+
+def read(path: Path) -> ov.Model:
+    """Read an IR or ONNX file. Weights of an IR stay on disk and are mapped.
+
+    Raises:
+        BackendError: OpenVINO refuses the file.
+    """
+    if not path.is_file():
+        raise BackendError(f"openvino cannot read {path.name}: there is no such file", "optimize the model again")
+    with errors(f"openvino refuses {path.name}"):
+        return core().read_model(path)
+
+
+def compile_model(model: ov.Model, target: Target) -> ov.CompiledModel:
+    """Compile for the target's threads, in the types that are written in the model and no others.
+
+    Raises:
+        BackendError: OpenVINO's CPU plugin has no way to run the model.
+    """
+    options: dict[str, Any] = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+        "INFERENCE_NUM_THREADS": target.threads,
+        # With its default OpenVINO runs a float32 model in bfloat16 where the CPU is fast at that. f32 means that
+        # nothing is lowered further: what the graph itself casts to bfloat16 still runs in bfloat16.
+        "INFERENCE_PRECISION_HINT": "f32",
+        # Otherwise the inputs of layers with integer weights are quantized at every call, asked for or not.
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+        # Pinned threads of two processes would share the first cores while the others idle.
+        "ENABLE_CPU_PINNING": False,
+    }
+    with errors("openvino cannot compile the model"):
+        return core().compile_model(model, "CPU", options)
+
+
+@contextmanager
+def errors(what: str) -> Iterator[None]:
+    """Turn OpenVINO's many-line errors into a :class:`BackendError` of one line that begins with ``what``."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise BackendError(f"{what}: {reason(str(error))}") from error
+
+
+_PLACE = re.compile(r"^(Exception from|Check '.*' failed at|[\w/.]+\.[ch]pp:\d+)")
+
+
+def reason(text: str) -> str:
+    """The line of an OpenVINO error that says what is wrong: the first that is not a place in its source code."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    telling = [line for line in lines if not _PLACE.match(line)] or lines
+    return telling[0].rstrip(":") if telling else "no reason given"
