@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 CONFIDENCE = 0.95
 _RESAMPLES = 9999
@@ -75,6 +74,8 @@ def ratio_of_medians(first: Sequence[ArrayLike], second: Sequence[ArrayLike], *,
     value = _pooled_median(first) / _pooled_median(second)
     if min(len(first), len(second)) < 2:
         return Ratio(value, 0.0, math.inf)
+    from scipy import stats  # half a second to import, so only when something was measured
+
     a, b = _thinned(first), _thinned(second)
 
     def statistic(i: NDArray[Any], j: NDArray[Any], axis: int = -1) -> NDArray[Any]:
@@ -127,6 +128,8 @@ def _medians(blocks: NDArray[np.float64], resamples: NDArray[Any], axis: int) ->
 
 def _expanded_level(count: int) -> float:
     """Level at which a percentile interval over ``count`` units is as wide as the t interval of ``CONFIDENCE``."""
+    from scipy import stats
+
     tail = (1 - CONFIDENCE) / 2
     quantile = math.sqrt(count / (count - 1)) * float(stats.t.ppf(1 - tail, count - 1))
     return 1 - 2 * float(stats.norm.sf(quantile))

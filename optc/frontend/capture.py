@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.export import Dim, ExportedProgram, _trace
+from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from optc.errors import CaptureError
@@ -98,6 +98,10 @@ def _refuse_fixed_batch(model: torch.nn.Module) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep off the terminal what torch says to its own developers during an export; errors are raised, not logged."""
+    from torch.export import (
+        _trace,
+    )  # brings all of torch's compiler along: a second, so only when something is exported
+
     loggers = [logging.getLogger(f"torch.{name}") for name in ("_subclasses.fake_tensor", "fx.experimental", "_export")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
