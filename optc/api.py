@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from optc.bench.baselines import baselines
+from optc.bench.choice import Outcome, choose
 from optc.bench.measure import measure as measure_candidates
 from optc.bench.results import Candidate, Measurement
-from optc.errors import OptcError
 from optc.evaluation import evaluation_mode
 from optc.frontend.capture import capture
 from optc.lowering.artifact import write_artifact
-from optc.lowering.backend import Backend, Lowered, Runner
+from optc.lowering.backend import Runner
+from optc.lowering.lowering import AUTO, Lowering, backends, lower_all
 from optc.passmanager.contract import Calibration, Instrument, Pass, PassContext
 from optc.passmanager.instruments import Statistics, Timing, Verify
 from optc.passmanager.manager import PassManager, build_passes
-from optc.plugins.registry import registry
 from optc.program import ModelInfo, Program
 from optc.progress import Progress, Step
 from optc.report.report import Accuracy, Report
@@ -47,34 +47,27 @@ class Optimized:
         target: what it was lowered for.
     """
 
-    def __init__(
-        self,
-        program: Program,
-        target: Target,
-        backend: Backend,
-        lowered: Lowered,
-        folder: _TemporaryFolder,
-    ) -> None:
+    def __init__(self, program: Program, lowering: Lowering, folder: _TemporaryFolder) -> None:
         self.program = program
-        self.target = target
+        self.target = lowering.target
         self.report: Report
-        self._backend, self._lowered = backend, lowered
+        self._lowering = lowering
         self._folder = folder
         self._runner: Runner | None = None
 
     @property
     def files(self) -> list[Path]:
         """The runtime's files, in a temporary folder that lives as long as this object."""
-        return [self._folder.path / name for name in self._lowered.files]
+        return self._lowering.files
 
     @property
     def details(self) -> dict[str, Any]:
         """What the backend had to say of the lowering."""
-        return dict(self._lowered.details)
+        return dict(self._lowering.lowered.details)
 
     def load(self) -> Runner:
         """A new runner over the files; the caller closes it."""
-        return self._backend.load(self._folder.path, self._lowered.files, self.target)
+        return self._lowering.load()
 
     def __call__(self, *inputs: Tensor) -> Any:
         """Run the runtime on tensors (batch first); returns what the original module would, as CPU tensors."""
@@ -95,8 +88,10 @@ class Optimized:
         Raises:
             ArtifactError: ``path`` exists or cannot be written; nothing is left behind then.
         """
-        source, report = self._folder.path, self.report.to_dict()
-        return write_artifact(Path(path), source, self._lowered, self.program, self._backend.name, report, self.target)
+        made, report = self._lowering, self.report.to_dict()
+        return write_artifact(
+            Path(path), made.folder, made.lowered, self.program, made.backend.name, report, self.target
+        )
 
 
 def optimize(
@@ -123,12 +118,14 @@ def optimize(
         example_inputs: one tensor per positional argument of ``model``, batch first.
         passes: names as in ``"fuse,quant"``, or a list of names and :class:`Pass` objects.
         pass_options: by pass name, its options.
-        backend: name of the runtime to lower to.
+        backend: name of the runtime to lower to, or ``"auto"``: lower to every one that runs here and takes the model,
+            and keep the fastest.
         calibration: input batches for passes that need activation ranges; must not be what ``evaluate`` uses.
         evaluate: given something callable like ``model``, returns the task metric; called before and after.
         verification: batches to compare outputs on after every pass; ``example_inputs`` if not given.
         verify: compare outputs after every pass, and the runtime's with the graph's.
-        measure: measure latency against the best unquantized baselines.
+        measure: measure latency against the best unquantized baselines. Backends are measured against each other, where
+            there are several, in any case.
         target: device and threads; by default the CPU with all threads this process may use.
         info: what is known of the model, for the manifest.
         instruments: further watchers of the passes.
@@ -143,7 +140,7 @@ def optimize(
     target = target or Target()
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     pipeline = passes if isinstance(passes, PassManager) else build_passes(passes, pass_options)
-    lowering = _backend(backend, target)
+    chosen, refused = backends(backend, target)
 
     with run.step("Capturing the graph") as step:
         captured = capture(model, inputs, info=info)
@@ -163,25 +160,30 @@ def optimize(
     gc.collect()
 
     folder = _TemporaryFolder()
-    with run.step(f"Lowering to {backend}") as step:
-        lowered = lowering.lower(program, target, folder.path)
-        step.done(", ".join(lowered.files))
-    optimized = Optimized(program, target, lowering, lowered, folder)
-    with run.step(f"Loading into {backend}") as step:
-        runner = optimized.load()
-        provider, precision = runner.provider, runner.precision
-        runner.close()
-        step.done(f"{provider}, {precision}")
+    with run.step(f"Lowering to {', '.join(each.name for each in chosen)}") as step:
+        lowerings, failed = lower_all(chosen, program, target, folder.path, step.update)
+        step.done("; ".join(f"{made.provider}, {made.precision}" for made in lowerings))
+    several = backend == AUTO
+    names = {f"{OPTIMIZED} {made.backend.name}" if several else OPTIMIZED: made for made in lowerings}
+    measurement = _measure(run, model, inputs, names, target, measure) if measure or len(names) > 1 else None
+    kept, outcomes = lowerings[0], tuple[Outcome, ...]()
+    if several and measurement is not None:
+        kept, outcomes = choose(names, {**refused, **failed}, measurement)
+    for made in lowerings:
+        if made is not kept:
+            shutil.rmtree(made.folder)
+    optimized = Optimized(program, kept, folder)
     optimized.report = Report(
         model=program.info,
         passes=program.history,
-        backend=backend,
-        provider=provider,
-        precision=precision,
+        backend=kept.backend.name,
+        provider=kept.provider,
+        precision=kept.precision,
         model_bytes=model_bytes,
-        file_bytes=sum(file.stat().st_size for file in optimized.files),
+        file_bytes=kept.bytes,
         accuracy=_evaluate(run, evaluate, model, optimized),
-        measurement=_measure(run, model, inputs, optimized, precision) if measure else None,
+        measurement=measurement if measure else None,
+        backends=outcomes,
         calibration=ranges.description if ranges is not None else "",
         lowering=optimized.details,
         seconds=run.seconds,
@@ -242,20 +244,6 @@ def _as_calibration(
     return _Batches(given, program)
 
 
-def _backend(name: str, target: Target) -> Backend:
-    """The backend of that name, ready to run here.
-
-    Raises:
-        OptcError: it cannot run here; carries its reason.
-    """
-    cls = registry().load("backend", name)
-    reason = cls.unavailable(target)
-    if reason:
-        raise OptcError(f"backend '{name}' cannot run here: {reason}")
-    backend: Backend = cls()
-    return backend
-
-
 def _evaluate(run: _Run, evaluate: Callable[[Call], float] | None, model: nn.Module, optimized: Optimized) -> Accuracy:
     """The metric before and after; none for random weights, whose accuracy would be a number without a meaning."""
     if optimized.program.info.weights == "random":
@@ -276,19 +264,21 @@ def _evaluate(run: _Run, evaluate: Callable[[Call], float] | None, model: nn.Mod
 
 
 def _measure(
-    run: _Run, model: nn.Module, inputs: tuple[Tensor, ...], optimized: Optimized, precision: str
+    run: _Run,
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    lowerings: Mapping[str, Lowering],
+    target: Target,
+    with_baselines: bool,
 ) -> Measurement:
-    """Latency of the optimized model and of the device's baselines, in turns."""
-    target = optimized.target
+    """Latency of what was lowered and, if wanted, of the device's baselines, in turns."""
     query = tuple(tensor[: target.batch].contiguous() for tensor in inputs)
-    quantized = "int8" in precision or "int4" in precision
-    size = sum(file.stat().st_size for file in optimized.files)
-    candidates = [
-        *baselines(model, query, target),
-        Candidate(OPTIMIZED, precision, quantized, optimized.load, size),
-    ]
+    candidates = baselines(model, query, target) if with_baselines else []
+    for name, made in lowerings.items():
+        quantized = "int8" in made.precision or "int4" in made.precision
+        candidates.append(Candidate(name, made.precision, quantized, made.load, made.bytes))
     arrays = [tuple(tensor.numpy() for tensor in query)]
     with run.step("Measuring with MLPerf LoadGen") as step, evaluation_mode(model):
-        measurement = measure_candidates(candidates, arrays, target, optimized=OPTIMIZED, progress=step.update)
+        measurement = measure_candidates(candidates, arrays, target, optimized=tuple(lowerings), progress=step.update)
         step.done(", ".join(result.name for result in measurement.results if result.error is None))
     return measurement

@@ -31,7 +31,7 @@ def measure(
     inputs: Sequence[tuple[Array, ...]],
     target: Target,
     *,
-    optimized: str | None = None,
+    optimized: str | Sequence[str] = (),
     blocks: int = 5,
     block_seconds: float = 0.3,
     limit_seconds: float = 90.0,
@@ -47,7 +47,7 @@ def measure(
 
     Args:
         inputs: queries to draw from, one array per model input each.
-        optimized: name of the candidate to compare with the best unquantized one of the others.
+        optimized: name or names of candidates; the fastest is compared with the best unquantized one of the others.
         blocks: rounds; fewer than five give intervals that are too narrow.
         limit_seconds: after the first round the number of rounds is cut (to no fewer than two) to fit this; opening
             candidates does not count.
@@ -77,7 +77,8 @@ def measure(
         finally:
             for state in states:
                 state.close()
-    return conclude([state.result() for state in states], target, optimized, note, block_seconds, warnings)
+    names = (optimized,) if isinstance(optimized, str) else tuple(optimized)
+    return conclude([state.result() for state in states], target, names, note, block_seconds, warnings)
 
 
 class _State:

@@ -125,7 +125,8 @@ class Measurement:
     Attributes:
         results: one per candidate, in the order given.
         interleaved: whether the candidates' blocks took turns; ``sequential_reason`` says why not.
-        baseline: the fastest unquantized candidate besides the optimized one; ``None`` if none was measured.
+        optimized: the fastest of the optimized candidates; ``None`` if there was none.
+        baseline: the fastest unquantized candidate besides the optimized ones; ``None`` if none was measured.
         ratio: median latency of ``optimized`` over that of ``baseline``; ``None`` if either is missing.
         warnings: what concerns all candidates.
     """
@@ -154,19 +155,15 @@ class Measurement:
 def conclude(
     results: Sequence[CandidateResult],
     target: Target,
-    optimized: str | None,
+    optimized: Sequence[str],
     sequential_reason: str,
     block_seconds: float,
     warnings: Sequence[str],
 ) -> Measurement:
-    """Find the baseline, compare the optimized candidate with it, and put everything together."""
+    """Find the baseline, compare the fastest optimized candidate with it, and put everything together."""
     complete = [result for result in results if result.percentiles is not None and result.error is None]
-    baseline = min(
-        (result for result in complete if not result.quantized and result.name != optimized),
-        key=lambda result: result.percentiles.p50_ns if result.percentiles else float("inf"),
-        default=None,
-    )
-    subject = next((result for result in complete if result.name == optimized), None)
+    baseline = _fastest([result for result in complete if not result.quantized and result.name not in optimized])
+    subject = _fastest([result for result in complete if result.name in optimized])
     ratio = None
     notes = list(warnings)
     if subject is not None and baseline is not None:
@@ -182,8 +179,14 @@ def conclude(
         block_seconds=block_seconds,
         interleaved=not sequential_reason,
         sequential_reason=sequential_reason,
-        optimized=optimized,
+        optimized=subject.name if subject else next(iter(optimized), None),
         baseline=baseline.name if baseline else None,
         ratio=ratio,
         warnings=tuple(notes),
+    )
+
+
+def _fastest(results: Sequence[CandidateResult]) -> CandidateResult | None:
+    return min(
+        results, key=lambda result: result.percentiles.p50_ns if result.percentiles else float("inf"), default=None
     )

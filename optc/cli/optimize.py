@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 @click.option("-O", "assignments", multiple=True, metavar="PASS.OPTION=VALUE", help="Set an option of a pass.")
 @click.option("--weights", default="pretrained", show_default=True, help="pretrained, random, or a checkpoint file.")
 @click.option("--data", help="Dataset for calibration and accuracy: digits, or a folder of images.")
-@click.option("--backend", default="onnxruntime", show_default=True, help="Runtime to lower to; see 'optc backends'.")
+@click.option(
+    "--backend",
+    default="onnxruntime",
+    show_default=True,
+    help="Runtime to lower to (see 'optc backends'), or auto: the fastest measured.",
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Artifact folder to write; must not exist.")
 @click.option("--threads", type=click.IntRange(1), help="Threads for every candidate.  [default: all this process has]")
 @click.option("--seed", default=0, show_default=True, help="Seed of random weights.")

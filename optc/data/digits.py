@@ -9,12 +9,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from optc.data.dataset import Dataset, Split, SplitName, check_split_name, stratified_split
+from optc.errors import DataError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,10 +28,12 @@ if TYPE_CHECKING:
 @cache
 def _load() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Images of shape (1797, 8, 8) in [0, 1] and labels of shape (1797,)."""
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    return (bunch.images / 16.0).astype(np.float32), bunch.target.astype(np.int64)
+    # Read from scikit-learn's files, as load_digits does: importing scikit-learn and SciPy takes most of a second.
+    package = find_spec("sklearn")
+    if package is None or package.origin is None:
+        raise DataError("the digits come with scikit-learn, which is not installed", "pip install scikit-learn")
+    table = np.loadtxt(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+    return (table[:, :-1].reshape(-1, 8, 8) / 16.0).astype(np.float32), table[:, -1].astype(np.int64)
 
 
 class DigitsDataset(Dataset):

@@ -57,10 +57,15 @@ class Runner(ABC):
 
 
 class Backend(ABC):
-    """Lowers programs to one runtime. Never rewrites semantics; may decompose composite operators."""
+    """Lowers programs to one runtime. Never rewrites semantics; may decompose composite operators.
+
+    Attributes:
+        automatic: whether ``--backend auto`` may choose it.
+    """
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    automatic: ClassVar[bool] = True
     origin: str = "this module"
 
     @classmethod

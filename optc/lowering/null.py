@@ -24,6 +24,7 @@ class NullBackend(Backend):
 
     name = "null"
     summary = "Runs nothing and returns zeros: measures the harness's own overhead."
+    automatic = False
 
     def lower(self, program: Program, target: Target, folder: Path) -> Lowered:
         """Write the outputs' shapes, with null where the batch goes."""

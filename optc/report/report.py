@@ -10,6 +10,7 @@ from optc.passmanager.contract import PassRecord
 from optc.program import ModelInfo
 
 if TYPE_CHECKING:
+    from optc.bench.choice import Outcome
     from optc.bench.results import Measurement
 
 
@@ -36,6 +37,7 @@ class Report:
     Attributes:
         passes: one record per leaf pass that ran.
         model_bytes: constants of the captured model; ``file_bytes``: all runtime files written.
+        backends: where the backend was chosen by measuring, what became of each; the kept one first.
         calibration: where activation ranges came from; empty if no data was offered.
         lowering: what the backend had to say (opset, operator counts, fallbacks).
         lowering_check: distance of the runtime's outputs from the optimized graph's.
@@ -52,6 +54,7 @@ class Report:
     file_bytes: int
     accuracy: Accuracy
     measurement: Measurement | None
+    backends: tuple[Outcome, ...] = ()
     calibration: str = ""
     lowering: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)

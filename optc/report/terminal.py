@@ -9,6 +9,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from optc.bench.choice import rows
 from optc.bench.results import CandidateResult, Measurement
 from optc.passmanager.contract import PassRecord, Skip
 from optc.report.report import Report
@@ -27,6 +28,8 @@ def render(report: Report, artifact: Path, verbose: bool = False) -> Group:
     skipped = skipped_table(report.passes, verbose)
     if skipped.row_count:
         parts += ["", skipped]
+    if report.backends:
+        parts += ["", backends_table(report)]
     parts += [
         "",
         results_table(report),
@@ -86,6 +89,19 @@ def skipped_table(records: tuple[PassRecord, ...], verbose: bool) -> Table:
         rest = sum(len(skips) for _, skips in list(groups.items())[len(shown) :])
         if rest:
             table.add_row(record.name, f"{rest} more", "see manifest.json, or run with -v")
+    return table
+
+
+def backends_table(report: Report) -> Table:
+    """One row per backend that was tried: what it measured, and why it was kept or not."""
+    table = Table(
+        "backend", "precision", "p50 ms", "MB", "s to make", "why", title="Backends", title_justify="left", box=None,
+        pad_edge=False, header_style="bold",
+    )  # fmt: skip
+    for column in table.columns[2:5]:
+        column.justify = "right"
+    for row in rows(report.backends):
+        table.add_row(*row, style="bold" if row[0].endswith("(kept)") else None)
     return table
 
 

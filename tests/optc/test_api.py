@@ -71,3 +71,21 @@ def test_measurement_has_the_baselines_and_a_verdict(net: Net) -> None:
     assert all(r.blocks for r in measurement.results if r.error is None)
     assert "best unquantized candidate" in optimized.report.verdict
     assert optimized.report.to_dict()["verdict"] == optimized.report.verdict
+
+
+def test_auto_keeps_the_fastest_backend_and_says_why(net: Net, tmp_path: Path) -> None:
+    inputs = torch.randn(1, 3, 16, 16)
+    optimized = optc.optimize(net, inputs, ["fuse"], backend="auto", measure=False, target=optc.Target(threads=1))
+    outcomes = {outcome.backend: outcome for outcome in optimized.report.backends}
+    assert {"eager", "onnxruntime"} <= outcomes.keys()
+    kept = optimized.report.backends[0]
+    assert kept.chosen
+    assert optimized.report.backend == kept.backend
+    assert all(outcome.reason for outcome in outcomes.values())
+    assert kept.p50_ms == min(outcome.p50_ms for outcome in outcomes.values() if outcome.p50_ms is not None)
+    net.eval()
+    expected = net(inputs)["scores"].detach()
+    net.train()
+    torch.testing.assert_close(optimized(inputs)["scores"], expected, rtol=1e-4, atol=1e-5)
+    runner = optc.load(optimized.save(tmp_path / "artifact"))
+    torch.testing.assert_close(torch.from_numpy(runner(inputs.numpy())[0]), expected, rtol=1e-4, atol=1e-5)

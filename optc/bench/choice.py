@@ -1,0 +1,94 @@
+"""Which backend a model is kept in: the fastest one measured, with the reason for every other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from optc.bench import statistics
+from optc.bench.results import CandidateResult, Measurement
+from optc.lowering.lowering import Lowering
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one backend.
+
+    Attributes:
+        reason: why it was kept or not, in plain words with the numbers.
+        p50_ms: median latency; ``None`` if it was not measured.
+        file_bytes, seconds: size of its files and time to lower, check and load them; ``None`` if it was not lowered.
+    """
+
+    backend: str
+    chosen: bool
+    reason: str
+    precision: str = ""
+    p50_ms: float | None = None
+    file_bytes: int | None = None
+    seconds: float | None = None
+
+
+def choose(
+    lowerings: Mapping[str, Lowering], refused: Mapping[str, str], measured: Measurement
+) -> tuple[Lowering, tuple[Outcome, ...]]:
+    """Keep the lowering with the lowest median latency; ties within the noise go to it as well, and say so.
+
+    Args:
+        lowerings: by the name of their candidate in ``measured``; at least one.
+        refused: why other backends were left out, by backend.
+
+    Returns:
+        The one to keep, and the outcome of every backend: the kept one first, then by latency, then what was not run.
+    """
+    results = [measured[name] for name in lowerings]
+    ranked = sorted(results, key=_p50)
+    best = ranked[0]
+    outcomes = [_outcome(result, lowerings[result.name], best, measured.interleaved) for result in ranked]
+    left = [Outcome(backend, False, reason) for backend, reason in refused.items()]
+    return lowerings[best.name], (*outcomes, *left)
+
+
+def _p50(result: CandidateResult) -> float:
+    return result.percentiles.p50_ns if result.percentiles and result.error is None else float("inf")
+
+
+def _outcome(result: CandidateResult, lowering: Lowering, best: CandidateResult, interleaved: bool) -> Outcome:
+    return Outcome(
+        backend=lowering.backend.name,
+        chosen=result is best,
+        reason=_reason(result, best, interleaved),
+        precision=result.precision,
+        p50_ms=result.percentiles.p50_ns / 1e6 if result.percentiles else None,
+        file_bytes=lowering.bytes,
+        seconds=lowering.seconds,
+    )
+
+
+def _reason(result: CandidateResult, best: CandidateResult, interleaved: bool) -> str:
+    if result.error is not None:
+        return f"failed when measured: {result.error}"
+    if result is best:
+        return "lowest median latency"
+    ratio = statistics.ratio_of_medians(result.latencies_ns, best.latencies_ns, interleaved=interleaved)
+    numbers = f"{ratio.value:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}] the latency of the one kept"
+    return numbers if ratio.outcome == "slower" else f"{numbers}: no difference shown"
+
+
+def rows(outcomes: Sequence[Outcome]) -> list[tuple[str, str, str, str, str, str]]:
+    """The outcomes as text cells: backend, precision, p50 in ms, size in MB, seconds to make, why."""
+    return [
+        (
+            f"{outcome.backend} (kept)" if outcome.chosen else outcome.backend,
+            outcome.precision,
+            _cell(outcome.p50_ms, ".2f"),
+            _cell(outcome.file_bytes and outcome.file_bytes / 1e6, ".1f"),
+            _cell(outcome.seconds, ".1f"),
+            outcome.reason,
+        )
+        for outcome in outcomes
+    ]
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)

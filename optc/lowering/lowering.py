@@ -1,0 +1,127 @@
+"""Lowering a program to one backend, or to every backend that takes it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from optc.errors import BackendError, OptcError
+from optc.lowering.backend import Backend, Lowered, Runner
+from optc.plugins.registry import registry
+from optc.target import Target
+
+if TYPE_CHECKING:
+    from optc.program import Program
+
+AUTO = "auto"
+"""The name that stands for every backend that runs here."""
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """A program in one runtime's files, loaded once to see what really runs.
+
+    Attributes:
+        folder: where the files are.
+        provider, precision: what the runner told.
+        seconds: time to lower, check and load.
+    """
+
+    backend: Backend
+    lowered: Lowered
+    folder: Path
+    target: Target
+    provider: str
+    precision: str
+    seconds: float
+
+    @property
+    def files(self) -> list[Path]:
+        """The runtime's files."""
+        return [self.folder / name for name in self.lowered.files]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the files."""
+        return sum(file.stat().st_size for file in self.files)
+
+    def load(self) -> Runner:
+        """A new runner over the files; the caller closes it."""
+        return self.backend.load(self.folder, self.lowered.files, self.target)
+
+
+def backends(name: str, target: Target) -> tuple[list[Backend], dict[str, str]]:
+    """The backends that ``name`` asks for, ready to run, and why others were left out.
+
+    Args:
+        name: a backend's, or ``"auto"`` for all that run on the target and say that they may be chosen.
+
+    Raises:
+        OptcError: the backend of that name, or every one, cannot run here; carries the reasons.
+    """
+    if name != AUTO:
+        return [_ready(name, target)], {}
+    found: list[Backend] = []
+    refused: dict[str, str] = {}
+    for each in registry().all("backend"):
+        try:
+            backend = _ready(each, target)
+        except OptcError as error:
+            refused[each] = str(error)
+            continue
+        if backend.automatic:
+            found.append(backend)
+    if not found:
+        raise OptcError(f"no backend can run here: {'; '.join(refused.values())}")
+    return found, refused
+
+
+def _ready(name: str, target: Target) -> Backend:
+    cls = registry().load("backend", name)
+    reason = cls.unavailable(target)
+    if reason:
+        raise OptcError(f"backend '{name}' cannot run here: {reason}")
+    backend: Backend = cls()
+    return backend
+
+
+def lower(backend: Backend, program: Program, target: Target, folder: Path) -> Lowering:
+    """Lower to one backend into ``folder`` (made here) and load the result once.
+
+    Raises:
+        BackendError: the backend cannot lower the program or load what it wrote.
+    """
+    start = time.perf_counter()
+    folder.mkdir()
+    lowered = backend.lower(program, target, folder)
+    runner = backend.load(folder, lowered.files, target)
+    provider, precision = runner.provider, runner.precision
+    runner.close()
+    return Lowering(backend, lowered, folder, target, provider, precision, time.perf_counter() - start)
+
+
+def lower_all(
+    chosen: list[Backend], program: Program, target: Target, folder: Path, progress: Callable[[str], None]
+) -> tuple[list[Lowering], dict[str, str]]:
+    """Lower to each backend into a folder of its name; those that cannot are returned with their reason.
+
+    Raises:
+        BackendError: none can; or the only one cannot.
+    """
+    done: list[Lowering] = []
+    refused: dict[str, str] = {}
+    for backend in chosen:
+        progress(f"lowering to {backend.name}")
+        try:
+            done.append(lower(backend, program, target, folder / backend.name))
+        except BackendError as error:
+            if len(chosen) == 1:
+                raise
+            refused[backend.name] = str(error)
+    if not done:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+        raise BackendError(f"no backend takes this model: {reasons}")
+    return done, refused

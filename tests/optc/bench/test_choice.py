@@ -1,0 +1,85 @@
+"""Choosing among backends, on real measurements of runners whose speed differs by design."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from optc import Backend, Lowered, Program, Runner, Target
+from optc.bench.choice import choose, rows
+from optc.bench.measure import measure
+from optc.bench.results import Candidate
+from optc.lowering.lowering import Lowering
+
+
+class Sleeper(Runner):
+    """Takes a fixed time, or fails."""
+
+    provider, precision = "sleep", "float32"
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds = seconds
+
+    def __call__(self, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
+        if self.seconds is None:
+            raise RuntimeError("out of order")
+        time.sleep(self.seconds)
+        return (inputs[0],)
+
+
+class SleepBackend(Backend):
+    """Writes nothing worth reading."""
+
+    summary = "Sleeps."
+
+    def __init__(self, name: str, seconds: float | None) -> None:
+        self.name, self.seconds = name, seconds  # type: ignore[misc]
+
+    def lower(self, program: Program, target: Target, folder: Path) -> Lowered:
+        raise AssertionError("already lowered")
+
+    def load(self, folder: Path, files: tuple[str, ...], target: Target) -> Runner:
+        return Sleeper(self.seconds)
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> dict[str, Lowering]:
+    (tmp_path / "model").write_bytes(b"12345")
+    lowered, target = Lowered(("model",)), Target(threads=1)
+    return {
+        name: Lowering(SleepBackend(name, seconds), lowered, tmp_path, target, "sleep", "float32", 1.5)
+        for name, seconds in {"slow": 0.02, "broken": None, "fast": 0.001}.items()
+    }
+
+
+def test_the_fastest_is_kept_and_every_other_has_its_reason(made: dict[str, Lowering]) -> None:
+    candidates = [Candidate(name, "float32", False, lowering.load) for name, lowering in made.items()]
+    query = [(np.zeros((1, 2), np.float32),)]
+    measured = measure(candidates, query, Target(threads=1), optimized=tuple(made), block_seconds=0.05, together=True)
+    kept, outcomes = choose(made, {"absent": "pip install absent"}, measured)
+    assert kept is made["fast"]
+    assert measured.optimized == "fast"
+    assert [outcome.backend for outcome in outcomes] == ["fast", "slow", "broken", "absent"]
+    assert [outcome.chosen for outcome in outcomes] == [True, False, False, False]
+    assert "the latency of the one kept" in outcomes[1].reason
+    assert "no difference" not in outcomes[1].reason
+    assert "out of order" in outcomes[2].reason
+    assert outcomes[3].reason == "pip install absent"
+    assert outcomes[0].file_bytes == 5
+    table = rows(outcomes)
+    assert table[0][0] == "fast (kept)"
+    assert table[3][2:5] == ("–", "–", "–")
+
+
+def test_equals_are_said_to_be_equal(made: dict[str, Lowering]) -> None:
+    twins = {"fast": made["fast"], "again": made["fast"]}
+    candidates = [Candidate(name, "float32", False, lowering.load) for name, lowering in twins.items()]
+    query = [(np.zeros((1, 2), np.float32),)]
+    measured = measure(candidates, query, Target(threads=1), optimized=tuple(twins), block_seconds=0.05, together=True)
+    _, outcomes = choose(twins, {}, measured)
+    interval = outcomes[1].reason
+    ratio = float(interval.partition("x")[0])
+    assert 0.8 < ratio < 1.6, interval

@@ -1,0 +1,77 @@
+"""Lowering to one backend by name, or to every one that takes the program."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import optc
+from optc import Backend, BackendError, Lowered, Program, Runner, Target
+from optc.errors import OptcError
+from optc.lowering.eager import EagerBackend
+from optc.lowering.lowering import AUTO, backends, lower_all
+
+
+class Refuses(Backend):
+    """Takes no program."""
+
+    name = "refuses"
+    summary = "Takes no program."
+
+    def lower(self, program: Program, target: Target, folder: Path) -> Lowered:
+        raise BackendError("operator aten.relu.default has no form here")
+
+    def load(self, folder: Path, files: tuple[str, ...], target: Target) -> Runner:
+        raise AssertionError("nothing was lowered")
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten())
+    return optc.capture(model, (torch.randn(1, 3, 8, 8),))
+
+
+def test_auto_means_every_backend_that_runs_here_but_null() -> None:
+    found, refused = backends(AUTO, Target())
+    names = {backend.name for backend in found}
+    assert {"eager", "onnxruntime"} <= names
+    assert "null" not in names | refused.keys()
+
+
+def test_auto_says_why_a_backend_was_left_out() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("every backend may run on this machine's GPU")
+    with pytest.raises(OptcError, match=r"eager.*cannot run here"):
+        backends(AUTO, Target(device="cuda"))
+
+
+def test_a_named_backend_that_cannot_run_is_an_error() -> None:
+    with pytest.raises(OptcError, match="backend 'onnxruntime' cannot run here"):
+        backends("onnxruntime", Target(device="tpu"))
+
+
+def test_each_backend_gets_a_folder_and_refusals_are_kept(program: Program, tmp_path: Path) -> None:
+    said: list[str] = []
+    done, refused = lower_all([EagerBackend(), Refuses()], program, Target(threads=1), tmp_path, said.append)
+    assert [made.backend.name for made in done] == ["eager"]
+    assert all(file.parent == tmp_path / "eager" and file.stat().st_size for file in done[0].files)
+    assert refused == {"refuses": "operator aten.relu.default has no form here"}
+    assert said == ["lowering to eager", "lowering to refuses"]
+    runner = done[0].load()
+    (output,) = runner(program.example_inputs[0].numpy())
+    torch.testing.assert_close(torch.from_numpy(output), program.run(*program.example_inputs)[0])
+
+
+def test_the_only_backend_raises_its_own_reason(program: Program, tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match=r"aten\.relu\.default has no form here"):
+        lower_all([Refuses()], program, Target(threads=1), tmp_path, lambda text: None)
+
+
+def test_no_backend_at_all_names_every_reason(program: Program, tmp_path: Path) -> None:
+    class AlsoRefuses(Refuses):
+        name = "also-refuses"
+
+    with pytest.raises(BackendError, match=r"refuses: .*; also-refuses: "):
+        lower_all([Refuses(), AlsoRefuses()], program, Target(threads=1), tmp_path, lambda text: None)
