@@ -17,7 +17,7 @@ from optc.plugins.registry import registry
 from optc.program import complete_meta
 
 SIZES = (1_000, 10_000, 50_000)
-LIMIT_EXPONENT = 1.2
+LIMIT_EXPONENT = 1.1
 REPEATS = 3
 CHANNELS, SIDE = 4, 2
 aten = torch.ops.aten
@@ -95,7 +95,7 @@ def benchmark() -> Result:
         table=table,
         raw={"nodes": real_sizes, "cpu_seconds": seconds, "exponents": exponents},
         notes=[
-            f"CPU time of one thread, the best of {REPEATS}.",
+            f"CPU time of one thread, the best of {REPEATS}, Python's garbage collector off.",
             "It includes the contract (fork, fingerprints, lint, shapes of new nodes), as in every run.",
         ],
     )
@@ -107,10 +107,18 @@ def _exponent(sizes: list[int], times: list[float]) -> float:
 
 
 def _time(pass_: Pass, program: Program) -> float:
+    """CPU seconds of one run, Python's garbage collector off.
+
+    The collector walks the whole heap ever again as it grows: with it on the exponent is 1.17 where it is 1.01 without.
+    """
     gc.collect()
-    start = time.process_time()
-    pass_(program, PassContext())
-    return time.process_time() - start
+    gc.disable()
+    try:
+        start = time.process_time()
+        pass_(program, PassContext())
+        return time.process_time() - start
+    finally:
+        gc.enable()
 
 
 if __name__ == "__main__":

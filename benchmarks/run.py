@@ -20,6 +20,7 @@ def main(names: list[str]) -> int:
         print(f"{name} ...", file=sys.stderr, flush=True)
         if subprocess.run([sys.executable, str(FOLDER / f"{name}.py")], check=False).returncode:
             failed.append(name)
+    subprocess.run([sys.executable, str(FOLDER / "readme.py")], check=True)
     print(f"did not hold: {', '.join(failed)}" if failed else "every claim held", file=sys.stderr)
     return len(failed)
 
