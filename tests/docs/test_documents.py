@@ -151,3 +151,14 @@ def test_the_code_of_a_guide_runs(guide: str, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     assert f"{code.count('def test_')} passed" in done.stdout
+
+
+def test_readme_has_the_numbers_of_the_committed_results() -> None:
+    spec = importlib.util.spec_from_file_location("readme", ROOT / "benchmarks" / "readme.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert module.filled(text) == text, "run: python benchmarks/readme.py"
+    assert text.count("`python benchmarks/") == len(list((ROOT / "benchmarks" / "results").glob("*.json"))) > 0
