@@ -38,6 +38,8 @@ def refusal(composite: Composite, args: tuple[Any, ...], packed: bool = False) -
         return "its weight or bias is not stored densely"
     if other is not None and tuple(other.shape) != composite.output_shape(args):
         return "the added operand is broadcast"
+    if composite.is_conv and _window_in_padding(x, weight, *geometry[:3]):
+        return "some of its windows lie wholly in the padding, where oneDNN's kernels crash"
     if other is not None and composite.is_conv:
         # Here torch's wrapper itself computes one after the other, with an add_relu that knows float32 only.
         if geometry[-1] != 1:
@@ -45,6 +47,17 @@ def refusal(composite: Composite, args: tuple[Any, ...], packed: bool = False) -
         if not (packed or _channels_last(x) or _channels_last(weight)):
             return "oneDNN adds only to a channels-last convolution"
     return None
+
+
+def _window_in_padding(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any) -> bool:
+    """Whether an output element may read padding only (of use to no model, but allowed).
+
+    With a bias or another post-operation, a stride and channels-last operands oneDNN 3.12 on AVX-512 then now and then
+    reads or writes beyond its buffers, in ``torch.conv2d`` as well. A window misses the input on one side if the padding is as wide as the kernel, or in its middle
+    if the dilation is wider than the input.
+    """
+    sizes = zip(x.shape[2:], weight.shape[2:], pair(padding), pair(dilation), strict=True)
+    return any(p > 0 and (p > d * (kernel - 1) or d > size) for size, kernel, p, d in sizes)
 
 
 def _channels_last(tensor: Tensor) -> bool:
