@@ -53,8 +53,8 @@ def _window_in_padding(x: Tensor, weight: Tensor, stride: Any, padding: Any, dil
     """Whether an output element may read padding only (of use to no model, but allowed).
 
     With a bias or another post-operation, a stride and channels-last operands oneDNN 3.12 on AVX-512 then now and then
-    reads or writes beyond its buffers, in ``torch.conv2d`` as well. A window misses the input on one side if the padding is as wide as the kernel, or in its middle
-    if the dilation is wider than the input.
+    reads or writes beyond its buffers, in ``torch.conv2d`` as well. A window misses the input on one side if the
+    padding is as wide as the kernel, or in its middle if the dilation is wider than the input.
     """
     sizes = zip(x.shape[2:], weight.shape[2:], pair(padding), pair(dilation), strict=True)
     return any(p > 0 and (p > d * (kernel - 1) or d > size) for size, kernel, p, d in sizes)

@@ -88,9 +88,9 @@ def test_windows_wholly_in_the_padding_are_left_to_the_decomposition(
 ) -> None:
     x, weight = torch.randn(1, 2, 4, width), torch.randn(2, 2, 1, kernel)
     args = (x, weight, None, [1, 1], [0, padding], [1, dilation], 1)
-    assert "wholly in the padding" in (refusal(row("conv2d_relu"), args) or "")
+    assert "wholly in the padding" in (cpu.refusal(row("conv2d_relu"), args) or "")
     allowed = (torch.randn(1, 2, 4, 5), torch.randn(2, 2, 1, 3), None, [1, 1], [0, 2], [1, 1], 1)
-    assert refusal(row("conv2d_relu"), allowed) is None
+    assert cpu.refusal(row("conv2d_relu"), allowed) is None
 
 
 @needs_onednn
