@@ -38,7 +38,7 @@ def refusal(composite: Composite, args: tuple[Any, ...], packed: bool = False) -
         return "its weight or bias is not stored densely"
     if other is not None and tuple(other.shape) != composite.output_shape(args):
         return "the added operand is broadcast"
-    if composite.is_conv and _window_in_padding(x, weight, *geometry[:3]):
+    if composite.is_conv and _window_in_padding(x, weight, *geometry[1:3]):
         return "some of its windows lie wholly in the padding, where oneDNN's kernels crash"
     if other is not None and composite.is_conv:
         # Here torch's wrapper itself computes one after the other, with an add_relu that knows float32 only.
@@ -49,7 +49,7 @@ def refusal(composite: Composite, args: tuple[Any, ...], packed: bool = False) -
     return None
 
 
-def _window_in_padding(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any) -> bool:
+def _window_in_padding(x: Tensor, weight: Tensor, padding: Any, dilation: Any) -> bool:
     """Whether an output element may read padding only (of use to no model, but allowed).
 
     With a bias or another post-operation, a stride and channels-last operands oneDNN 3.12 on AVX-512 then now and then
