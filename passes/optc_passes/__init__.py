@@ -72,4 +72,14 @@ def optc_passes() -> Iterable[Entry]:
             "Quantize convolutions, linear layers and what lies between them to int8.",
             "optc_passes.quant:Quant",
         ),
+        Entry(
+            "bf16",
+            "Compute convolutions, matrix products and what lies between them in bfloat16.",
+            "optc_passes.precision:Bf16",
+        ),
+        Entry(
+            "fp16",
+            "Compute convolutions, matrix products and what lies between them in float16.",
+            "optc_passes.precision:Fp16",
+        ),
     ]
