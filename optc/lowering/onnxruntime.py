@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -136,13 +137,33 @@ def open_session(path: Path, target: Target, options: ort.SessionOptions) -> ort
     try:
         session = ort.InferenceSession(str(path), options, providers=[wanted])
     except Exception as error:
-        raise BackendError(f"onnxruntime refuses {path.name}: {_first_line(error)}") from error
+        raise _no_kernel(path, wanted, error) or BackendError(
+            f"onnxruntime refuses {path.name}: {_first_line(error)}"
+        ) from error
     if session.get_providers()[0] != wanted:
         raise BackendError(
             f"onnxruntime fell back from {wanted} to {session.get_providers()[0]}",
             "see 'optc doctor' for what is missing, or use the device 'cpu'",
         )
     return session
+
+
+def _no_kernel(path: Path, provider: str, error: Exception) -> BackendError | None:
+    """The error of an operator the provider has no kernel for in this type, or ``None`` if it is another one."""
+    missing = re.search(r"Could not find an implementation for (\w+)\(\d+\) node with name '([^']*)'", str(error))
+    if missing is None:
+        return None
+    import onnx
+
+    operator, name = missing.groups()
+    graph = onnx.load(path, load_external_data=False).graph
+    types = {weight.name: weight.data_type for weight in graph.initializer}
+    found = [types[i] for node in graph.node if node.name == name for i in node.input if i in types]
+    kind = f" in {onnx.TensorProto.DataType.Name(found[0]).lower()}" if found else " in the type it has here"
+    return BackendError(
+        f"onnxruntime's {provider} has no kernel for operator {operator}{kind} (node '{name}')",
+        "use a backend that has one, such as --backend eager, or leave out the pass that chose the type",
+    )
 
 
 def precision(events: Sequence[Mapping[str, Any]]) -> str:
