@@ -6,12 +6,16 @@ import tempfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from optc import Backend, BackendError, Lowered, Program, Runner, Target, check_agreement, export_onnx
+from optc import Backend, BackendError, Lowered, Runner, Target
 from optc_openvino.execution import not_int8
 from optc_openvino.graph import drop_zero_points, quantized_layers
 from optc_openvino.runner import OpenVinoRunner
 from optc_openvino.runtime import VERSION, errors, ov, read
+
+if TYPE_CHECKING:
+    from optc import Program
 
 FILES = ("model.xml", "model.bin")
 RUN_SCRIPT = Path(__file__).with_name("run_openvino.py")
@@ -37,6 +41,8 @@ class OpenVinoBackend(Backend):
             BackendError: an operator has no ONNX form, OpenVINO refuses it, or OpenVINO's outputs on the example
                 inputs differ from the graph's.
         """
+        from optc import check_agreement, export_onnx  # they import torch, which loading a model does not need
+
         with tempfile.TemporaryDirectory(prefix="onnx-", dir=folder) as scratch:
             onnx = Path(scratch) / "model.onnx"
             _, exported = export_onnx(program, onnx)

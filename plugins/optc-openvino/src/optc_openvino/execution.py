@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from dataclasses import dataclass
 from optc_openvino.runtime import ov
 
 _LAYERS = frozenset(("Convolution", "Deconvolution", "FullyConnected"))
-_MOVES = frozenset(("Convert", "Reorder", "Reshape", "Transpose"))
+_WEIGHT_CHAIN = frozenset(("Convert", "Eltwise", "Reorder", "Reshape", "Subgraph", "Transpose"))
+"""What may stand between a layer and its weights: moves, and a dequantization that was not folded into the layer."""
 _NO_ARITHMETIC = frozenset(("Const", "Input", "Output", "Reorder", "Reshape", "Transpose", "Convert", "ShapeOf"))
 _TYPES = {
     "f32": "float32",
@@ -33,6 +35,7 @@ class Kernel:
         kind: what it computes in, as ``"float32"``, ``"bfloat16"``, ``"int8"`` or ``"int4"``.
         primitive: OpenVINO's name of the kernel, such as ``"brgemm_avx512_I8"``.
         is_layer: whether it is a convolution or a matrix product with weights.
+        weights: the name of a layer's weights in the model.
     """
 
     name: str
@@ -40,10 +43,11 @@ class Kernel:
     kind: str
     primitive: str
     is_layer: bool
+    weights: str = ""
 
-    def runs(self, layer: str) -> bool:
-        """Whether it runs the model's node of that name, which OpenVINO may have renamed by appending to it."""
-        return any(name == layer or name.startswith(f"{layer}/") for name in (self.name, *self.originals))
+    def runs(self, layer: str, weights: str) -> bool:
+        """Whether it runs the layer of that name or with those weights: OpenVINO renames layers that it changes."""
+        return layer in self.originals or (self.weights != "" and self.weights == weights)
 
 
 def kernels(compiled: ov.CompiledModel) -> list[Kernel]:
@@ -53,12 +57,13 @@ def kernels(compiled: ov.CompiledModel) -> list[Kernel]:
         info = {key: str(value.value) for key, value in node.get_rt_info().items()}
         if info["layerType"] in _NO_ARITHMETIC or node.get_input_size() == 0:
             continue
-        is_layer = info["layerType"] in _LAYERS or (info["layerType"] == "MatMul" and _has_weights(node))
+        weights = _weights(node) if info["layerType"] in _LAYERS or info["layerType"] == "MatMul" else None
+        is_layer = info["layerType"] in _LAYERS or weights is not None
         kind = _TYPES.get(info["runtimePrecision"], "")
         if is_layer and _element_type(node, 1) in ("i4", "u4"):
             kind = "int4"
         originals = tuple(info["originalLayersNames"].split(","))
-        found.append(Kernel(node.get_friendly_name(), originals, kind, info["primitiveType"], is_layer))
+        found.append(Kernel(node.get_friendly_name(), originals, kind, info["primitiveType"], is_layer, weights or ""))
     return found
 
 
@@ -86,25 +91,32 @@ def not_int8(executed: list[Kernel], asked: Mapping[str, str]) -> dict[str, str]
         executed: the kernels of the compiled model.
         asked: names of the quantized layers and of their weights, from :func:`optc_openvino.graph.quantized_layers`.
     """
+    layers = [kernel for kernel in executed if kernel.is_layer]
     found = {}
     for layer, weights in asked.items():
-        kernel = next((kernel for kernel in executed if kernel.is_layer and kernel.runs(layer)), None)
+        name = weights.removesuffix(".T")
+        kernel = next((kernel for kernel in layers if kernel.runs(layer, weights)), None)
         if kernel is None:
-            found[weights] = "OpenVINO replaced the layer by something else"
+            found[name] = "OpenVINO runs no such layer"
         elif kernel.kind != "int8":
-            found[weights] = f"OpenVINO chose the {kernel.kind} kernel {kernel.primitive}"
+            found[name] = f"OpenVINO chose the {kernel.kind} kernel {kernel.primitive}"
     return found
 
 
-def _has_weights(node: ov.Node) -> bool:
-    """Whether one operand of a matrix product is a constant."""
-    for index in range(2):
-        operand = node.input_value(index).get_node()
-        while _layer_type(operand) in _MOVES:
-            operand = operand.input_value(0).get_node()
-        if _layer_type(operand) == "Const":
-            return True
-    return False
+def _weights(node: ov.Node) -> str | None:
+    """The name of the constant that an operand of a layer is, or is computed from; ``None`` if neither is."""
+    return next(filter(None, (_constant(node.input_value(index).get_node()) for index in (1, 0))), None)
+
+
+def _constant(node: ov.Node) -> str | None:
+    """The name of a constant, or of the first one among those a value is computed from; ``None`` if inputs are too."""
+    if _layer_type(node) == "Const":
+        return str(node.get_friendly_name())
+    if _layer_type(node) not in _WEIGHT_CHAIN:
+        return None
+    operands = (_constant(value.get_node()) for value in node.input_values())
+    names = list(itertools.takewhile(lambda name: name is not None, operands))
+    return names[0] if len(names) == node.get_input_size() else None
 
 
 def _layer_type(node: ov.Node) -> str:

@@ -39,7 +39,7 @@ def quantized_layers(model: ov.Model) -> dict[str, str]:
         if node.get_type_name() in LAYERS and _is_dequantized(node.input_value(0)):
             weights = _constant(node.input_value(1), past_scales=True)
             if weights is not None and weights.get_element_type().get_type_name() in _INT8:
-                found[node.get_friendly_name()] = weights.get_friendly_name().removesuffix(".T")
+                found[node.get_friendly_name()] = weights.get_friendly_name()
     return found
 
 

@@ -9,12 +9,15 @@ sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # so OpenV
 import openvino  # noqa: E402
 
 
-def load(threads: int = 0) -> openvino.CompiledModel:
-    """The model compiled by openvino, in the types the file has; 0 threads lets openvino choose."""
+def load(batch: int = 1, threads: int = 0) -> openvino.CompiledModel:
+    """The model compiled by openvino for one batch size, in the types the file has; 0 threads lets openvino choose."""
     options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
     if threads:
         options["INFERENCE_NUM_THREADS"] = threads
-    return openvino.Core().compile_model(Path(__file__).resolve().with_name("model.xml"), "CPU", options)
+    core = openvino.Core()
+    model = core.read_model(Path(__file__).resolve().with_name("model.xml"))
+    model.reshape({i: [batch if d.is_dynamic else d for d in p.partial_shape] for i, p in enumerate(model.inputs)})
+    return core.compile_model(model, "CPU", options)
 
 
 def main(files: list[str]) -> None:
@@ -22,11 +25,11 @@ def main(files: list[str]) -> None:
 
     Without a file, run zeros and print the outputs' shapes only.
     """
-    model = load()
-    inputs = {port.get_any_name(): [1 if d.is_dynamic else len(d) for d in port.partial_shape] for port in model.inputs}
-    if files and len(files) != len(inputs):
-        sys.exit(f"give one .npy file for each of {', '.join(inputs)}")
-    arrays = [np.load(file, allow_pickle=False) for file in files] or [np.zeros(s, np.float32) for s in inputs.values()]
+    arrays = [np.load(file, allow_pickle=False) for file in files]
+    model = load(batch=len(arrays[0]) if arrays else 1)
+    if files and len(files) != len(model.inputs):
+        sys.exit(f"give one .npy file for each of {', '.join(port.get_any_name() for port in model.inputs)}")
+    arrays = arrays or [np.zeros(port.shape, np.float32) for port in model.inputs]
     for port, output in model(arrays).items():
         print(f"{port.get_any_name()} shape: {output.shape}")
         for row in output.reshape(len(output), -1) if files else ():

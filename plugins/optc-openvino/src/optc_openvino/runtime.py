@@ -92,7 +92,7 @@ _PLACE = re.compile(r"^(Exception from|Check '.*' failed at|[\w/.]+\.[ch]pp:\d+)
 
 
 def reason(text: str) -> str:
-    """The line of an OpenVINO error that says what is wrong: the first that is not a place in its source code."""
+    """What an OpenVINO error says, without the places in its source code: one line, or two joined by a colon."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    telling = [line for line in lines if not _PLACE.match(line)] or lines
-    return telling[0].rstrip(":") if telling else "no reason given"
+    first, *rest = [line for line in lines if not _PLACE.match(line)] or lines or ["no reason given"]
+    return f"{first} {rest[0]}" if first.endswith(":") and rest else first.rstrip(":")

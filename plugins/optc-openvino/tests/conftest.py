@@ -1,0 +1,81 @@
+"""Real models as optc optimizes them, lowered to OpenVINO once for all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import optc
+from optc.frontend.load import load_model
+
+TARGET = optc.Target(threads=2)
+
+
+def optimized(name: str, passes: str) -> optc.Optimized:
+    model = load_model(name, "random")
+    noise = torch.Generator().manual_seed(0)
+    batches = [torch.randn(4, 3, 224, 224, generator=noise) for _ in range(2)]
+    return optc.optimize(
+        model.module,
+        model.example_inputs,
+        passes,
+        backend="openvino",
+        calibration=batches,
+        verify=False,
+        measure=False,
+        target=TARGET,
+        info=model.info,
+    )
+
+
+@pytest.fixture
+def sqnr_db() -> Callable[[np.ndarray, np.ndarray], float]:
+    """Signal to noise of an output against the graph's, in dB."""
+
+    def ratio(graph: np.ndarray, output: np.ndarray) -> float:
+        noise = np.square(graph.astype(np.float64) - output).sum()
+        return float(10 * np.log10(np.square(graph.astype(np.float64)).sum() / max(noise, 1e-30)))
+
+    return ratio
+
+
+@pytest.fixture(scope="session")
+def alexnet() -> optc.Optimized:
+    return optimized("alexnet", "fuse")
+
+
+@pytest.fixture(scope="session")
+def alexnet_int8() -> optc.Optimized:
+    return optimized("alexnet", "fuse,quant")
+
+
+@pytest.fixture(scope="session")
+def vit() -> optc.Optimized:
+    return optimized("vit_tiny_patch16_224", "fuse")
+
+
+@pytest.fixture(scope="session")
+def vit_int8() -> optc.Optimized:
+    return optimized("vit_tiny_patch16_224", "fuse,quant")
+
+
+class TwoInputs(nn.Module):
+    """Inputs and outputs that must not be confused."""
+
+    def forward(self, zulu: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        return zulu - 2 * alpha, zulu + alpha
+
+
+@pytest.fixture(scope="session")
+def two_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from optc_openvino.backend import OpenVinoBackend
+
+    folder = tmp_path_factory.mktemp("two-inputs")
+    program = optc.capture(TwoInputs(), (torch.randn(2, 4), torch.randn(2, 4)))
+    OpenVinoBackend().lower(program, TARGET, folder)
+    return folder

@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import Tensor, nn
+
+import optc
+from optc_openvino import backend as backend_module
+from optc_openvino.backend import OpenVinoBackend
+from optc_openvino.runtime import VERSION, core
+
+TARGET = optc.Target(threads=2)
+Sqnr = Callable[[np.ndarray, np.ndarray], float]
+
+
+def run_on(optimized: optc.Optimized, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """What the graph computes of a batch, and what OpenVINO does."""
+    images = torch.randn(batch, 3, 224, 224)
+    runner = optimized.load()
+    (output,) = runner(images.numpy())
+    runner.close()
+    return optimized.program.run(images)[0].numpy(), output
+
+
+def test_the_command_lists_it_and_names_the_plugin() -> None:
+    command = [sys.executable, "-m", "optc.cli.main", "backends", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    (listed,) = [row for row in json.loads(done.stdout) if row["name"] == "openvino"]
+    assert listed["plugin"] == "openvino"
+    assert listed["ready"], listed["reason"]
+
+
+@pytest.mark.parametrize("name", ["alexnet", "vit"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_float_model_runs_as_float(name: str, batch: int, request: pytest.FixtureRequest, sqnr_db: Sqnr) -> None:
+    optimized: optc.Optimized = request.getfixturevalue(name)
+    assert optimized.report.provider == f"openvino CPU {VERSION}"
+    assert optimized.report.precision == "float32"
+    assert optimized.details["check"]["sqnr_db"] > 100
+    graph, output = run_on(optimized, batch)
+    assert output.dtype == np.float32
+    assert sqnr_db(graph, output) > 100
+
+
+@pytest.mark.parametrize(("name", "layers"), [("alexnet_int8", 8), ("vit_int8", 50)])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_an_int8_model_runs_in_int8(
+    name: str, layers: int, batch: int, request: pytest.FixtureRequest, sqnr_db: Sqnr
+) -> None:
+    optimized: optc.Optimized = request.getfixturevalue(name)
+    assert optimized.report.precision == f"int8 ({layers} of {layers} layers)"
+    assert optimized.details["not_int8"] == {}
+    graph, output = run_on(optimized, batch)
+    # A ViT with random weights amplifies each rounding; what OpenVINO computes wrongly leaves it less than 20 dB.
+    assert sqnr_db(graph, output) > 25
+
+
+def test_int8_weights_are_stored_as_int8(alexnet: optc.Optimized, alexnet_int8: optc.Optimized) -> None:
+    assert sum(file.stat().st_size for file in alexnet_int8.files) < 62e6
+    assert sum(file.stat().st_size for file in alexnet.files) > 244e6
+
+
+def test_bfloat16_in_the_graph_is_honoured_and_told(tmp_path: Path) -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.low = nn.Conv2d(3, 32, 3).bfloat16()
+            self.full = nn.Conv2d(32, 32, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.full(self.low(x.bfloat16()).relu().float())
+
+    program = optc.capture(Half(), (torch.randn(1, 3, 32, 32),))
+    backend = OpenVinoBackend()
+    lowered = backend.lower(program, TARGET, tmp_path)
+    runner = backend.load(tmp_path, lowered.files, TARGET)
+    has_bfloat16 = "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    assert runner.precision == ("bfloat16 (1 of 2 layers, 1 float32)" if has_bfloat16 else "float32")
+    assert lowered.details["check"]["bound_db"] == 30
+
+
+def test_layers_that_do_not_run_in_int8_are_listed(
+    vit_int8: optc.Optimized, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # With the zero points left in, OpenVINO 2026.4 runs some of the layers in float32.
+    monkeypatch.setattr(backend_module, "drop_zero_points", lambda model: 0)
+    backend = OpenVinoBackend()
+    lowered = backend.lower(vit_int8.program, TARGET, tmp_path)
+    not_int8 = lowered.details["not_int8"]
+    precision = backend.load(tmp_path, lowered.files, TARGET).precision
+    assert not_int8
+    assert precision == f"int8 ({50 - len(not_int8)} of 50 layers, {len(not_int8)} float32)"
+    assert "blocks.0.attn.proj.weight" in not_int8
+    assert "float32 kernel" in not_int8["blocks.0.attn.proj.weight"]
+
+
+def test_a_model_that_computes_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export = optc.export_onnx
+
+    def damage(program: optc.Program, path: Path) -> object:
+        """What a broken exporter would do: one weight differs."""
+        result = export(program, path)
+        model = onnx.load(path)
+        weight = next(t for t in model.graph.initializer if len(t.dims) == 4)
+        array = numpy_helper.to_array(weight).copy()
+        array.flat[0] += 0.5
+        weight.CopyFrom(numpy_helper.from_array(array, weight.name))
+        onnx.save(model, path)
+        return result
+
+    monkeypatch.setattr(optc, "export_onnx", damage)
+    program = optc.capture(nn.Conv2d(3, 8, 3), (torch.randn(1, 3, 16, 16),))
+    with pytest.raises(optc.BackendError, match=r"openvino computes output 'output' differently.*at least 60 dB"):
+        OpenVinoBackend().lower(program, TARGET, tmp_path)
+
+
+def test_only_the_ir_is_left_in_the_folder(two_inputs: Path) -> None:
+    assert sorted(file.name for file in two_inputs.iterdir()) == ["model.bin", "model.xml"]
+    assert str(two_inputs.parent) not in (two_inputs / "model.xml").read_text()
+
+
+@pytest.mark.parametrize("name", ["model.xml", "model.bin"])
+@pytest.mark.parametrize("what", ["truncated", "missing"])
+def test_damaged_files_get_one_line(name: str, what: str, alexnet_int8: optc.Optimized, tmp_path: Path) -> None:
+    for file in alexnet_int8.files:
+        content = file.read_bytes()
+        if file.name != name:
+            (tmp_path / file.name).write_bytes(content)
+        elif what == "truncated":
+            (tmp_path / file.name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(optc.BackendError, match=r"openvino (refuses|cannot read) model\.xml: \w") as caught:
+        OpenVinoBackend().load(tmp_path, ("model.xml", "model.bin"), TARGET)
+    assert "\n" not in str(caught.value)
+    assert "Exception from" not in str(caught.value)
+
+
+def test_only_the_cpu_is_offered(two_inputs: Path) -> None:
+    assert OpenVinoBackend.unavailable(TARGET) is None
+    reason = OpenVinoBackend.unavailable(optc.Target(device="cuda"))
+    assert reason is not None
+    assert "not on 'cuda'" in reason
+    with pytest.raises(optc.BackendError, match="not on 'cuda'"):
+        OpenVinoBackend().load(two_inputs, ("model.xml", "model.bin"), optc.Target(device="cuda"))
+
+
+def test_an_artifact_runs_in_optc_and_without_it(alexnet_int8: optc.Optimized, tmp_path: Path) -> None:
+    folder = alexnet_int8.save(tmp_path / "alexnet")
+    images = np.random.default_rng(0).standard_normal((3, 3, 224, 224)).astype(np.float32)
+    np.save(tmp_path / "images.npy", images)
+    (expected,) = optc.load(folder)(images)
+    blocked = "import sys; sys.modules.update(dict.fromkeys(('optc', 'torch', 'onnx', 'onnxruntime')))"
+    code = (
+        f"{blocked}; import runpy; sys.argv[1:] = ['images.npy']; runpy.run_path('alexnet/run.py', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, *rows = done.stdout.splitlines()
+    assert first == "output shape: (3, 1000)"
+    assert [int(row.split()[2].rstrip(":")) for row in rows] == expected.argmax(1).tolist()
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("module", ["optc_openvino.backend", "run"])
+def test_nothing_is_reported_to_anyone(module: str, tmp_path: Path) -> None:
+    """``import openvino`` alone would write a client id below the home folder before it sends anything."""
+    (tmp_path / "run.py").write_text(backend_module.RUN_SCRIPT.read_text())
+    code = f"import sys, {module}; print(sys.modules.get('openvino_telemetry'), 'openvino' in sys.modules)"
+    environment = {key: value for key, value in os.environ.items() if key != "CI"} | {"HOME": str(tmp_path / "home")}
+    (tmp_path / "home").mkdir()
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.stdout.split() == ["None", "True"], done.stderr
+    assert done.stderr == ""
+    assert not list((tmp_path / "home").iterdir())
+
+
+def test_loading_needs_no_torch() -> None:
+    code = "import sys, optc_openvino.backend; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

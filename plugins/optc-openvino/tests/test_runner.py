@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import optc
+from optc_openvino.backend import OpenVinoBackend
+from optc_openvino.execution import Kernel, not_int8, precision
+from optc_openvino.runner import OTHER_BATCHES, OpenVinoRunner
+from optc_openvino.runtime import read, reason
+
+TARGET = optc.Target(threads=2)
+
+
+@pytest.fixture
+def runner(two_inputs: Path) -> OpenVinoRunner:
+    return OpenVinoRunner(read(two_inputs / "model.xml"), TARGET)
+
+
+def pair(batch: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    return tuple(generator.standard_normal((batch, 4)).astype(np.float32) for _ in range(2))  # type: ignore[return-value]
+
+
+def test_inputs_and_outputs_keep_their_order(runner: OpenVinoRunner) -> None:
+    zulu, alpha = pair(1)
+    first, second = runner(zulu, alpha)
+    np.testing.assert_allclose(first, zulu - 2 * alpha, rtol=1e-6)
+    np.testing.assert_allclose(second, zulu + alpha, rtol=1e-6)
+
+
+def test_outputs_are_the_callers_to_keep(runner: OpenVinoRunner) -> None:
+    inputs = pair(1)
+    before = [array.copy() for array in inputs]
+    first = runner(*inputs)
+    kept = [output.copy() for output in first]
+    second = runner(*pair(1, seed=1))
+    for output, copy, other in zip(first, kept, second, strict=True):
+        assert not np.shares_memory(output, other)
+        np.testing.assert_array_equal(output, copy)
+    np.testing.assert_array_equal(inputs, before)
+
+
+def test_any_array_will_do(runner: OpenVinoRunner) -> None:
+    zulu, alpha = pair(3)
+    expected = runner(zulu, alpha)[0]
+    locked = zulu.copy()
+    locked.flags.writeable = False
+    np.testing.assert_array_equal(runner(locked, np.asfortranarray(alpha))[0], expected)
+    wide = np.zeros((3, 8), np.float32)
+    wide[:, ::2] = alpha
+    np.testing.assert_array_equal(runner(zulu, wide[:, ::2])[0], expected)
+
+
+def test_batches_beside_the_targets_are_compiled_when_asked_for_and_few_are_kept(runner: OpenVinoRunner) -> None:
+    assert not runner._others
+    for batch in (1, 2, 5, 3, 2, 1):
+        zulu, alpha = pair(batch)
+        np.testing.assert_allclose(runner(zulu, alpha)[0], zulu - 2 * alpha, rtol=1e-6)
+    assert len(runner._others) == OTHER_BATCHES
+    assert [shapes[0][0] for shapes in runner._others] == [3, 2]
+
+
+def test_threads_take_turns(runner: OpenVinoRunner) -> None:
+    def call(seed: int) -> float:
+        zulu, alpha = pair(1 + seed % 2, seed)
+        return float(np.abs(runner(zulu, alpha)[0] - (zulu - 2 * alpha)).max())
+
+    with ThreadPoolExecutor(4) as pool:
+        assert max(pool.map(call, range(200))) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("shapes", "dtype", "message"),
+    [
+        ([(1, 4)], np.float32, r"the model takes 2 inputs \(zulu, alpha\), not 1"),
+        ([(1, 4), (1, 5)], np.float32, r"input 'alpha' has shape \(1, 5\), the model takes \(batch, 4\)"),
+        ([(4,), (4,)], np.float32, r"input 'zulu' has shape \(4,\), the model takes \(batch, 4\)"),
+        ([(1, 4), (1, 4)], np.float64, "input 'zulu' is float64, the model takes float32"),
+        ([(2, 4), (3, 4)], np.float32, r"openvino cannot give the model inputs of shape \(2, 4\), \(3, 4\)"),
+    ],
+)
+def test_wrong_inputs_get_one_line(
+    shapes: list[tuple[int, ...]], dtype: type, message: str, runner: OpenVinoRunner
+) -> None:
+    with pytest.raises(optc.BackendError, match=message) as caught:
+        runner(*[np.zeros(shape, dtype) for shape in shapes])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_of_one_batch_size_takes_no_other(tmp_path: Path) -> None:
+    program = optc.capture(nn.Linear(8, 3), (torch.randn(2, 8),), dynamic_batch=False)
+    backend = OpenVinoBackend()
+    runner = backend.load(tmp_path, backend.lower(program, TARGET, tmp_path).files, TARGET)
+    x = torch.randn(2, 8)
+    np.testing.assert_allclose(runner(x.numpy())[0], program.run(x)[0].numpy(), rtol=1e-5, atol=1e-6)
+    with pytest.raises(optc.BackendError, match=r"has shape \(1, 8\), the model takes \(2, 8\)"):
+        runner(np.zeros((1, 8), np.float32))
+
+
+def test_a_closed_runner_says_so(runner: OpenVinoRunner) -> None:
+    runner.close()
+    with pytest.raises(optc.BackendError, match="closed"):
+        runner(*pair(1))
+
+
+def kernel(kind: str, weights: str = "", is_layer: bool = True) -> Kernel:
+    return Kernel("a", ("a", "b"), kind, f"some_{kind}", is_layer, weights)
+
+
+@pytest.mark.parametrize(
+    ("executed", "expected"),
+    [
+        ([kernel("float32"), kernel("int8", is_layer=False)], "float32"),
+        ([kernel("int8")] * 2, "int8 (2 of 2 layers)"),
+        ([kernel("int8")] * 2 + [kernel("float32")] * 3, "int8 (2 of 5 layers, 3 float32)"),
+        ([kernel("int4"), kernel("int8")], "int4 (1 of 2 layers, 1 int8)"),
+        ([kernel("bfloat16")] * 2 + [kernel("float32")], "bfloat16 (2 of 3 layers, 1 float32)"),
+        ([kernel("float32", is_layer=False)], "float32"),
+        ([], "no arithmetic"),
+    ],
+)
+def test_precision_counts_layers(executed: list[Kernel], expected: str) -> None:
+    assert precision(executed) == expected
+
+
+def test_a_quantized_layer_is_found_by_its_name_or_its_weights() -> None:
+    executed = [kernel("int8", "v"), kernel("float32", "w")]
+    assert not_int8(executed, {"b": "v"}) == {}
+    assert not_int8(executed, {"c": "w"}) == {"w": "OpenVINO chose the float32 kernel some_float32"}
+    assert not_int8(executed, {"d": "x.weight.T"}) == {"x.weight": "OpenVINO runs no such layer"}
+
+
+def test_an_error_of_openvino_is_cut_to_the_line_that_tells() -> None:
+    text = (
+        "Exception from src/inference/src/cpp/core.cpp:93:\n"
+        "Check 'a == b' failed at src/core/src/thing.cpp:12:\n"
+        "While validating node 'x':\nIncorrect weights in bin file!\n\n\n"
+    )
+    assert reason(text) == "While validating node 'x': Incorrect weights in bin file!"
+    assert reason("plain") == "plain"
+    assert reason("") == "no reason given"
