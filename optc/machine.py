@@ -86,11 +86,14 @@ def cpu_name() -> str:
 
 def isa() -> tuple[str, ...] | None:
     """Those of :data:`ISA_FLAGS` the CPU has; ``None`` where the system does not tell (not Linux on x86)."""
+    present = cpu_flags()
+    return None if present is None else tuple(flag for flag in ISA_FLAGS if flag in present)
+
+
+def cpu_flags() -> frozenset[str] | None:
+    """All features the CPU has, as Linux spells them; ``None`` where the system does not tell (not Linux on x86)."""
     flags = _cpuinfo().get("flags")
-    if flags is None:
-        return None
-    present = set(flags.split())
-    return tuple(flag for flag in ISA_FLAGS if flag in present)
+    return None if flags is None else frozenset(flags.split())
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:

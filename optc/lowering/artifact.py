@@ -18,7 +18,7 @@ import optc
 from optc.errors import ArtifactError
 from optc.lowering.backend import Array, Backend, Lowered, Runner
 from optc.lowering.manifest import NAME, Manifest, TensorEntry, check_files, file_entry, read_manifest
-from optc.machine import cpu_name, isa, machine
+from optc.machine import cpu_flags, cpu_name, isa, machine
 from optc.plugins.registry import registry
 from optc.target import Target
 
@@ -123,7 +123,7 @@ def write_artifact(
             model=asdict(program.info),
             target=asdict(target),
             machine=asdict(machine()),
-            required_isa=_required_isa(str(report.get("precision", "")), target),
+            required_isa=_required_isa(lowered, str(report.get("precision", "")), target),
             report=dict(report),
         )
         (temporary / NAME).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
@@ -167,23 +167,24 @@ def _inputs(program: Program) -> tuple[TensorEntry, ...]:
     )
 
 
-def _required_isa(precision: str, target: Target) -> tuple[str, ...]:
-    """The int8 instruction sets of this CPU that an int8 artifact was checked and measured with."""
-    if target.device != "cpu" or "int8" not in precision:
-        return ()
-    return tuple(flag for flag in isa() or () if flag in INT8_ISA)
+def _required_isa(lowered: Lowered, precision: str, target: Target) -> tuple[str, ...]:
+    """What the files were compiled for, and the int8 instruction sets an int8 artifact was checked and measured with."""
+    int8 = INT8_ISA if target.device == "cpu" and "int8" in precision else frozenset()
+    return tuple(dict.fromkeys((*lowered.required_isa, *(flag for flag in isa() or () if flag in int8))))
 
 
 def _check_machine(folder: Path, manifest: Manifest) -> None:
-    """Refuse an int8 artifact on a CPU whose int8 kernels are others than those it was checked with.
+    """Refuse an artifact on a CPU that lacks what its code was compiled for, or the int8 kernels it was checked with.
 
-    Without VNNI or AMX, int8 products are summed in saturating 16-bit steps: the outputs differ, not only the speed.
+    Compiled code would end the process at the first unknown instruction. Without VNNI or AMX, int8 products are summed
+    in saturating 16-bit steps: the outputs differ, not only the speed.
     """
-    missing = [flag for flag in manifest.required_isa if flag not in (isa() or ())]
+    present = cpu_flags() or frozenset()
+    missing = [flag for flag in manifest.required_isa if flag not in present]
     if missing:
         made_on = manifest.machine.get("cpu", "another CPU")
         raise ArtifactError(
-            f"'{folder}' is int8 for {made_on} with {', '.join(manifest.required_isa)}; this CPU, {cpu_name()}, lacks"
+            f"'{folder}' was made for {made_on} with {', '.join(manifest.required_isa)}; this CPU, {cpu_name()}, lacks"
             f" {', '.join(missing)}",
             "optimize the model again on this machine",
         )

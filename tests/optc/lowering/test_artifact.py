@@ -183,14 +183,24 @@ def test_nothing_is_overwritten(kind: str, made: Made, tmp_path: Path) -> None:
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["taken"]
 
 
+def test_an_artifact_is_refused_where_what_it_was_compiled_for_is_missing(made: Made, tmp_path: Path) -> None:
+    compiled = Lowered(made.lowered.files, required_isa=("fma", "avx512_of_the_future"))
+    saved = write_artifact(
+        tmp_path / "artifact", made.files, compiled, made.program, "onnxruntime", {"precision": "float32"}, TARGET
+    )
+    with pytest.raises(ArtifactError, match=r"with fma, avx512_of_the_future; this CPU, .*, lacks avx512_of_the_future"):
+        load_artifact(saved)
+
+
 def test_an_int8_artifact_is_refused_where_its_instructions_are_missing(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(artifact_module, "isa", lambda: ("avx2", "avx512_vnni", "amx_int8"))
+    monkeypatch.setattr(artifact_module, "cpu_flags", lambda: frozenset({"avx2", "avx512_vnni", "amx_int8"}))
     int8 = made.save(tmp_path / "int8", "int8 (4 of 4 layers)")
     floating = made.save(tmp_path / "float")
     assert load_artifact(int8).manifest.required_isa == ("avx512_vnni", "amx_int8")
-    monkeypatch.setattr(artifact_module, "isa", lambda: ("avx2", "avx512_vnni"))
+    monkeypatch.setattr(artifact_module, "cpu_flags", lambda: frozenset({"avx2", "avx512_vnni"}))
     with pytest.raises(ArtifactError, match=r"with avx512_vnni, amx_int8; this CPU, .*, lacks amx_int8"):
         load_artifact(int8)
     load_artifact(floating)
