@@ -16,6 +16,7 @@ import onnxruntime as ort
 
 from optc.errors import BackendError
 from optc.lowering.backend import Array, Backend, Lowered, Runner
+from optc.lowering.layer_precision import layer_precision
 from optc.target import Target
 
 if TYPE_CHECKING:
@@ -179,14 +180,7 @@ def precision(events: Sequence[Mapping[str, Any]]) -> str:
             (layers if _is_layer(event["args"]) else others)[kind] += 1
     counts = layers or others
     counts.pop("", None)
-    if not counts:
-        return "no arithmetic"
-    low = [kind for kind in ("int4", "int8") if kind in counts]
-    first = low[0] if low else counts.most_common(1)[0][0]
-    if not low and len(counts) == 1:
-        return first
-    rest = "".join(f", {number} {kind}" for kind, number in counts.most_common() if kind != first)
-    return f"{first} ({counts[first]} of {counts.total()} layers{rest})"
+    return layer_precision(counts)
 
 
 def _is_layer(args: Mapping[str, Any]) -> bool:
