@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+
+# A job started in the background of a shell may ignore SIGINT, and its children with it; tests send it to theirs.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before anything imports torch or huggingface_hub: tests read no hub, whatever the machine can reach.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
