@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from optc.lowering.backend import Backend as Backend
     from optc.lowering.backend import Lowered as Lowered
     from optc.lowering.backend import Runner as Runner
+    from optc.lowering.layer_precision import layer_precision as layer_precision
     from optc.lowering.onnx_export import export_onnx as export_onnx
     from optc.passmanager.contract import Calibration as Calibration
     from optc.passmanager.contract import Change as Change
@@ -55,6 +56,7 @@ _HOMES = {
     "optc.errors": ("BackendError", "DataError", "OptcError"),
     "optc.lowering.agreement": ("Agreement", "check_agreement"),
     "optc.lowering.backend": ("Backend", "Lowered", "Runner"),
+    "optc.lowering.layer_precision": ("layer_precision",),
     "optc.lowering.onnx_export": ("export_onnx",),
     "optc.passmanager.contract": (
         "Calibration",

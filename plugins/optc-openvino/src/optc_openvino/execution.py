@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from optc import layer_precision
 from optc_openvino.runtime import ov
 
 _LAYERS = frozenset(("Convolution", "Deconvolution", "FullyConnected"))
@@ -74,14 +75,7 @@ def precision(executed: list[Kernel]) -> str:
     """
     counts = Counter(kernel.kind for kernel in executed if kernel.is_layer and kernel.kind)
     counts = counts or Counter(kernel.kind for kernel in executed if kernel.kind)
-    if not counts:
-        return "no arithmetic"
-    low = [kind for kind in ("int4", "int8") if kind in counts]
-    first = low[0] if low else counts.most_common(1)[0][0]
-    if not low and len(counts) == 1:
-        return first
-    rest = "".join(f", {number} {kind}" for kind, number in counts.most_common() if kind != first)
-    return f"{first} ({counts[first]} of {counts.total()} layers{rest})"
+    return layer_precision(counts)
 
 
 def not_int8(executed: list[Kernel], asked: Mapping[str, str]) -> dict[str, str]:
