@@ -28,7 +28,8 @@ class Lowered:
     Attributes:
         files: file names inside the folder, the one to load first.
         details: facts worth keeping in the manifest (opset, operator counts, decomposed composites, fallbacks).
-        required_isa: instruction sets that the files were compiled for, as Linux spells them; an artifact is refused where
+        required_isa: instruction sets that the files were compiled for, as Linux spells them; an artifact is
+            refused where
             one is missing.
         run_script: text of the artifact's ``run.py``, which runs the files with the runtime alone; empty if there is
             none, and then ``details["no_run_script"]`` may say why.

@@ -188,7 +188,7 @@ def test_an_artifact_is_refused_where_what_it_was_compiled_for_is_missing(made: 
     saved = write_artifact(
         tmp_path / "artifact", made.files, compiled, made.program, "onnxruntime", {"precision": "float32"}, TARGET
     )
-    with pytest.raises(ArtifactError, match=r"with fma, avx512_of_the_future; this CPU, .*, lacks avx512_of_the_future"):
+    with pytest.raises(ArtifactError, match=r"with fma, avx512_of_the_future; this CPU, .*, lacks avx512_of"):
         load_artifact(saved)
 
 
