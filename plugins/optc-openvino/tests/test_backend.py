@@ -187,3 +187,8 @@ def test_nothing_is_reported_to_anyone(module: str, tmp_path: Path) -> None:
 def test_loading_needs_no_torch() -> None:
     code = "import sys, optc_openvino.backend; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_listing_needs_no_openvino() -> None:
+    code = "import sys, optc_openvino; sys.exit('openvino' in sys.modules or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
