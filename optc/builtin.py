@@ -17,6 +17,11 @@ def optc_backends() -> Iterable[Entry]:
             "optc.lowering.eager:EagerBackend",
         ),
         Entry(
+            "inductor",
+            "PyTorch's AOTInductor: machine code compiled ahead of time, one .pt2 package.",
+            "optc.lowering.inductor:InductorBackend",
+        ),
+        Entry(
             "null",
             "Runs nothing and returns zeros: measures the harness's own overhead.",
             "optc.lowering.null:NullBackend",

@@ -168,9 +168,7 @@ def _inputs(program: Program) -> tuple[TensorEntry, ...]:
 
 
 def _required_isa(lowered: Lowered, precision: str, target: Target) -> tuple[str, ...]:
-    """What the files were compiled for, and the int8 instruction sets an int8 artifact was checked and
-    measured with.
-    """
+    """What the files were compiled for, and the int8 instructions an int8 artifact was checked and measured with."""
     int8 = INT8_ISA if target.device == "cpu" and "int8" in precision else frozenset()
     return tuple(dict.fromkeys((*lowered.required_isa, *(flag for flag in isa() or () if flag in int8))))
 

@@ -28,11 +28,10 @@ class Lowered:
     Attributes:
         files: file names inside the folder, the one to load first.
         details: facts worth keeping in the manifest (opset, operator counts, decomposed composites, fallbacks).
-        required_isa: instruction sets that the files were compiled for, as Linux spells them; an artifact is
-            refused where
-            one is missing.
         run_script: text of the artifact's ``run.py``, which runs the files with the runtime alone; empty if there is
             none, and then ``details["no_run_script"]`` may say why.
+        required_isa: instruction sets that the files were compiled for, as Linux spells them; a CPU that lacks one is
+            refused.
     """
 
     files: tuple[str, ...]

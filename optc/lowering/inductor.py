@@ -1,0 +1,261 @@
+"""The ``inductor`` backend: machine code that PyTorch's AOTInductor compiles ahead of time, as one ``.pt2`` package."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from optc.errors import BackendError
+from optc.lowering.agreement import check_agreement
+from optc.lowering.backend import Array, Backend, Lowered, Runner
+from optc.lowering.graph_file import refusal, write_graph
+from optc.lowering.layer_precision import layer_precision
+from optc.program import Program
+from optc.rewrite import argument, label
+from optc.target import Target
+
+PACKAGE, RESULT, FACTS = "model.pt2", "result.json", "optc.json"
+RUN_SCRIPT = Path(__file__).with_name("run_inductor.py")
+_MEMBER = re.compile(
+    r"[^/]+/(archive_format|archive_version|byteorder|\.data/(version|serialization_id)|extra/optc\.json"
+    r"|data/aotinductor/model/[\w.+-]+\.(so|cpp|json|cubin|fatbin))"
+)
+"""What a package may hold: nothing that a loader of .pt2 files unpickles (weights, example inputs, custom objects)."""
+
+
+class InductorBackend(Backend):
+    """Compiles the graph to C++ (on CUDA: Triton) and oneDNN calls, with weights frozen and laid out for the kernels.
+
+    Explicit quantization reaches oneDNN's int8 kernels on CPU. The package holds machine code: it runs with the torch
+    that made it, on CPUs with the instructions it was compiled for.
+    """
+
+    name = "inductor"
+    summary = "PyTorch's AOTInductor: machine code compiled ahead of time, one .pt2 package."
+
+    @classmethod
+    def unavailable(cls, target: Target) -> str | None:
+        """Which compiler is missing for the target's device, with the mend. Starts none."""
+        if target.device not in ("cpu", "cuda"):
+            return f"inductor compiles for cpu or cuda, not for '{target.device}'"
+        compiler = os.environ.get("CXX", "g++")
+        if shutil.which(compiler) is None:
+            return f"there is no C++ compiler '{compiler}': apt install g++, or name one in the variable CXX"
+        if target.device == "cuda":
+            if not torch.cuda.is_available():
+                return "this PyTorch sees no GPU: install a CUDA build of torch and NVIDIA's driver"
+            if importlib.util.find_spec("triton") is None:
+                return "compiling for a GPU needs Triton: pip install triton"
+            from torch.utils.cpp_extension import CUDA_HOME
+
+            if CUDA_HOME is None:
+                return "compiling for a GPU needs CUDA's headers: install the CUDA toolkit and set CUDA_HOME"
+        return None
+
+    def supports(self, node: fx.Node) -> str | None:
+        """Why ``node`` cannot be handed to the compiling process, or ``None``."""
+        return refusal(node)
+
+    def lower(self, program: Program, target: Target, folder: Path) -> Lowered:
+        """Compile ``model.pt2`` in a process of its own and compare what it computes with the graph.
+
+        ``details["layers"]`` counts layers by the type they compute in, ``details["kernels"]`` Inductor's operators for
+        them; of a quantized program ``details["not_int8"]`` has the layers that compute in float, with reasons.
+
+        Raises:
+            BackendError: the graph holds something that is not a call of a PyTorch operator, Inductor or the C++
+                compiler fails, or the outputs on the example inputs differ from the graph's.
+        """
+        refused = [f"{label(node)}: {reason}" for node in program.graph.nodes if (reason := self.supports(node))]
+        if refused:
+            raise BackendError(f"the inductor backend cannot compile {'; '.join(refused)}", "use another backend")
+        with tempfile.TemporaryDirectory(prefix="optc-inductor-", dir=folder) as scratch:
+            write_graph(program, Path(scratch))
+            result = _compile(Path(scratch), target)
+            Path(scratch, PACKAGE).rename(folder / PACKAGE)
+        details: dict[str, Any] = {"layers": result["layers"], "kernels": result["kernels"]}
+        if any("::quantize_" in str(getattr(node.target, "_schema", "")) for node in program.graph.nodes):
+            details["not_int8"] = _not_int8(program, result["unquantized"], target)
+        runner = self.load(folder, (PACKAGE,), target)
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            details["check"] = check_agreement(self.name, program, runner).details()
+        runner.close()
+        return Lowered((PACKAGE,), details, RUN_SCRIPT.read_text(), tuple(result["required_isa"]))
+
+    def load(self, folder: Path, files: tuple[str, ...], target: Target) -> Runner:
+        """Load the package's machine code; nothing in it is unpickled.
+
+        Raises:
+            BackendError: the file is no such package, holds more than compiled code, or was made by another torch or
+                for another device.
+        """
+        return InductorRunner(folder / files[0], target)
+
+
+class InductorRunner(Runner):
+    """A loaded package. Inputs are checked here: the compiled code would read beyond an array that is too small."""
+
+    def __init__(self, path: Path, target: Target) -> None:
+        facts = read_facts(path)
+        _refuse_others(path, facts, target)
+        self._inputs: list[dict[str, Any]] = facts["inputs"]
+        self._device, self._threads = torch.device(target.device), target.threads
+        self.provider = f"inductor {target.device} (AOT, {facts['compiler']})"
+        self.precision = layer_precision(facts["layers"])
+        if target.device == "cuda" and "float32" in facts["layers"] and torch.backends.cudnn.allow_tf32:
+            self.precision += ", convolutions in TF32"
+        try:
+            # Not torch._inductor.aoti_load_package, which starts the C++ compiler to see what it would compile for.
+            self._loader: torch._C._aoti.AOTIModelPackageLoader | None = torch._C._aoti.AOTIModelPackageLoader(
+                str(path), "model", False, 1, -1
+            )
+        except RuntimeError as error:
+            raise BackendError(f"torch cannot load {path.name}: {_first_line(str(error))}") from error
+
+    def __call__(self, *inputs: Array) -> tuple[Array, ...]:
+        """Run one query: arrays in the order of the model's inputs, any batch size where the batch is dynamic."""
+        if self._loader is None:
+            raise BackendError("this runner is closed", "load the model again")
+        self._check(inputs)
+        if torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
+        tensors = [self._tensor(array, entry["dtype"]) for array, entry in zip(inputs, self._inputs, strict=True)]
+        with torch.inference_mode():
+            return tuple(_array(output) for output in self._loader.boxed_run(tensors))
+
+    def _check(self, inputs: Sequence[Array]) -> None:
+        if len(inputs) != len(self._inputs):
+            raise BackendError(f"the model takes {len(self._inputs)} inputs, not {len(inputs)}")
+        for array, entry in zip(inputs, self._inputs, strict=True):
+            wanted = [len(inputs[0]) if size is None else size for size in entry["shape"]]
+            if list(array.shape) != wanted:
+                expected = ", ".join("batch" if size is None else str(size) for size in entry["shape"])
+                raise BackendError(f"input '{entry['name']}' has the shape {array.shape}, the model takes ({expected})")
+
+    def _tensor(self, array: Array, dtype: str) -> Tensor:
+        if not (array.flags.writeable and array.flags.c_contiguous):
+            array = np.array(array, order="C")
+        return torch.from_numpy(array).to(self._device, getattr(torch, dtype))
+
+    def close(self) -> None:
+        """Unload the code and its weights."""
+        self._loader = None
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """What a package says it was compiled for: torch, device, compiler, inputs, types of the layers.
+
+    Raises:
+        BackendError: it is no package of this backend, or holds a member that loading might unpickle.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            strange = next((name for name in names if not _MEMBER.fullmatch(name) or names.count(name) > 1), None)
+            if strange:
+                raise BackendError(f"{path.name} holds '{strange}' beside its code", "optimize the model again")
+            inside = next(name for name in names if name.endswith(f"/{FACTS}"))
+            facts: dict[str, Any] = json.loads(archive.read(inside))
+            return facts
+    except (OSError, zipfile.BadZipFile, ValueError, StopIteration) as error:
+        reason = str(error) or "it does not say what it was compiled for"
+        raise BackendError(f"{path.name} is no readable inductor package: {reason}", "optimize it again") from error
+
+
+def _refuse_others(path: Path, facts: Mapping[str, Any], target: Target) -> None:
+    """Refuse what another torch made, or what was made for another device."""
+    again = "optimize the model again here"
+    if facts["torch"] != torch.__version__:
+        raise BackendError(f"{path.name} was compiled with torch {facts['torch']}, this is {torch.__version__}", again)
+    if facts["device"] != target.device:
+        raise BackendError(f"{path.name} was compiled for {facts['device']}, not for {target.device}", again)
+    if target.device == "cuda" and tuple(facts["capability"]) != torch.cuda.get_device_capability():
+        made, here = (f"{major}.{minor}" for major, minor in (facts["capability"], torch.cuda.get_device_capability()))
+        raise BackendError(f"{path.name} was compiled for compute capability {made}, this GPU has {here}", again)
+
+
+def _compile(folder: Path, target: Target) -> dict[str, Any]:
+    """Run :mod:`optc.lowering.inductor_compile` on a folder; whatever ends the wait stops it and its compilers.
+
+    Raises:
+        BackendError: it fails; has its reason.
+    """
+    command = [sys.executable, "-P", "-m", "optc.lowering.inductor_compile", str(folder), json.dumps(asdict(target))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+        )
+        try:
+            status = process.wait()
+        except BaseException:
+            _stop(process)
+            raise
+    try:
+        result: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        said = (folder / "log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
+        raise BackendError(
+            f"the compiling process {how}: {said[-1] if said else 'it said nothing'}",
+            "is there enough memory?" if status == -signal.SIGKILL else "",
+        ) from None
+    if "error" in result:
+        raise BackendError(f"inductor cannot compile the model: {result['error']}")
+    return result
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Interrupt the process and its compilers, which remove what they have half written; kill what does not end."""
+    os.killpg(process.pid, signal.SIGINT)
+    try:
+        process.wait(5)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _not_int8(program: Program, names: Sequence[str], target: Target) -> list[dict[str, str]]:
+    """Each layer of a quantized program that computes in float, with the reason."""
+    nodes = {node.name: node for node in program.graph.nodes}
+    return [
+        {"layer": label(nodes[name]) if name in nodes else name, "reason": _why_float(nodes.get(name), target)}
+        for name in names
+    ]
+
+
+def _why_float(layer: fx.Node | None, target: Target) -> str:
+    if target.device == "cuda":
+        return "Inductor has no int8 kernels on CUDA"
+    if layer is not None:
+        for operand, what in (("input", "input"), ("weight", "weight")):
+            source = argument(layer, operand)
+            if "::dequantize_" not in str(getattr(getattr(source, "target", None), "_schema", "")):
+                return f"its {what} is not quantized in the graph"
+    return "Inductor found no oneDNN int8 kernel for it"
+
+
+def _array(tensor: Tensor) -> Array:
+    """The tensor as an array; bfloat16, which numpy has not, as float32."""
+    array: Array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().contiguous().numpy()
+    return array
+
+
+def _first_line(text: str) -> str:
+    return next((line.strip() for line in text.splitlines() if line.strip()), "no reason given")

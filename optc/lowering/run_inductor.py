@@ -1,0 +1,57 @@
+"""Runs this model with torch and numpy alone: ``python run.py [input.npy ...]``, or ``from run import load``."""
+
+import json
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+MODEL = Path(__file__).resolve().with_name("model.pt2")
+
+
+def facts() -> dict[str, Any]:
+    """What the model was compiled for, and its inputs."""
+    with zipfile.ZipFile(MODEL) as archive:
+        found: dict[str, Any] = json.loads(archive.read("model/extra/optc.json"))
+        return found
+
+
+def load() -> "torch._C._aoti.AOTIModelPackageLoader":
+    """The compiled model; ``load().run([tensor, ...])`` gives a list of tensors."""
+    made = facts()["torch"]
+    if made != torch.__version__:
+        sys.exit(f"{MODEL.name} was compiled with torch {made}, this is {torch.__version__}: optimize the model again")
+    return torch._C._aoti.AOTIModelPackageLoader(str(MODEL), "model", False, 1, -1)
+
+
+def main(files: list[str]) -> None:
+    """Run ``.npy`` files of shape (batch, …), one per input, and print each sample's five largest outputs.
+
+    Without a file, run zeros and print the outputs' shapes only.
+    """
+    model, made = load(), facts()
+    inputs = made["inputs"]
+    if files and len(files) != len(inputs):
+        sys.exit(f"give one .npy file for each of {', '.join(value['name'] for value in inputs)}")
+    given = [np.load(file, allow_pickle=False) for file in files]
+    batch = len(given[0]) if given else 1
+    tensors = []
+    for index, value in enumerate(inputs):
+        shape = [batch if size is None else size for size in value["shape"]]
+        array = given[index] if given else np.zeros(shape)
+        if list(array.shape) != shape:
+            sys.exit(f"input {value['name']} has the shape {list(array.shape)}, the model takes {shape}")
+        tensors.append(torch.tensor(array, dtype=getattr(torch, value["dtype"]), device=made["device"]))
+    for index, output in enumerate(model.run(tensors)):
+        print(f"output {index} shape: {tuple(output.shape)}")
+        for row in output.reshape(len(output), -1).float() if files else ():
+            top = row.topk(min(5, len(row)))
+            pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+            print("top 5:", ", ".join(f"{place}: {value:.4f}" for place, value in pairs))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
