@@ -93,7 +93,7 @@ class InductorBackend(Backend):
         if any("::quantize_" in str(getattr(node.target, "_schema", "")) for node in program.graph.nodes):
             details["not_int8"] = _not_int8(program, result["unquantized"], target)
         runner = self.load(folder, (PACKAGE,), target)
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # the graph runs on the CPU
             details["check"] = check_agreement(self.name, program, runner).details()
         runner.close()
         return Lowered((PACKAGE,), details, RUN_SCRIPT.read_text(), tuple(result["required_isa"]))

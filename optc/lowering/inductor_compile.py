@@ -6,8 +6,9 @@ A process of its own, because Inductor logs, keeps state and starts compilers: a
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
+import importlib
 import json
+import os
 import platform
 import shutil
 import signal
@@ -50,8 +51,9 @@ _PR_SET_PDEATHSIG = 1
 def main() -> None:
     """Compile the graph in the folder ``argv[1]`` for the target ``argv[2]`` (JSON); write what came of it there."""
     folder, target = Path(sys.argv[1]), Target(**json.loads(sys.argv[2]))
+    signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGINT))
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGINT)  # do not outlive an optc that was killed
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # do not outlive an optc that was killed
     try:
         result = compile_package(folder, target)
     except Exception as error:
@@ -89,8 +91,12 @@ def compile_package(folder: Path, target: Target) -> dict[str, Any]:
         "layers": seen.types,
     }
     package_pt2(folder / PACKAGE, aoti_files=files, extra_files={FACTS: json.dumps(facts)})  # type: ignore[arg-type]
-    isa = _required_isa() if target.device == "cpu" else ()
-    return {"layers": seen.types, "kernels": seen.kernels, "unquantized": seen.unquantized, "required_isa": isa}
+    return {
+        "layers": seen.types,
+        "kernels": seen.kernels,
+        "unquantized": seen.unquantized,
+        "required_isa": _required_isa(),
+    }
 
 
 def _options(folder: Path, target: Target) -> dict[str, Any]:
@@ -199,7 +205,7 @@ class _Layers(CustomGraphPass):
 
 def _compiler(target: Target) -> str:
     if target.device == "cuda":
-        return f"triton {importlib.metadata.version('triton')}"
+        return f"triton {importlib.import_module('triton').__version__}"
     path = get_cpp_compiler()
     version = subprocess.run([path, "-dumpversion"], capture_output=True, text=True, check=False).stdout.strip()
     return f"{Path(path).name} {version}".strip()
