@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from optc import Change, Numerics, Pass, PassContext, PassResult, Program, Skip
 from optc.rewrite import add_constant, constant_of, dtype, erase_unused
 from optc_passes.fake_values import recompute
-from optc_passes.precision_rules import DELICATE, FLOAT_PARAMETERS, is_dequantize, operator_name, role
+from optc_passes.precision_rules import DELICATE, is_dequantize, operator_name, role
 
 aten = torch.ops.aten
 
@@ -24,8 +24,8 @@ class _HalfPrecision(Pass):
     The rules are those of ``torch.autocast``, decided once instead of at every call: products cast their operands to
     half, delicate operators (exponentials, logarithms, powers, sums, variances) cast theirs to float32, all others
     compute in what they are given, and in float32 where they are given both. Softmax, layer norm and means follow too:
-    their kernels accumulate in float32 whatever they read. Batch norms keep float32 statistics and parameters.
-    Casts, and constants that are used in half, are made once per value.
+    their kernels accumulate in float32 whatever they read. Constants never widen what they are combined with: they are
+    stored in half where half is what uses them. Casts are made once per value.
 
     Inputs and outputs keep their type. Regions between quantize and dequantize operators stay as they are. Constants
     and numbers the type cannot hold keep the operator that uses them in float32. Activations may still overflow in
@@ -97,8 +97,6 @@ class _Rewrite:
         bound = [n for n in floats if n not in self._free]
         if not self._in_half(node, floats, bound):
             self._cast(node, retyped, torch.float32)
-        elif operator_name(node) in FLOAT_PARAMETERS:
-            self._cast(node, bound[:1], self._half)
         else:
             self._cast(node, floats, self._half)
 
@@ -153,11 +151,10 @@ class _Rewrite:
             if operator_name(node) in ("add", "sub")
             else [v for name, _, v in _arguments(node) if name == "bias"]
         )
-        if operator_name(node) not in FLOAT_PARAMETERS:
-            for operand in floats:
-                overflows, vanishes = self._misfit(operand)
-                if overflows or (vanishes and operand not in added):
-                    return overflows or vanishes
+        for operand in floats:
+            overflows, vanishes = self._misfit(operand)
+            if overflows or (vanishes and operand not in added):
+                return overflows or vanishes
         for _, kind, number in _arguments(node):
             # Numbers combined with the operands are rounded to their type; an eps, of type float, is not.
             if "number" in kind and isinstance(number, (int, float)) and not self._holds(number):

@@ -58,9 +58,6 @@ DELICATE = _names(
 )
 """Operators whose result may leave half precision's range, or that lose digits in it (autocast's list ``fp32``)."""
 
-FLOAT_PARAMETERS = _names("batch_norm _native_batch_norm_legit_no_training")
-"""Norms that take float32 statistics, weight and bias beside a half input, which keeps those exact."""
-
 
 def role(node: fx.Node) -> Role:
     """What a call does about its precision; an operator on no list is in float32."""
