@@ -26,7 +26,7 @@ from optc.errors import BackendError
 from optc.program import Program, complete_meta, graph_module
 
 GRAPH, WEIGHTS = "graph.json", "weights.safetensors"
-VERSION = 1
+VERSION = 2
 
 _NUMBER_FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     f"{module.__name__}.{name}": getattr(module, name)
@@ -97,7 +97,7 @@ def write_graph(program: Program, folder: Path) -> tuple[str, str]:
     index: dict[fx.Node, int] = {}
     names: dict[tuple[Any, ...], str] = {}
     tensors: dict[str, Tensor] = {}
-    constants, calls = [], []
+    constants, calls, channels_last = [], [], []
     found = dict(program.constants())
     inputs = program.graph.find_nodes(op="placeholder")
     attributes = program.graph.find_nodes(op="get_attr")
@@ -108,6 +108,9 @@ def write_graph(program: Program, folder: Path) -> tuple[str, str]:
         key = (tensor.data_ptr() or node, tensor.dtype, tensor.shape, tensor.stride())
         name = names.setdefault(key, str(node.target))
         if name not in tensors:
+            if _is_channels_last(tensor):  # safetensors keeps no strides: written as the dense tensor it is in memory
+                channels_last.append(name)
+                tensor = tensor.permute(0, 2, 3, 1)
             tensors[name] = _alone(tensor)
         constants.append(name)
     for node in program.graph.nodes:
@@ -120,6 +123,7 @@ def write_graph(program: Program, folder: Path) -> tuple[str, str]:
         "version": VERSION,
         "inputs": [_input(node, tensor, program) for node, tensor in zip(inputs, program.example_inputs, strict=True)],
         "constants": constants,
+        "channels_last": channels_last,
         "calls": calls,
         "outputs": _encode(program.graph.output_node().args[0], index),
     }
@@ -140,6 +144,8 @@ def read_graph(folder: Path, batch: int, device: str = "cpu") -> Program:
         if document["format"] != "optc graph" or document["version"] > VERSION:
             raise BackendError(f"'{folder / GRAPH}' was written by a newer optc", "upgrade optc")
         tensors = safetensors.torch.load_file(folder / WEIGHTS, device=device)
+        for name in document.get("channels_last", ()):
+            tensors[name] = tensors[name].permute(0, 3, 1, 2)
         program = _build(document, tensors, batch, device)
         complete_meta(program)
     except (OSError, LookupError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
@@ -171,6 +177,10 @@ def _build(document: Mapping[str, Any], tensors: Mapping[str, Tensor], batch: in
 def _input(node: fx.Node, example: Tensor, program: Program) -> dict[str, Any]:
     shape = [None if program.dynamic_batch and axis == 0 else size for axis, size in enumerate(example.shape)]
     return {"name": node.name, "shape": shape, "dtype": str(example.dtype).removeprefix("torch.")}
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    return tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def _alone(tensor: Tensor) -> Tensor:

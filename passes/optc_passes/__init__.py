@@ -82,4 +82,9 @@ def optc_passes() -> Iterable[Entry]:
             "Compute convolutions, matrix products and what lies between them in float16.",
             "optc_passes.precision:Fp16",
         ),
+        Entry(
+            "channels_last",
+            "Store 2-D convolutions' weights and activations in channels-last memory format.",
+            "optc_passes.channels_last:ChannelsLast",
+        ),
     ]
