@@ -48,7 +48,10 @@ def capture(
             inputs = tuple(torch.cat([t, t]) if t.shape[0] == 1 else t.detach() for t in given)
             try:
                 _refuse_fixed_batch(model)
-                exported = torch.export.export(model, inputs, dynamic_shapes=tuple({0: Dim.DYNAMIC} for _ in inputs))
+                shapes = torch.export.ShapesCollection()
+                for tensor in inputs:
+                    shapes[tensor] = {0: Dim.DYNAMIC}
+                exported = torch.export.export(model, inputs, dynamic_shapes=shapes.dynamic_shapes(model, inputs))
                 return program_from_exported(exported, inputs, True, info)
             except Exception as error:
                 dynamic_error = error

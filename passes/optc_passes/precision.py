@@ -41,8 +41,9 @@ class _HalfPrecision(Pass):
                 rewrite.call(node)
             elif node.op == "output":
                 rewrite.output(node)
-        erase_unused(program.graph.find_nodes(op="get_attr"))
         applied = tuple(rewrite.applied)
+        if applied:
+            erase_unused(program.graph.find_nodes(op="get_attr"))
         return PassResult(program, bool(applied), applied, tuple(rewrite.skipped))
 
 
@@ -157,7 +158,7 @@ class _Rewrite:
                 return overflows or vanishes
         for _, kind, number in _arguments(node):
             # Numbers combined with the operands are rounded to their type; an eps, of type float, is not.
-            if "number" in kind and isinstance(number, (int, float)) and not self._holds(number):
+            if kind in ("number", "Tensor") and isinstance(number, (int, float)) and not self._holds(number):
                 return f"its argument {number:g} is not a number {self._name} can hold"
         return None
 
