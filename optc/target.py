@@ -19,8 +19,11 @@ class Target:
         device: ``"cpu"`` or ``"cuda"``.
         threads: intra-op threads every candidate runs with.
         batch: images per query at measurement time.
+        allow_fallback: whether a runtime may run nodes elsewhere than asked for. It lists them either way: as what fell
+            back if this is true, as an error if not.
     """
 
     device: str = "cpu"
     threads: int = field(default_factory=available_threads)
     batch: int = 1
+    allow_fallback: bool = False
