@@ -28,7 +28,7 @@ def optc_backends() -> Iterable[Entry]:
         ),
         Entry(
             "onnxruntime",
-            "ONNX Runtime on CPU: one portable .onnx file.",
+            "ONNX Runtime on CPU or CUDA: one portable .onnx file.",
             "optc.lowering.onnxruntime:OnnxRuntimeBackend",
             ("onnxruntime",),
             "optc[cpu]",

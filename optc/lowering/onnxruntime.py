@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import tempfile
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +14,14 @@ import onnxruntime as ort
 
 from optc.errors import BackendError
 from optc.lowering.backend import Array, Backend, Lowered, Runner
-from optc.lowering.layer_precision import layer_precision
+from optc.lowering.onnxruntime_profile import (
+    Kernel,
+    fallback,
+    kernels,
+    precision,
+    provider_counts,
+    refuse_fallback,
+)
 from optc.target import Target
 
 if TYPE_CHECKING:
@@ -25,80 +30,118 @@ if TYPE_CHECKING:
 
 MODEL_FILE = "model.onnx"
 RUN_SCRIPT = Path(__file__).with_name("run_onnxruntime.py")
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PROVIDERS: dict[str, tuple[str, ...]] = {"cpu": ("CPUExecutionProvider",), "cuda": ("CUDAExecutionProvider",)}
+"""By device, the execution providers to use, in order: the first is what is asked for. ONNX Runtime adds the CPU's."""
+OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
+"""By provider. float32 in the graph is float32: the CUDA provider's default is TF32, with 10 bits of 23."""
 _ERRORS_ONLY = 3
-_TYPES = {
-    "float": "float32",
-    "double": "float64",
-    "float16": "float16",
-    "bfloat16": "bfloat16",
-    "uint8": "int8",
-    "int8": "int8",
-}
-_INT4_KERNELS = ("MatMulNBits",)
 
 
 class OnnxRuntimeBackend(Backend):
     """Lowers to ONNX with explicit QuantizeLinear/DequantizeLinear, which ONNX Runtime turns into integer kernels."""
 
     name = "onnxruntime"
-    summary = "ONNX Runtime on CPU: one portable .onnx file."
+    summary = "ONNX Runtime on CPU or CUDA: one portable .onnx file."
+
+    @classmethod
+    def providers(cls, device: str) -> Sequence[str]:
+        """The execution providers to use on a device, in order; the first is what is asked for. Empty if none is."""
+        return PROVIDERS.get(device, ())
 
     @classmethod
     def unavailable(cls, target: Target) -> str | None:
         """Why the execution provider for the target's device is missing, with the mend."""
-        provider = PROVIDERS.get(target.device)
-        if provider is None:
-            return f"onnxruntime runs on {' or '.join(PROVIDERS)}, not on '{target.device}'"
-        if provider not in ort.get_available_providers():
-            return f"the installed onnxruntime has no {provider}: pip install 'optc[gpu]'"
+        wanted = cls.providers(target.device)
+        if not wanted:
+            return f"{cls.name} runs on {' or '.join(filter(cls.providers, PROVIDERS))}, not on '{target.device}'"
+        if wanted[0] not in ort.get_available_providers():
+            return f"the installed onnxruntime has no {wanted[0]}: pip install 'optc[gpu]'"
         return None
 
     def lower(self, program: Program, target: Target, folder: Path) -> Lowered:
         """Write ``model.onnx`` (and ``model.onnx.data``), check it, and compare what it computes with the graph.
 
+        ``details["providers"]`` counts nodes by the execution provider that ran them, ``details["fallback"]`` lists
+        those that another ran than asked for; :func:`optc.lowering.onnxruntime_layers.deviations` adds the rest.
+
         Raises:
-            BackendError: an operator has no ONNX form, onnx.checker refuses the file, or ONNX Runtime's outputs on the
-                example inputs differ from the graph's.
+            BackendError: an operator has no ONNX form, onnx.checker refuses the file, the execution provider did not
+                run every node and the target does not allow that, or ONNX Runtime's outputs on the example inputs
+                differ from the graph's.
         """
         from optc.lowering.onnx_export import export_onnx
+        from optc.lowering.onnxruntime_layers import deviations
 
         files, details = export_onnx(program, folder / MODEL_FILE)
-        details["check"] = _check(program, folder / MODEL_FILE, target).details()
+        runner = self.load(folder, files, target)
+        details["providers"] = provider_counts(runner.kernels)
+        details["fallback"] = runner.fallback
+        details |= deviations(program, folder / MODEL_FILE, runner.kernels)
+        details["check"] = self._check(program, runner, folder / MODEL_FILE, target).details()
+        runner.close()
         return Lowered(files, details, run_script=RUN_SCRIPT.read_text())
 
-    def load(self, folder: Path, files: tuple[str, ...], target: Target) -> Runner:
+    def load(self, folder: Path, files: tuple[str, ...], target: Target) -> OnnxRuntimeRunner:
         """Load the file into a session.
 
         Raises:
-            BackendError: ONNX Runtime refuses the file or does not run on the target's device.
+            BackendError: ONNX Runtime refuses the file, or did not run every node on the target's device and the
+                target does not allow that.
         """
-        return OnnxRuntimeRunner(folder / files[0], target)
+        return OnnxRuntimeRunner(folder / files[0], self.providers(target.device), target)
+
+    def _check(self, program: Program, runner: OnnxRuntimeRunner, path: Path, target: Target) -> Agreement:
+        """Compare ONNX Runtime's outputs with the graph's; if they differ, say whether integer kernels are to blame."""
+        from optc.lowering.agreement import check_agreement
+
+        try:
+            return check_agreement(self.name, program, runner)
+        except BackendError as error:
+            plain = session_options(target)
+            plain.add_session_config_entry("session.disable_quant_qdq", "1")
+            session = open_session(path, self.providers(target.device), plain, target)
+            names = [value.name for value in session.get_inputs()]
+            try:
+                check_agreement(
+                    self.name, program, lambda *arrays: session.run(None, dict(zip(names, arrays, strict=True)))
+                )
+            except BackendError:
+                raise error from None
+            raise BackendError(
+                f"{error.message}; without its integer kernels it computes the same",
+                "its integer kernels are not exact for this model here: use fewer quantized layers or another backend",
+            ) from error
 
 
 class OnnxRuntimeRunner(Runner):
     """A session over one ONNX file.
 
-    Provider and precision are read back: the provider from the session, the precision from the kernels that ran one
-    profiled query of zeros while loading.
+    Provider and precision are read back from the kernels that ran one profiled query of zeros while loading.
+
+    Attributes:
+        kernels: those that ran.
+        fallback: the nodes that another execution provider ran than the one asked for.
     """
 
-    def __init__(self, path: Path, target: Target) -> None:
+    def __init__(self, path: Path, providers: Sequence[str], target: Target) -> None:
         with tempfile.TemporaryDirectory(prefix="optc-ort-") as scratch:
             options = session_options(target)
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(scratch) / "profile")
-            session = open_session(path, target, options)
+            session = open_session(path, providers, options, target)
             self._inputs = [value.name for value in session.get_inputs()]
             feed = {value.name: _zeros(value) for value in session.get_inputs()}
             try:
                 session.run(None, feed)
             except Exception as error:
                 raise BackendError(f"onnxruntime cannot run {path.name}: {_first_line(error)}") from error
-            events = json.loads(Path(session.end_profiling()).read_bytes())
+            self.kernels = kernels(json.loads(Path(session.end_profiling()).read_bytes()))
+        self.fallback = fallback(self.kernels, providers[0])
+        if not target.allow_fallback:
+            refuse_fallback(self.fallback, self.kernels, providers[0])
         self._session: ort.InferenceSession | None = session
-        self.provider = f"onnxruntime {session.get_providers()[0]}"
-        self.precision = precision(events)
+        self.provider = f"onnxruntime {_who_ran(self.kernels, providers[0], self.fallback)}"
+        self.precision = precision(self.kernels)
 
     def __call__(self, *inputs: Array) -> tuple[Array, ...]:
         """Run one query: arrays in the order of the model's inputs, any batch size where the batch is dynamic."""
@@ -128,22 +171,28 @@ def session_options(target: Target) -> ort.SessionOptions:
     return options
 
 
-def open_session(path: Path, target: Target, options: ort.SessionOptions) -> ort.InferenceSession:
-    """A session on the target's device; no silent fallback to another.
+def open_session(
+    path: Path, providers: Sequence[str], options: ort.SessionOptions, target: Target
+) -> ort.InferenceSession:
+    """A session on the execution providers in this order; ONNX Runtime adds the CPU's, for what they cannot run.
+
+    Its Python package would also try again on the CPU where a provider fails, and say so on stdout: not here.
 
     Raises:
-        BackendError: ONNX Runtime refuses the file, or gave another execution provider than asked for.
+        BackendError: ONNX Runtime refuses the file, or the first provider does not start and the target does not allow
+            another in its place.
     """
-    wanted = PROVIDERS[target.device]
     try:
-        session = ort.InferenceSession(str(path), options, providers=[wanted])
+        session = ort.InferenceSession(
+            str(path), options, providers=[(name, OPTIONS.get(name, {})) for name in providers], enable_fallback=0
+        )
     except Exception as error:
-        raise _no_kernel(path, wanted, error) or BackendError(
+        raise _no_kernel(path, providers[0], error) or BackendError(
             f"onnxruntime refuses {path.name}: {_first_line(error)}"
         ) from error
-    if session.get_providers()[0] != wanted:
+    if session.get_providers()[0] != providers[0] and not target.allow_fallback:
         raise BackendError(
-            f"onnxruntime fell back from {wanted} to {session.get_providers()[0]}",
+            f"onnxruntime's {providers[0]} does not start, {session.get_providers()[0]} does",
             "see 'optc doctor' for what is missing, or use the device 'cpu'",
         )
     return session
@@ -167,65 +216,11 @@ def _no_kernel(path: Path, provider: str, error: Exception) -> BackendError | No
     )
 
 
-def precision(events: Sequence[Mapping[str, Any]]) -> str:
-    """What the arithmetic ran in, from a profile: ``"float32"`` or ``"int8 (7 of 8 layers, 1 float32)"``.
-
-    Counted are convolutions and matrix products with weights, by the type their kernel read.
-    """
-    layers: Counter[str] = Counter()
-    others: Counter[str] = Counter()
-    for event in events:
-        if event.get("cat") == "Node" and str(event.get("name", "")).endswith("_kernel_time"):
-            kind = _kernel_type(event["args"])
-            (layers if _is_layer(event["args"]) else others)[kind] += 1
-    counts = layers or others
-    counts.pop("", None)
-    return layer_precision(counts)
-
-
-def _is_layer(args: Mapping[str, Any]) -> bool:
-    """Whether a kernel is a convolution or matrix product with weights. Prepacked weights are no inputs any more."""
-    kernel = args["op_name"]
-    if "Conv" in kernel or "Gemm" in kernel or kernel in _INT4_KERNELS:
-        return True
-    if "MatMul" not in kernel:
-        return False
-    shapes = [shape for typed in args["input_type_shape"] for shape in typed.values() if len(shape) > 1]
-    return len(shapes) < 2 or int(args["parameter_size"]) >= math.prod(shapes[1])
-
-
-def _kernel_type(args: Mapping[str, Any]) -> str:
-    if args["op_name"] in _INT4_KERNELS:
-        return "int4"
-    for typed in args["input_type_shape"]:
-        return _TYPES.get(next(iter(typed)), "")
-    return ""
-
-
-def _check(program: Program, path: Path, target: Target) -> Agreement:
-    """Compare ONNX Runtime's outputs with the graph's; if they differ, say whether its integer kernels are to blame."""
-    from optc.lowering.agreement import check_agreement
-
-    def compare(options: ort.SessionOptions) -> Agreement:
-        session = open_session(path, target, options)
-        names = [value.name for value in session.get_inputs()]
-        return check_agreement(
-            "onnxruntime", program, lambda *arrays: session.run(None, dict(zip(names, arrays, strict=True)))
-        )
-
-    try:
-        return compare(session_options(target))
-    except BackendError as error:
-        plain = session_options(target)
-        plain.add_session_config_entry("session.disable_quant_qdq", "1")
-        try:
-            compare(plain)
-        except BackendError:
-            raise error from None
-        raise BackendError(
-            f"{error.message}; without its integer kernels it computes the same",
-            "this CPU's integer kernels are not exact for this model: use fewer quantized layers or another backend",
-        ) from error
+def _who_ran(ran: Sequence[Kernel], wanted: str, fallen: Sequence[object]) -> str:
+    """The provider that was asked for, and where nodes fell back how many each ran."""
+    if not fallen:
+        return wanted
+    return ", ".join(f"{provider} ({count} nodes)" for provider, count in provider_counts(ran).items())
 
 
 def _zeros(value: Any) -> Array:
