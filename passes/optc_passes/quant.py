@@ -41,7 +41,9 @@ class _Attempt:
 
 
 class Quant(Pass):
-    """Static int8: per-channel symmetric weights, per-tensor affine activations, ranges from calibration.
+    """Static int8: per-channel symmetric weights, per-tensor activations, ranges from calibration.
+
+    Activations are affine uint8 for a CPU and symmetric int8 for a GPU, whose runtimes have no zero points.
 
     The arithmetic is that of Jacob et al., "Quantization and Training of Neural Networks for Efficient
     Integer-Arithmetic-Only Inference", CVPR 2018. Pools, views and residual additions between int8 layers stay in
@@ -71,14 +73,15 @@ class Quant(Pass):
             return PassResult(program, modified=False, skipped=plan.skipped)
         if context.calibration is None:
             raise OptcError("pass 'quant' needs calibration data to find ranges", "give --data, or calibration=…")
-        prepared, observers = prepare(work, plan, self._observer())
+        symmetric = context.target.device == "cuda"
+        prepared, observers = prepare(work, plan, self._observer(), symmetric)
         batches, references = calibrate(prepared, context.calibration, context)
 
         def attempt(in_float: Collection[str]) -> _Attempt:
             """Quantize all but these layers with the ranges already found."""
             work = split_composites(program.fork())
             plan = make_plan(work, in_float)
-            prepared, _ = prepare(work, plan, self._observer(), observers)
+            prepared, _ = prepare(work, plan, self._observer(), symmetric, observers)
             layers = tuple(Change(RULE, layer.node.name, str(layer.weight.target)) for layer in plan.layers)
             quantized = convert(prepared, plan, program)
             return _Attempt(quantized, layers, output_sqnr(quantized, batches, references))

@@ -24,7 +24,11 @@ _META_OF_PT2E = (ANNOTATION, "from_node", "_numeric_debug_handle")
 
 
 def prepare(
-    program: Program, plan: Plan, observer: Any, observed: Mapping[str, ObserverBase] | None = None
+    program: Program,
+    plan: Plan,
+    observer: Any,
+    symmetric: bool = False,
+    observed: Mapping[str, ObserverBase] | None = None,
 ) -> tuple[fx.GraphModule, dict[str, ObserverBase]]:
     """The program with observers in place, and those observers by the name of the value each looks at.
 
@@ -34,9 +38,10 @@ def prepare(
     Args:
         program: used up: its graph gets the annotations and observers.
         observer: constructor of the activation observer.
+        symmetric: whether activations are symmetric int8 instead of affine uint8.
         observed: observers of an earlier preparation, used again by name of the value.
     """
-    quantizer = Int8Quantizer(program, plan, observer, observed)
+    quantizer = Int8Quantizer(program, plan, observer, symmetric, observed)
     with quiet():
         quantizer.annotate(program.module)
         prepared = insert_observers(program.module, {}, False, quantizer.prepare_obs_or_fq_callback)

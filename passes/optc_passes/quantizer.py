@@ -38,14 +38,18 @@ WEIGHT = QuantizationSpec(
 )
 
 
-def activation_spec(observer: Any) -> QuantizationSpec:
-    """Per-tensor affine uint8: on x86 the int8 dot-product instructions take an unsigned and a signed operand."""
+def activation_spec(observer: Any, symmetric: bool) -> QuantizationSpec:
+    """Per-tensor affine uint8, or symmetric int8.
+
+    On x86 the int8 dot-product instructions take an unsigned and a signed operand; tensor cores take two signed ones,
+    and TensorRT no zero point.
+    """
     return QuantizationSpec(
-        dtype=torch.uint8,
+        dtype=torch.int8 if symmetric else torch.uint8,
         observer_or_fake_quant_ctr=observer,
-        quant_min=0,
-        quant_max=255,
-        qscheme=torch.per_tensor_affine,
+        quant_min=-128 if symmetric else 0,
+        quant_max=127 if symmetric else 255,
+        qscheme=torch.per_tensor_symmetric if symmetric else torch.per_tensor_affine,
     )
 
 
@@ -55,16 +59,22 @@ class Int8Quantizer(Quantizer):
     Args:
         program: the program the plan was made for.
         observer: constructor of the activation observer.
+        symmetric: whether activations are symmetric int8 instead of affine uint8.
         observed: observers by the name of the value they saw, from an earlier preparation of the same program; used
             instead of new ones.
     """
 
     def __init__(
-        self, program: Program, plan: Plan, observer: Any, observed: Mapping[str, ObserverBase] | None = None
+        self,
+        program: Program,
+        plan: Plan,
+        observer: Any,
+        symmetric: bool = False,
+        observed: Mapping[str, ObserverBase] | None = None,
     ) -> None:
         self._program = program
         self._plan = plan
-        self._activation = activation_spec(observer)
+        self._activation = activation_spec(observer, symmetric)
         self._observed = observed or {}
         self.observers: dict[str, ObserverBase] = {}
 

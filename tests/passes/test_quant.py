@@ -246,3 +246,24 @@ def test_models_are_verified(name: str, tmp_path: Path) -> None:
     result = check_verified(name, 224, tmp_path)
     if name == "alexnet":
         assert result.program.constant_bytes() < 61.5e6
+
+
+def test_for_a_gpu_activations_are_symmetric_int8_and_the_model_is_kept() -> None:
+    program = optc.capture(Residual(), (IMAGE,))
+    batches = [(torch.randn(4, 3, 16, 16),) for _ in range(4)]
+
+    class Data:
+        description = "noise"
+
+        def __iter__(self) -> object:
+            return iter(batches)
+
+    context = optc.PassContext(optc.Target("cuda"), Data())
+    result = optc.PassManager([Fuse(), Quant()])(program, context).program
+    rounded = result.graph.find_nodes(
+        op="call_function", target=torch.ops.quantized_decomposed.quantize_per_tensor.default
+    )
+    assert rounded
+    assert {node.args[2:] for node in rounded} == {(0, -128, 127, torch.int8)}
+    reference, output = program.run(IMAGE)[0], result.run(IMAGE)[0]
+    assert float(10 * torch.log10(reference.square().sum() / (reference - output).square().sum())) > 20
