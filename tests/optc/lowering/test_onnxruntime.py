@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from optc import Program, Target, capture
 from optc.errors import BackendError
 from optc.lowering import onnxruntime as backend_module
-from optc.lowering.onnxruntime import OnnxRuntimeBackend, precision
+from optc.lowering.onnxruntime import OnnxRuntimeBackend
 from optc.plugins.registry import registry
 
 Quantize = Callable[[Program], Program]
@@ -36,6 +36,9 @@ def test_a_float_program_runs_as_float(cnn: Program, tmp_path: Path) -> None:
     assert runner.provider == "onnxruntime CPUExecutionProvider"
     assert runner.precision == "float32"
     assert lowered.details["check"]["sqnr_db"] > 100
+    assert list(lowered.details["providers"]) == ["CPUExecutionProvider"]
+    assert lowered.details["fallback"] == []
+    assert "not_int8" not in lowered.details
     for batch in (1, 3, 8):
         x = torch.randn(batch, 3, 16, 16)
         (output,) = runner(x.numpy())
@@ -156,32 +159,6 @@ def test_loading_leaves_no_profile_behind(cnn: Program, tmp_path: Path, monkeypa
     backend.load(folder, backend.lower(cnn, TARGET, folder).files, TARGET).close()
     assert not list(scratch.iterdir())
     assert [file.name for file in folder.iterdir()] == ["model.onnx"]
-
-
-def event(kernel: str, *inputs: tuple[str, list[int]], parameters: int = 0) -> dict[str, object]:
-    shapes = [{kind: shape} for kind, shape in inputs]
-    args = {"op_name": kernel, "input_type_shape": shapes, "parameter_size": str(parameters)}
-    return {"cat": "Node", "name": f"{kernel}_kernel_time", "args": args}
-
-
-X, W, U8 = ("float", [1, 8]), ("float", [8, 8]), ("uint8", [1, 8])
-
-
-@pytest.mark.parametrize(
-    ("events", "expected"),
-    [
-        ([event("Conv", X, W), event("FusedGemm", X)], "float32"),
-        ([event("QLinearConv", U8), event("MatMulIntegerToFloat", U8), event("Conv", X)],
-         "int8 (2 of 3 layers, 1 float32)"),
-        ([event("QGemm", U8), event("MatMulNBits", X)], "int4 (1 of 2 layers, 1 int8)"),
-        ([event("Gemm", X), event("MatMul", U8, U8)], "float32"),  # attention's product of two activations
-        ([event("MatMul", X, W, parameters=256)], "float32"),
-        ([event("Relu", X)], "float32"),
-        ([], "no arithmetic"),
-    ],
-)  # fmt: skip
-def test_precision_counts_layers_by_the_kernel_that_ran(events: list[dict[str, object]], expected: str) -> None:
-    assert precision(events) == expected
 
 
 def test_loading_needs_no_torch() -> None:
