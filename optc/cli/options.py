@@ -27,6 +27,16 @@ def verbosity_options(command: Command) -> Command:
     return click.option("-q", "--quiet", is_flag=True, help="Show results only.")(command)
 
 
+def target_options(command: Command) -> Command:
+    """``--threads`` and ``--allow-fallback``: what every candidate runs with."""
+    command = click.option(
+        "--allow-fallback", is_flag=True, help="Let a runtime run nodes elsewhere than asked; they are listed."
+    )(command)
+    return click.option(
+        "--threads", type=click.IntRange(1), help="Threads for every candidate.  [default: all this process has]"
+    )(command)
+
+
 def progress_for(verbose: bool, quiet: bool) -> TerminalProgress:
     """The progress display for a verbosity; silences third parties unless verbose."""
     silence_unless(verbose)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.console import Console
 
-from optc.cli.options import json_option, print_json, progress_for, verbosity_options
+from optc.cli.options import json_option, print_json, progress_for, target_options, verbosity_options
 from optc.errors import OptcError
 
 if TYPE_CHECKING:
@@ -23,11 +23,17 @@ if TYPE_CHECKING:
 @click.option(
     "--weights", default="pretrained", show_default=True, help="For model names: pretrained, random or a file."
 )
-@click.option("--threads", type=click.IntRange(1), help="Threads for every candidate.  [default: all this process has]")
+@target_options
 @json_option
 @verbosity_options
 def command(
-    targets: tuple[str, ...], weights: str, threads: int | None, as_json: bool, verbose: bool, quiet: bool
+    targets: tuple[str, ...],
+    weights: str,
+    threads: int | None,
+    allow_fallback: bool,
+    as_json: bool,
+    verbose: bool,
+    quiet: bool,
 ) -> None:
     """Measure TARGETS in LoadGen's SingleStream scenario, in turns, at batch 1.
 
@@ -38,9 +44,9 @@ def command(
         from optc.bench.measure import measure
         from optc.report.report import jsonable
         from optc.report.terminal import measurement_table
-        from optc.target import Target
+        from optc.target import Target, available_threads
 
-    target = Target(threads=threads) if threads else Target()
+    target = Target(threads=threads or available_threads(), allow_fallback=allow_fallback)
     groups: list[tuple[list[Candidate], tuple[Array, ...]]] = []
     for name in targets:
         is_artifact = Path(name).is_dir()
