@@ -12,6 +12,7 @@ from rich.text import Text
 from optc.bench.choice import rows
 from optc.bench.results import CandidateResult, Measurement
 from optc.passmanager.contract import PassRecord, Skip
+from optc.report.deviations import deviations
 from optc.report.report import Report
 
 REASONS_SHOWN = 6
@@ -30,6 +31,9 @@ def render(report: Report, artifact: Path, verbose: bool = False) -> Group:
         parts += ["", skipped]
     if report.backends:
         parts += ["", backends_table(report)]
+    deviating = deviations_table(report, verbose)
+    if deviating.row_count:
+        parts += ["", deviating]
     parts += [
         "",
         results_table(report),
@@ -92,6 +96,17 @@ def skipped_table(records: tuple[PassRecord, ...], verbose: bool) -> Table:
     return table
 
 
+def deviations_table(report: Report, verbose: bool) -> Table:
+    """What the runtime does otherwise than the graph or the target asks: one row for each reason."""
+    table = Table(
+        "what", "where", "why", title=f"Otherwise than asked ({report.backend})", title_justify="left", box=None,
+        pad_edge=False, header_style="bold",
+    )  # fmt: skip
+    for row in deviations(report.lowering, every=verbose):
+        table.add_row(*map(Text, row))
+    return table
+
+
 def backends_table(report: Report) -> Table:
     """One row per backend that was tried: what it measured, and why it was kept or not."""
     table = Table(
@@ -133,12 +148,15 @@ def results_table(report: Report) -> Table:
 
 
 def measurement_table(measurement: Measurement) -> Table:
-    """One row per measured candidate: precision, latency percentiles, queries."""
-    table = Table("candidate", "precision", "p50 ms", "p90 ms", "p99 ms", "queries", box=None, header_style="bold")
-    for column in table.columns[2:]:
+    """One row per measured candidate: precision, latency percentiles, queries, and what ran it."""
+    table = Table(
+        "candidate", "precision", "p50 ms", "p90 ms", "p99 ms", "queries", "ran by", box=None, header_style="bold"
+    )
+    for column in table.columns[2:6]:
         column.justify = "right"
     for result in measurement.results:
-        table.add_row(*_latency_cells(result), str(result.percentiles.count) if result.percentiles else "")
+        count = str(result.percentiles.count) if result.percentiles else ""
+        table.add_row(*_latency_cells(result), count, Text(result.provider))
     return table
 
 

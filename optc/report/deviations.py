@@ -1,0 +1,52 @@
+"""What a runtime does otherwise than it was asked, as rows for people."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+NAMED = 8
+"""How many nodes a row names."""
+
+
+def deviations(lowering: Mapping[str, Any], every: bool = False) -> list[tuple[str, str, str]]:
+    """Nodes that fell back to another provider, layers in another type than asked, casts that the runtime added.
+
+    Args:
+        lowering: a backend's ``Lowered.details``. Read are ``"fallback"``, ``"not_int8"`` and its like, and
+            ``"inserted_casts"``.
+        every: name every node instead of the first few.
+
+    Returns:
+        What, the nodes, and why; one row for all nodes with the same reason.
+    """
+    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for each in lowering.get("fallback", ()):
+        groups[f"on {each['provider']}", "the provider asked for did not take them"].append(
+            f"{each['node']} ({each['operator']})"
+        )
+    for key, found in lowering.items():
+        if key.startswith("not_"):
+            for layer, reason in _reasons(found):
+                groups[key.replace("_", " "), reason].append(layer)
+    rows = [(what, _named(names, every), reason) for (what, reason), names in groups.items()]
+    casts = lowering.get("inserted_casts")
+    if casts:
+        counted = ", ".join(f"{count} {cast}" for cast, count in casts.items())
+        rows.append(("casts added", counted, "the runtime lacks kernels in the graph's type"))
+    return rows
+
+
+def _reasons(found: Any) -> Iterator[tuple[str, str]]:
+    """Layers with reasons, which backends list as a mapping or as entries."""
+    if isinstance(found, Mapping):
+        yield from found.items()
+    else:
+        yield from ((each["layer"], each["reason"]) for each in found)
+
+
+def _named(names: Sequence[str], every: bool) -> str:
+    if every or len(names) <= NAMED:
+        return ", ".join(names)
+    return f"{', '.join(names[:NAMED])} and {len(names) - NAMED} more (see manifest.json, or run with -v)"
