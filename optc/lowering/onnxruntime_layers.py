@@ -59,9 +59,10 @@ class Layer:
             return "its weight is not quantized to 8 bits in the graph"
         if not self.input_quantized:
             return "its input is not quantized in the graph"
-        follows = next((operator for operator in self.followed_by if operator not in _CLAMPS), "another reader")
+        follows = next((operator for operator in self.followed_by if operator not in _CLAMPS), "")
         if "Conv" in self.operator and follows != "QuantizeLinear":
-            return f"onnxruntime convolves in int8 only where the output is quantized at once; here comes {follows}"
+            here = f"{follows} comes first" if follows else "other nodes read it too"
+            return f"onnxruntime convolves in int8 only where the output is quantized at once; here {here}"
         return _ran(kernel)
 
 
