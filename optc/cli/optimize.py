@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 
 from optc.cli.model import Data, load
-from optc.cli.options import json_option, print_json, progress_for, verbosity_options
+from optc.cli.options import json_option, print_json, progress_for, target_options, verbosity_options
 from optc.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     help="Runtime to lower to (see 'optc backends'), or auto: the fastest measured.",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Artifact folder to write; must not exist.")
-@click.option("--threads", type=click.IntRange(1), help="Threads for every candidate.  [default: all this process has]")
+@target_options
 @click.option("--seed", default=0, show_default=True, help="Seed of random weights.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Compare outputs after every pass.")
 @click.option("--measure/--no-measure", default=True, show_default=True, help="Measure latency against baselines.")
@@ -47,6 +47,7 @@ def command(
     backend: str,
     output: Path | None,
     threads: int | None,
+    allow_fallback: bool,
     seed: int,
     verify: bool,
     measure: bool,
@@ -71,7 +72,7 @@ def command(
         from optc import api
         from optc.passmanager.instruments import Bisect, PrintAfter
         from optc.passmanager.manager import build_passes, parse_options
-        from optc.target import Target
+        from optc.target import Target, available_threads
 
     pipeline = build_passes(passes, parse_options(assignments))
     instruments: list[Instrument] = []
@@ -91,7 +92,7 @@ def command(
         verification=role.verification(),
         verify=verify,
         measure=measure,
-        target=Target(threads=threads) if threads else None,
+        target=Target(threads=threads or available_threads(), allow_fallback=allow_fallback),
         info=loaded.info,
         instruments=instruments,
         progress=progress,
