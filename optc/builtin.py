@@ -33,6 +33,11 @@ def optc_backends() -> Iterable[Entry]:
             ("onnxruntime",),
             "optc[cpu]",
         ),
+        Entry(
+            "tensorrt",
+            "NVIDIA TensorRT through Torch-TensorRT: one strongly typed engine for the GPU at hand.",
+            "optc.lowering.tensorrt:TensorRtBackend",
+        ),
     ]
 
 

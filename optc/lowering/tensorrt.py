@@ -1,0 +1,159 @@
+"""The ``tensorrt`` backend: one TensorRT engine, built by Torch-TensorRT for the GPU at hand."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from ctypes.util import find_library
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from optc.errors import BackendError
+from optc.lowering.agreement import check_agreement
+from optc.lowering.backend import Backend, Lowered, Runner
+from optc.lowering.graph_file import read_graph, refusal, write_graph
+from optc.lowering.prepack import LAYERS
+from optc.lowering.tensorrt_build import build_engine, dry_run, export, largest_batch, refuse_partition
+from optc.lowering.tensorrt_engine import ENGINE, FACTS, TensorRtRunner
+from optc.lowering.tensorrt_quant import PIP_MODELOPT, is_quantized, quantize_op, quantize_ops, tensorrt_form
+from optc.program import Program
+from optc.rewrite import argument, label
+from optc.target import Target
+
+RUN_SCRIPT = Path(__file__).with_name("run_tensorrt.py")
+FIRST_VERSION = (2, 13)
+"""The first Torch-TensorRT whose networks are always strongly typed: TensorRT 11 has no other kind, and the options
+``enabled_precisions`` and ``use_explicit_typing`` of earlier ones are gone."""
+
+
+class TensorRtBackend(Backend):
+    """Builds one strongly typed engine: every operator runs in the type the graph gives it, Q/DQ included.
+
+    A model that TensorRT does not take as a whole is refused, with the operators and reasons: a partitioned one could
+    only be saved as a ``.pt2`` file that is unpickled when it is loaded.
+    """
+
+    name = "tensorrt"
+    summary = "NVIDIA TensorRT through Torch-TensorRT: one strongly typed engine for the GPU at hand."
+
+    @classmethod
+    def unavailable(cls, target: Target) -> str | None:
+        """What is missing, with the pip line. Imports nothing of NVIDIA's."""
+        major, minor = torch.__version__.split(".")[:2]
+        pip = f"pip install 'torch-tensorrt=={major}.{minor}.*' --extra-index-url https://pypi.nvidia.com"
+        pip = f"{pip} && {PIP_MODELOPT}"
+        if importlib.util.find_spec("torch_tensorrt") is None:
+            return f"Torch-TensorRT is not installed, and it needs an NVIDIA GPU: {pip}"
+        version = importlib.metadata.version("torch-tensorrt")
+        if tuple(map(int, version.split(".")[:2])) < FIRST_VERSION:
+            return f"Torch-TensorRT {version} is too old, its networks are not strongly typed: {pip}"
+        # The wheels on PyPI hold the Python side; the library comes from NVIDIA's index, or from its system packages.
+        if importlib.util.find_spec("tensorrt_libs") is None and find_library("nvinfer") is None:
+            return f"TensorRT's library (libnvinfer) is missing, PyPI has only stubs of it: {pip}"
+        if target.device != "cuda":
+            return f"TensorRT runs on cuda, not on '{target.device}'"
+        if not torch.cuda.is_available():
+            return "this PyTorch sees no GPU: install a CUDA build of torch and NVIDIA's driver"
+        return None
+
+    def supports(self, node: fx.Node) -> str | None:
+        """Why ``node`` cannot be moved to the GPU to be exported, or ``None``. What TensorRT takes, a dry run tells."""
+        return refusal(node)
+
+    def lower(self, program: Program, target: Target, folder: Path) -> Lowered:
+        """Build ``model.engine``, write ``engine.json`` beside it, and compare what the engine computes with the graph.
+
+        ``details["engines"]`` is 1 and ``details["not_tensorrt"]`` empty: what Torch-TensorRT's dry run leaves to
+        PyTorch is refused.
+
+        Raises:
+            BackendError: an operator cannot be written or is none of TensorRT's (names each, with the reason), the
+                quantization is not symmetric int8, modelopt is missing for a quantized program, TensorRT fails to
+                build, or the outputs on the example inputs differ from the graph's.
+        """
+        refused = [f"{label(node)}: {reason}" for node in program.graph.nodes if (reason := self.supports(node))]
+        if refused:
+            raise BackendError(f"the tensorrt backend cannot take {'; '.join(refused)}", "use another backend")
+        form = tensorrt_form(program)
+        layers = layer_types(form)
+        if is_quantized(form):
+            quantize_op()  # before torch_tensorrt is imported, which registers its converter only if it finds modelopt
+        with tempfile.TemporaryDirectory(prefix="optc-tensorrt-", dir=folder) as scratch:
+            write_graph(form, Path(scratch))
+            # 0 and 1 would be taken for constants of a dynamic batch.
+            moved = read_graph(Path(scratch), max(2, target.batch), "cuda")
+            exported = export(quantize_ops(moved) if is_quantized(moved) else moved, target)
+            rows, engines = dry_run(exported, moved, target)
+            labels = {node.name: label(node) for node in program.graph.nodes}
+            rows = [{**row, "layer": labels.get(row["layer"], row["layer"])} for row in rows]
+            if rows or engines != 1:
+                raise refuse_partition(rows, engines)
+            engine = build_engine(exported, moved, target, Path(scratch))
+        (folder / ENGINE).write_bytes(engine)
+        (folder / FACTS).write_text(json.dumps(_facts(program, target, layers)), encoding="utf-8")
+        runner = self.load(folder, (ENGINE, FACTS), target)
+        details = {
+            "engines": engines,
+            "not_tensorrt": rows,
+            "layers": layers,
+            "tf32": False,
+            "check": check_agreement(self.name, program, runner).details(),
+        }
+        runner.close()
+        return Lowered((ENGINE, FACTS), details, RUN_SCRIPT.read_text())
+
+    def load(self, folder: Path, files: tuple[str, ...], target: Target) -> Runner:
+        """Deserialize the engine with TensorRT's runtime; nothing is unpickled.
+
+        Raises:
+            BackendError: it was built by another TensorRT or for another GPU, or TensorRT refuses it.
+        """
+        reason = self.unavailable(target)
+        if reason:
+            raise BackendError(reason)
+        return TensorRtRunner(folder, files, target)
+
+
+def layer_types(form: Program) -> dict[str, int]:
+    """How many convolutions and linear layers the graph has in each type; int8 where both operands are dequantized.
+
+    A strongly typed engine computes in these types; TensorRT keeps no record of them in an engine to read back.
+    """
+    counts: Counter[str] = Counter()
+    for node in form.graph.nodes:
+        if node.target in LAYERS:
+            sources = [argument(node, name) for name in ("input", "weight")]
+            int8 = all("::dequantize_" in str(getattr(source.target, "_schema", "")) for source in sources)
+            counts["int8" if int8 else str(node.meta["val"].dtype).removeprefix("torch.")] += 1
+    return dict(counts)
+
+
+def _facts(program: Program, target: Target, layers: Mapping[str, int]) -> dict[str, Any]:
+    import tensorrt
+
+    outputs = [node.meta["val"].dtype for node in program.graph.output_node().args[0]]  # type: ignore[union-attr]
+    inputs = program.graph.find_nodes(op="placeholder")
+    return {
+        "tensorrt": tensorrt.__version__,
+        "torch_tensorrt": importlib.metadata.version("torch-tensorrt"),
+        "gpu": torch.cuda.get_device_name(),
+        "capability": torch.cuda.get_device_capability(),
+        "inputs": [
+            {
+                "name": node.name,
+                "shape": [None if axis == 0 and program.dynamic_batch else size for axis, size in enumerate(x.shape)],
+                "dtype": str(x.dtype).removeprefix("torch."),
+            }
+            for node, x in zip(inputs, program.example_inputs, strict=True)
+        ],
+        "outputs": [{"dtype": str(dtype).removeprefix("torch.")} for dtype in outputs],
+        "batches": [1, largest_batch(target)] if program.dynamic_batch else None,
+        "layers": dict(layers),
+    }
