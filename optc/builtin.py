@@ -34,6 +34,13 @@ def optc_backends() -> Iterable[Entry]:
             "optc[cpu]",
         ),
         Entry(
+            "onnxruntime-tensorrt",
+            "ONNX Runtime with TensorRT on CUDA: one .onnx file, engines built at every load.",
+            "optc.lowering.onnxruntime_tensorrt:OnnxRuntimeTensorRtBackend",
+            ("onnxruntime",),
+            "optc[gpu]",
+        ),
+        Entry(
             "tensorrt",
             "NVIDIA TensorRT through Torch-TensorRT: one strongly typed engine for the GPU at hand.",
             "optc.lowering.tensorrt:TensorRtBackend",

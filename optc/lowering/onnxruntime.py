@@ -69,10 +69,9 @@ class OnnxRuntimeBackend(Backend):
                 run every node and the target does not allow that, or ONNX Runtime's outputs on the example inputs
                 differ from the graph's.
         """
-        from optc.lowering.onnx_export import export_onnx
         from optc.lowering.onnxruntime_layers import deviations
 
-        files, details = export_onnx(program, folder / MODEL_FILE)
+        files, details = self.export(program, folder / MODEL_FILE)
         runner = self.load(folder, files, target)
         details["providers"] = provider_counts(runner.kernels)
         details["fallback"] = runner.fallback
@@ -80,6 +79,16 @@ class OnnxRuntimeBackend(Backend):
         details["check"] = self._check(program, runner, folder / MODEL_FILE, target).details()
         runner.close()
         return Lowered(files, details, run_script=RUN_SCRIPT.read_text())
+
+    def export(self, program: Program, path: Path) -> tuple[tuple[str, ...], dict[str, Any]]:
+        """Write the ONNX file; returns the names of all files and details.
+
+        Raises:
+            BackendError: an operator has no ONNX form, or onnx.checker refuses the file.
+        """
+        from optc.lowering.onnx_export import export_onnx
+
+        return export_onnx(program, path)
 
     def load(self, folder: Path, files: tuple[str, ...], target: Target) -> OnnxRuntimeRunner:
         """Load the file into a session.

@@ -72,7 +72,11 @@ def deviations(program: Program, path: Path, ran: Sequence[Kernel]) -> dict[str,
     ``"not_int8"``, of a quantized program: layers that did not run in an int8 kernel, with the reason.
     ``"not_float16"``, ``"not_bfloat16"``, of a program with such values: layers of that type that ran in another.
     ``"inserted_casts"``, where there are any: casts that ONNX Runtime added, by what they cast.
+    ``"engines"``, alone: how many parts TensorRT compiled, which do not say what they compute in.
     """
+    engines = sum(kernel.is_engine for kernel in ran)
+    if engines:
+        return {"engines": engines}
     quantized = any("::quantize_" in str(getattr(node.target, "_schema", "")) for node in program.graph.nodes)
     dtypes = {getattr(node.meta.get("val"), "dtype", None) for node in program.graph.nodes}
     half = [name for dtype, name in _HALF.items() if dtype in dtypes]

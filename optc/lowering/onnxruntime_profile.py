@@ -50,6 +50,8 @@ class Kernel:
     @property
     def kind(self) -> str:
         """What it computes in, by the type it reads: ``"float32"``, ``"int8"``, …; empty for indices and the like."""
+        if self.is_engine:
+            return ""
         if self.operator in _INT4_KERNELS:
             return "int4"
         return _TYPES.get(self.inputs[0][0], "") if self.inputs else ""
@@ -63,6 +65,11 @@ class Kernel:
             return False
         matrices = [shape for _, shape in self.inputs if len(shape) > 1]
         return len(matrices) < 2 or self.constant_bytes >= math.prod(matrices[1])
+
+    @property
+    def is_engine(self) -> bool:
+        """Whether it is a part of the graph that TensorRT compiled, which does not say what it runs."""
+        return self.operator.startswith("TRTKernel")
 
     @property
     def is_bookkeeping(self) -> bool:
@@ -104,9 +111,14 @@ def precision(ran: Sequence[Kernel]) -> str:
     """What the arithmetic ran in: ``"float32"`` or ``"int8 (7 of 8 layers, 1 float32)"``.
 
     Counted are convolutions and matrix products with weights, by the type their kernel read; without any, all kernels.
+    What TensorRT compiled is said to be its choice.
     """
     layers = Counter(kernel.kind for kernel in ran if kernel.is_layer and kernel.kind)
-    return layer_precision(layers or Counter(kernel.kind for kernel in ran if kernel.kind))
+    told = layer_precision(layers or Counter(kernel.kind for kernel in ran if kernel.kind))
+    engines = sum(kernel.is_engine for kernel in ran)
+    if not engines:
+        return told
+    return f"TensorRT's choice in {engines} engine{'s' * (engines > 1)}" + (f", else {told}" if layers else "")
 
 
 def provider_counts(ran: Sequence[Kernel]) -> dict[str, int]:

@@ -117,3 +117,11 @@ def test_inserted_casts_are_those_that_are_not_in_the_file() -> None:
         Kernel("InsertedPrecisionFreeCast_relu", "Relu", CPU, (single,), (single,)),
     ]
     assert inserted_casts(ran, ["node_cast"]) == {"float16 to float32": 2, "float32 to float16": 1}
+
+
+def test_what_tensorrt_compiled_is_not_said_to_be_float() -> None:
+    provider, operator = "TensorrtExecutionProvider", "TRTKernel_graph_main_graph_1"
+    engine = Kernel(f"{provider}_{operator}_0", operator, provider, (("float", (1, 3, 8, 8)),))
+    assert precision([engine]) == "TensorRT's choice in 1 engine"
+    gemm = Kernel("fc", "Gemm", CUDA, (("float16", (1, 8)),))
+    assert precision([engine, engine, gemm]) == "TensorRT's choice in 2 engines, else float16"

@@ -1,0 +1,40 @@
+"""The ``onnxruntime-tensorrt`` backend: an ONNX file, compiled by TensorRT inside ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optc.lowering.onnxruntime import PROVIDERS, OnnxRuntimeBackend
+
+if TYPE_CHECKING:
+    from optc.program import Program
+
+
+class OnnxRuntimeTensorRtBackend(OnnxRuntimeBackend):
+    """ONNX Runtime with the TensorRT execution provider first, for nodes it takes no part of the CUDA one.
+
+    Nodes that TensorRT does not take have fallen back. The engines are built when the file is loaded, every time, and
+    choose their own types; so ``--backend auto`` leaves it out, and the ``tensorrt`` backend is the better one unless
+    an ONNX file is wanted.
+    """
+
+    name = "onnxruntime-tensorrt"
+    summary = "ONNX Runtime with TensorRT on CUDA: one .onnx file, engines built at every load."
+    automatic = False
+
+    @classmethod
+    def providers(cls, device: str) -> Sequence[str]:
+        """TensorRT's, then CUDA's; none on other devices."""
+        return ("TensorrtExecutionProvider", *PROVIDERS["cuda"]) if device == "cuda" else ()
+
+    def export(self, program: Program, path: Path) -> tuple[tuple[str, ...], dict[str, Any]]:
+        """Write the ONNX file by TensorRT's rules of quantization.
+
+        Raises:
+            BackendError: an operator has no ONNX form, or the quantization is none that TensorRT takes.
+        """
+        from optc.lowering.tensorrt_onnx import export_tensorrt_onnx
+
+        return export_tensorrt_onnx(program, path)

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+
+from optc import Program, Target
+from optc.lowering.onnxruntime_tensorrt import OnnxRuntimeTensorRtBackend
+from optc.plugins.registry import registry
+
+TENSORRT = "TensorrtExecutionProvider"
+CUDA = Target(device="cuda")
+
+
+def test_it_is_registered_and_left_out_of_auto() -> None:
+    assert registry().load("backend", "onnxruntime-tensorrt") is OnnxRuntimeTensorRtBackend
+    assert not OnnxRuntimeTensorRtBackend.automatic
+
+
+def test_tensorrt_is_what_is_asked_for() -> None:
+    assert list(OnnxRuntimeTensorRtBackend.providers("cuda")) == [TENSORRT, "CUDAExecutionProvider"]
+
+
+def test_where_it_cannot_run_it_says_why() -> None:
+    assert OnnxRuntimeTensorRtBackend.unavailable(Target()) == "onnxruntime-tensorrt runs on cuda, not on 'cpu'"
+    if TENSORRT not in onnxruntime.get_available_providers():
+        reason = OnnxRuntimeTensorRtBackend.unavailable(CUDA)
+        assert reason == f"the installed onnxruntime has no {TENSORRT}: pip install 'optc[gpu]'"
+
+
+@pytest.mark.gpu
+def test_tensorrt_runs_every_node(cnn: Program, tmp_path: Path) -> None:
+    backend = OnnxRuntimeTensorRtBackend()
+    if reason := backend.unavailable(CUDA):
+        pytest.skip(reason)
+    lowered = backend.lower(cnn, CUDA, tmp_path)
+    assert lowered.details["fallback"] == []
+    assert set(lowered.details["providers"]) == {TENSORRT}
+    (output,) = backend.load(tmp_path, lowered.files, CUDA)(torch.randn(3, 3, 16, 16).numpy())
+    assert output.shape == (3, 10)
