@@ -37,19 +37,24 @@ class Result:
     notes: Sequence[str] = ()
 
 
-def publish(name: str, benchmark: Callable[[], Result]) -> None:
-    """Run a benchmark, write ``results/NAME.json`` and ``.md``, and exit with 1 if its claim did not hold."""
+def publish(name: str, benchmark: Callable[[], Result], *, command: str = "", folder: Path = RESULTS) -> None:
+    """Run a benchmark, write ``NAME.json`` and ``.md`` into ``folder``, and exit with 1 if its claim did not hold.
+
+    Args:
+        command: what a reader types to run it; by default the script of that name.
+    """
     busy = load_warning()
     start = time.perf_counter()
     result = benchmark()
     if busy:
         result = Result(**{**vars(result), "notes": (*result.notes, busy)})
     facts = machine(gpus=False)
-    RESULTS.mkdir(exist_ok=True)
-    document = {"benchmark": name, "seconds": time.perf_counter() - start, "machine": asdict(facts), **asdict(result)}
-    _write(RESULTS / f"{name}.json", json.dumps(document))
+    folder.mkdir(exist_ok=True)
+    run = {"benchmark": name, "command": command or f"python benchmarks/{name}.py"}
+    document = {**run, "seconds": time.perf_counter() - start, "machine": asdict(facts), **asdict(result)}
+    write(folder / f"{name}.json", json.dumps(document))
     text = _markdown(name, result, f"{facts.cpu}, {facts.cores} cores, {', '.join(facts.isa or ())}")
-    _write(RESULTS / f"{name}.md", text)
+    write(folder / f"{name}.md", text)
     print(text)
     sys.exit(0 if result.held else 1)
 
@@ -59,9 +64,21 @@ def say(text: str) -> None:
     print(f"  {text}", file=sys.stderr, flush=True)
 
 
+def markdown_table(table: Sequence[Mapping[str, str | int | float]]) -> list[str]:
+    """Rows of equal keys as lines of Markdown."""
+    columns = list(table[0])
+    rows = [[_cell(row[column]) for column in columns] for row in table]
+    return [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}", *[f"| {' | '.join(row)} |" for row in rows]]
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
 def _markdown(name: str, result: Result, where: str) -> str:
-    columns = list(result.table[0])
-    rows = [[_cell(row[column]) for column in columns] for row in result.table]
     lines = [
         f"## {name}: {'held' if result.held else 'DID NOT HOLD'}",
         "",
@@ -69,9 +86,7 @@ def _markdown(name: str, result: Result, where: str) -> str:
         "",
         f"**{result.finding}** ({where})",
         "",
-        f"| {' | '.join(columns)} |",
-        f"|{'---|' * len(columns)}",
-        *[f"| {' | '.join(row)} |" for row in rows],
+        *markdown_table(result.table),
         "",
         *[f"- {note}" for note in result.notes],
     ]
@@ -80,9 +95,3 @@ def _markdown(name: str, result: Result, where: str) -> str:
 
 def _cell(value: str | float) -> str:
     return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

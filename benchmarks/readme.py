@@ -20,8 +20,8 @@ def block() -> str:
         result = json.loads(path.read_text())
         machines.add(f"{result['machine']['cpu']}, {result['machine']['cores']} cores")
         held = "yes" if result["held"] else "**no**"
-        command = f"`python benchmarks/{result['benchmark']}.py`"
-        lines.append(f"| {result['claim']} | {held} | {result['finding']} | {command} |")
+        command = result.get("command", f"python benchmarks/{result['benchmark']}.py")
+        lines.append(f"| {result['claim']} | {held} | {result['finding']} | `{command}` |")
     where = "; ".join(sorted(machines))
     return "\n".join(
         [*lines, "", f"Measured on {where}; tables and raw samples are in [benchmarks/results](benchmarks/results)."]

@@ -1,0 +1,290 @@
+"""optc beside its peers: the same models, inputs and threads, in one run, in interleaved blocks.
+
+``python benchmarks/peers.py`` measures every row; ``--short`` two of them, for ``make bench``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import RESULTS, Result, markdown_table, publish, say, write
+from tools import AUTO, PEERS, is_optc
+from tools.peer import Task
+from tools.produce import Production, produce
+
+from optc import Runner, Target
+from optc.bench.measure import measure
+from optc.bench.results import Candidate, Measurement
+from optc.bench.statistics import Ratio, ratio_of_medians
+from optc.lowering.backend import Array
+from optc.machine import machine
+from optc.target import available_threads
+
+MODELS = (
+    "alexnet",
+    "resnet50",
+    "mobilenetv3_large_100",
+    "convnext_tiny",
+    "vit_base_patch16_224",
+    "vit_huge_patch14_224",
+)
+BATCHES = (1, 16)
+SHORT_MODELS, SHORT_BATCHES, SHORT_BLOCKS = ("alexnet", "mobilenetv3_large_100"), (1,), 5
+IMAGES, BLOCKS, BLOCK_SECONDS, ROW_SECONDS = 32, 10, 0.5, 900.0
+LEAST_SQNR_DB = 10.0
+"""Below this a model computes something else, and being fast is no merit."""
+LIMIT, LIMIT_ALEXNET, LIMIT_MEAN = 1.0, 0.9, 0.95
+
+
+def measure_row(task: Task, names: Sequence[str], blocks: int, scratch: Path) -> dict[str, Any]:
+    """Make the model with every tool, then measure what came of it side by side."""
+    productions: dict[str, Production] = {}
+    for index, name in enumerate(names):
+        say(f"{task.model}, batch {task.batch}: {name}")
+        productions[name] = produce(name, task, scratch / str(index))
+        if productions[name].error:
+            say(f"  {productions[name].error}")
+    module = task.loaded.module
+    with torch.no_grad():
+        reference = [module(torch.from_numpy(images)).numpy() for (images,) in task.queries]
+    sqnr: dict[str, float] = {}
+    weights = sum(parameter.numel() for parameter in module.parameters())
+    candidates = [
+        Candidate(
+            name,
+            "",
+            False,
+            _opener(name, task, scratch / str(index), reference, sqnr),
+            weights * PEERS[name].weight_bytes,
+        )
+        for index, name in enumerate(names)
+        if productions[name].error is None
+    ]
+    target = Target(threads=task.threads, batch=task.batch)
+    measured = measure(
+        candidates,
+        task.queries,
+        target,
+        blocks=blocks,
+        block_seconds=BLOCK_SECONDS,
+        limit_seconds=ROW_SECONDS,
+        progress=lambda text: None,
+    )
+    return _row(task, productions, sqnr, measured)
+
+
+def _opener(name: str, task: Task, folder: Path, reference: list[Array], sqnr: dict[str, float]) -> Any:
+    def open_() -> Runner:
+        say(f"opening {name}")
+        runner = PEERS[name].load().load(task, folder)
+        sqnr[name] = sqnr_db(reference, [runner(*query)[0] for query in task.queries])
+        return runner
+
+    return open_
+
+
+def sqnr_db(reference: Sequence[Array], outputs: Sequence[Array]) -> float:
+    """Signal to quantization noise ratio in dB: energy of the reference over that of the difference."""
+    expected, got = (np.concatenate(arrays).astype(np.float64) for arrays in (reference, outputs))
+    noise = float(np.square(expected - got).sum())
+    return 10 * math.log10(float(np.square(expected).sum()) / noise) if noise else math.inf
+
+
+def _row(
+    task: Task, productions: Mapping[str, Production], sqnr: Mapping[str, float], measured: Measurement
+) -> dict[str, Any]:
+    """All that is known of a row, as JSON has it. The reasons why a tool is out are in ``out``."""
+    out = {name: made.error for name, made in productions.items() if made.error}
+    p50: dict[str, float] = {}
+    for result in measured.results:
+        if result.error or result.percentiles is None:
+            out[result.name] = result.error or "was not measured"
+            continue
+        p50[result.name] = result.percentiles.p50_ns / 1e6
+        if not sqnr[result.name] >= LEAST_SQNR_DB:
+            out[result.name] = f"output differs: {sqnr[result.name]:.1f} dB of the float32 model's"
+    sound = sorted((name for name in p50 if name not in out), key=p50.__getitem__)
+    best_peer = next((name for name in sound if not is_optc(name)), None)
+    best_optc = next((name for name in sound if is_optc(name)), None)
+    ratios = {}
+    if best_peer is not None:
+        ratios = {name: asdict(_ratio(measured, name, best_peer)) for name in p50}
+    return {
+        "model": task.model,
+        "batch": task.batch,
+        "machine": asdict(machine(gpus=False)),
+        "task": asdict(task),
+        "best_peer": best_peer,
+        "best_optc": best_optc,
+        "p50_ms": p50,
+        "out": out,
+        "ratios": ratios,
+        "sqnr_db": {name: value if math.isfinite(value) else None for name, value in sqnr.items()},
+        "productions": {name: asdict(made) for name, made in productions.items()},
+        "measurement": measured.to_dict(),
+    }
+
+
+def _ratio(measured: Measurement, name: str, peer: str) -> Ratio:
+    first, second = measured[name].latencies_ns, measured[peer].latencies_ns
+    return ratio_of_medians(first, second, interleaved=measured.interleaved)
+
+
+def row_markdown(row: Mapping[str, Any]) -> str:
+    """One row's candidates, the fastest first, then what is out."""
+    p50, out = row["p50_ms"], row["out"]
+    order = [*sorted(p50, key=p50.__getitem__), *(name for name in row["productions"] if name not in p50)]
+    table = []
+    for name in order:
+        made, sqnr = row["productions"][name], row["sqnr_db"].get(name)
+        table.append(
+            {
+                "candidate": name,
+                "runs": next((f"{r['provider']}: {r['precision']}" for r in _results(row) if r["name"] == name), "–"),
+                "p50 ms": p50.get(name, "–"),
+                "/ best peer": ratio_text(row["ratios"].get(name)),
+                "SQNR dB": "–" if name not in row["sqnr_db"] else "exact" if sqnr is None else f"{sqnr:.1f}",
+                "made in s": f"{made['seconds']:.1f}",
+                "peak GiB": f"{made['peak_bytes'] / 2**30:.2f}",
+                "out of the comparison": out.get(name, ""),
+            }
+        )
+    how = "" if row["measurement"]["interleaved"] else f"Not interleaved: {row['measurement']['sequential_reason']}."
+    warnings = [f"- {warning}" for warning in row["measurement"]["warnings"]]
+    title = f"## {row['model']}, batch {row['batch']}: best peer {row['best_peer'] or 'none'}"
+    return "\n".join([title, "", *markdown_table(table), "", *([how] if how else []), *warnings]).rstrip() + "\n"
+
+
+def _results(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    results: list[dict[str, Any]] = row["measurement"]["results"]
+    return results
+
+
+def ratio_text(ratio: Mapping[str, Any] | None) -> str:
+    """A ratio with its confidence interval."""
+    return "–" if ratio is None else f"{ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]"
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> Result:
+    """The claim over all rows, with what each tool took to make the model."""
+    ratios = {(row["model"], row["batch"]): row["ratios"].get(AUTO) for row in rows}
+    values = [ratio["value"] for ratio in ratios.values() if ratio]
+    mean = math.exp(float(np.mean(np.log(values)))) if values else math.inf
+    first = ratios.get(("alexnet", 1))
+    missed = [f"{model} batch {batch}" for (model, batch), ratio in ratios.items() if not _within(ratio, LIMIT)]
+    if ("alexnet", 1) in ratios and not _within(first, LIMIT_ALEXNET) and "alexnet batch 1" not in missed:
+        missed.append(f"alexnet batch 1 (over {LIMIT_ALEXNET})")
+    unsure = [
+        f"{model} batch {batch}"
+        for (model, batch), ratio in ratios.items()
+        if ratio and ratio["low"] < 1 < ratio["high"]
+    ]
+    finding = f"geometric mean {mean:.3f} over {len(values)} rows, {len(missed)} missed"
+    if missed:
+        finding += f" ({', '.join(missed)})"
+    if unsure:
+        finding += f"; the interval contains 1 on {', '.join(unsure)}"
+    return Result(
+        claim=(
+            f"optc's median latency over the best peer's is at most {LIMIT:.1f} on every row, {LIMIT_ALEXNET} on AlexNet"
+            f" at batch 1, {LIMIT_MEAN} in geometric mean."
+        ),
+        held=not missed and mean <= LIMIT_MEAN,
+        finding=finding,
+        table=[_summary_row(row) for row in rows],
+        raw={"ratios": {f"{model}, {batch}": ratio for (model, batch), ratio in ratios.items()}},
+        notes=[
+            "optc auto is `--passes fuse,quant --backend auto`; best of optc is the best of three lists of passes.",
+            f"Random weights; a tool whose outputs keep less than {LEAST_SQNR_DB:.0f} dB is not compared with.",
+            *(
+                f"{row['model']} batch {row['batch']}, {name}: {why}"
+                for row in rows
+                for name, why in row["out"].items()
+            ),
+        ],
+    )
+
+
+def _within(ratio: Mapping[str, Any] | None, limit: float) -> bool:
+    return ratio is not None and ratio["value"] <= limit
+
+
+def _summary_row(row: Mapping[str, Any]) -> dict[str, str | float]:
+    best, own = row["best_peer"], row["best_optc"]
+    made = {name: row["productions"][name]["seconds"] for name in (best, AUTO) if name in row["productions"]}
+    return {
+        "model": row["model"],
+        "batch": str(row["batch"]),
+        "best peer": best or "–",
+        "its p50 ms": row["p50_ms"].get(best, "–"),
+        "optc auto p50 ms": row["p50_ms"].get(AUTO, "–"),
+        "ratio": ratio_text(row["ratios"].get(AUTO)),
+        "best of optc": own or "–",
+        "its ratio": ratio_text(row["ratios"].get(own)),
+        "made in s (peer, optc)": " / ".join(f"{made[name]:.0f}" if name in made else "–" for name in (best, AUTO)),
+    }
+
+
+def benchmark(options: argparse.Namespace, folder: Path) -> Result:
+    """Every row asked for, each written down as soon as it is measured."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for model in options.models:
+        for batch in options.batch:
+            task = Task(model, batch, available_threads(), options.images)
+            with tempfile.TemporaryDirectory(prefix="optc-peers-") as scratch:
+                row = measure_row(task, options.peers, options.blocks, Path(scratch))
+            del task
+            gc.collect()
+            stem = f"{model}-batch-{batch}"
+            write(folder / f"{stem}.json", json.dumps(row))
+            text = row_markdown(row)
+            write(folder / f"{stem}.md", text)
+            print(text, flush=True)
+            rows.append(row)
+    return summary(rows)
+
+
+def main() -> None:
+    """Read the command line, measure, publish."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--short", action="store_true", help="two models at batch 1, fewer blocks")
+    parser.add_argument("--models", type=_list, help="comma-separated names")
+    parser.add_argument("--batch", type=_list, help="comma-separated batch sizes")
+    parser.add_argument("--peers", type=_list, default=list(PEERS), help=f"comma-separated, of: {', '.join(PEERS)}")
+    parser.add_argument("--images", type=int, default=IMAGES, help="calibration images, a multiple of every batch size")
+    parser.add_argument("--blocks", type=int, help="rounds of measurement")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
+    options = parser.parse_args()
+    short = options.short
+    options.models = options.models or (SHORT_MODELS if short else MODELS)
+    options.batch = [int(size) for size in options.batch or (SHORT_BATCHES if short else BATCHES)]
+    options.blocks = options.blocks or (SHORT_BLOCKS if short else BLOCKS)
+    unknown = [name for name in options.peers if name not in PEERS]
+    if unknown or any(options.images % size for size in options.batch):
+        parser.error(
+            f"there is no peer {unknown[0]!r}" if unknown else "--images is not a multiple of every batch size"
+        )
+    os.environ["NNCF_CI"] = os.environ["HF_HUB_OFFLINE"] = "1"
+    name = "peers_short" if short else "peers"
+    command = "python benchmarks/peers.py" + (" --short" if short else "")
+    publish(name, lambda: benchmark(options, options.results / name), command=command, folder=options.results)
+
+
+def _list(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""OpenVINO: the converted model in float32 and bfloat16, and NNCF's post-training quantization."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from optc import Runner
+from optc.lowering.backend import Array
+from optc_openvino.runtime import ov  # the import without telemetry
+from tools.peer import CallRunner, Peer, Task
+
+FILE = "model.xml"
+
+
+class Float(Peer):
+    """The converted model, in the precision that OpenVINO is told to compute in."""
+
+    def __init__(self, hint: str) -> None:
+        self.hint = hint
+
+    def produce(self, task: Task, folder: Path) -> dict[str, Any]:
+        """Convert and write the IR."""
+        ov.save_model(convert(task), folder / FILE, compress_to_fp16=False)
+        return {}
+
+    def load(self, task: Task, folder: Path) -> Runner:
+        """Compile."""
+        return compile_file(folder / FILE, task, {"INFERENCE_PRECISION_HINT": self.hint})
+
+
+class NncfInt8(Peer):
+    """NNCF's ``quantize``; what stays unquantized runs in OpenVINO's own choice, bfloat16 where the CPU has it."""
+
+    name = "openvino nncf int8"
+
+    def produce(self, task: Task, folder: Path) -> dict[str, Any]:
+        """Convert, calibrate, quantize and write the IR."""
+        import nncf
+
+        model = convert(task)
+        attention = any(node.get_type_name() == "ScaledDotProductAttention" for node in model.get_ops())
+        images = [batch.numpy() for batch in task.calibration]
+        quantized = nncf.quantize(
+            model,
+            nncf.Dataset(images),
+            subset_size=len(images),
+            model_type=nncf.ModelType.TRANSFORMER if attention else None,
+        )
+        ov.save_model(quantized, folder / FILE, compress_to_fp16=False)
+        return {}
+
+    def load(self, task: Task, folder: Path) -> Runner:
+        """Compile."""
+        return compile_file(folder / FILE, task, {})
+
+
+def convert(task: Task) -> ov.Model:
+    """The model converted from PyTorch, for the task's batch."""
+    example = task.calibration[0]
+    with torch.no_grad():
+        return ov.convert_model(task.loaded.module, example_input=example, input=[tuple(example.shape)])
+
+
+def compile_file(path: Path, task: Task, options: dict[str, Any]) -> Runner:
+    """Runs an IR file on the task's threads. Threads are not pinned, as optc does not pin them either."""
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": task.threads, "ENABLE_CPU_PINNING": False}
+    compiled = ov.Core().compile_model(path, "CPU", {**settings, **options})
+    request = compiled.create_infer_request()
+
+    def call(array: Array) -> tuple[Array, ...]:
+        request.set_input_tensor(ov.Tensor(array, shared_memory=True))
+        request.infer()
+        return (request.get_output_tensor().data.copy(),)
+
+    precision = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    return CallRunner(call, "openvino CPU", f"int8 and {precision}" if not options else precision)
