@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from optc.lowering.backend import Runner as Runner
     from optc.lowering.layer_precision import layer_precision as layer_precision
     from optc.lowering.onnx_export import export_onnx as export_onnx
+    from optc.lowering.tensorrt_onnx import export_tensorrt_onnx as export_tensorrt_onnx
     from optc.passmanager.contract import Calibration as Calibration
     from optc.passmanager.contract import Change as Change
     from optc.passmanager.contract import Instrument as Instrument
@@ -58,6 +59,7 @@ _HOMES = {
     "optc.lowering.backend": ("Backend", "Lowered", "Runner"),
     "optc.lowering.layer_precision": ("layer_precision",),
     "optc.lowering.onnx_export": ("export_onnx",),
+    "optc.lowering.tensorrt_onnx": ("export_tensorrt_onnx",),
     "optc.passmanager.contract": (
         "Calibration",
         "Change",

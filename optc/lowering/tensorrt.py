@@ -91,7 +91,7 @@ class TensorRtBackend(Backend):
             moved = read_graph(Path(scratch), max(2, target.batch), "cuda")
             exported = export(quantize_ops(moved) if is_quantized(moved) else moved, target)
             rows, engines = dry_run(exported, moved, target)
-            labels = {node.name: label(node) for node in program.graph.nodes}
+            labels = {node.name: label(node) for node in form.graph.nodes}
             rows = [{**row, "layer": labels.get(row["layer"], row["layer"])} for row in rows]
             if rows or engines != 1:
                 raise refuse_partition(rows, engines)

@@ -58,7 +58,8 @@ def dry_run(exported: ExportedProgram, program: Program, target: Target) -> tupl
         program: what was exported; gives the inputs.
 
     Returns:
-        ``{"layer", "reason"}`` for each operator outside an engine, and the number of engines.
+        ``{"layer", "reason"}`` for each operator outside an engine (one that was decomposed only once for each reason),
+        and the number of engines.
     """
     from torch_tensorrt import dynamo
     from torch_tensorrt.dynamo.conversion._ConverterRegistry import DYNAMO_CONVERTERS
@@ -91,12 +92,12 @@ def partition_report(partitioned: fx.GraphModule, reason: Callable[[fx.Node], st
             engines += 1
         elif isinstance(child, fx.GraphModule):
             outside.extend(child.graph.nodes)
-    rows = [
-        {"layer": _origin(node), "reason": reason(node)}
+    found = {
+        (_origin(node), reason(node)): None
         for node in outside
         if node.op == "call_function" and node.target is not operator.getitem
-    ]
-    return rows, engines
+    }
+    return [{"layer": layer, "reason": why} for layer, why in found], engines
 
 
 def refuse_partition(rows: Iterable[Mapping[str, str]], engines: int) -> BackendError:
@@ -151,9 +152,11 @@ def _inputs(program: Program, target: Target) -> list[Any]:
 
 
 def _origin(node: fx.Node) -> str:
-    """Name of the node of the exported graph that ``node`` was decomposed from; its own if that is not known."""
-    sources = node.meta.get("from_node") or ()
-    return str(sources[0].name) if sources else node.name
+    """Name of the node of the captured graph that ``node`` was decomposed from; its own if that is not known."""
+    name, sources = node.name, list(node.meta.get("from_node") or ())
+    while sources:
+        name, sources = sources[0].name, list(sources[0].from_node)
+    return str(name)
 
 
 def _first_line(error: BaseException) -> str:

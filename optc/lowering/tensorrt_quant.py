@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -106,7 +107,8 @@ def quantize_op() -> OpOverload:
         BackendError: nvidia-modelopt cannot be imported; says why.
     """
     try:
-        importlib.import_module("modelopt.torch.quantization")
+        with warnings.catch_warnings(action="ignore"):  # importing it warns of torch's deprecations inside it
+            importlib.import_module("modelopt.torch.quantization")
     except ImportError as error:
         raise BackendError(
             f"a quantized program needs the operator tensorrt::quantize_op of nvidia-modelopt: {error}", PIP_MODELOPT
