@@ -85,7 +85,13 @@ def benchmark() -> Result:
     batches = calibration_batches("alexnet", loaded.info)
     say("optc fuse,quant")
     optimized = optc.optimize(
-        loaded.module, loaded.example_inputs, "fuse,quant", calibration=batches, measure=False, target=target
+        loaded.module,
+        loaded.example_inputs,
+        "fuse,quant",
+        backend="onnxruntime",
+        calibration=batches,
+        measure=False,
+        target=target,
     )
     backend = registry().load("backend", "onnxruntime")()
     with tempfile.TemporaryDirectory() as folder:

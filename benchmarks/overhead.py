@@ -89,6 +89,7 @@ def benchmark() -> Result:
         loaded.module,
         loaded.example_inputs,
         "fuse,quant",
+        backend="onnxruntime",
         calibration=TimedCalibration(batches, clock),
         verification=batches[:1],
         measure=False,

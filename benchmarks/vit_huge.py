@@ -20,7 +20,9 @@ def benchmark() -> Result:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         artifact = folder / "artifact"
-        run = optimize([MODEL, "--weights", "random", "--passes", "fuse", "-o", str(artifact)], folder)
+        run = optimize(
+            [MODEL, "--weights", "random", "--passes", "fuse", "--backend", "onnxruntime", "-o", str(artifact)], folder
+        )
         say("loading the file with onnxruntime")
         written = sum(file.stat().st_size for file in artifact.rglob("*") if file.is_file())
         session = onnxruntime.InferenceSession(str(next(artifact.rglob("*.onnx"))), providers=["CPUExecutionProvider"])

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from optc.bench import choice_cache
 from optc.bench.baselines import baselines
 from optc.bench.choice import Outcome, choose
 from optc.bench.measure import measure as measure_candidates
@@ -100,7 +101,7 @@ def optimize(
     passes: str | Sequence[str | Pass] | PassManager = "fuse,quant",
     *,
     pass_options: Mapping[str, Mapping[str, Any]] | None = None,
-    backend: str = "onnxruntime",
+    backend: str = AUTO,
     calibration: Calibration | Iterable[Tensor | tuple[Tensor, ...]] | None = None,
     evaluate: Callable[[Call], float] | None = None,
     verification: Sequence[tuple[Tensor, ...]] | None = None,
@@ -119,7 +120,7 @@ def optimize(
         passes: names as in ``"fuse,quant"``, or a list of names and :class:`Pass` objects.
         pass_options: by pass name, its options.
         backend: name of the runtime to lower to, or ``"auto"``: lower to every one that runs here and takes the model,
-            and keep the fastest.
+            and keep the fastest. What was measured before on this machine with these versions is not measured again.
         calibration: input batches for passes that need activation ranges; must not be what ``evaluate`` uses.
         evaluate: given something callable like ``model``, returns the task metric; called before and after.
         verification: batches to compare outputs on after every pass; ``example_inputs`` if not given.
@@ -159,16 +160,25 @@ def optimize(
     del captured, watchers, context
     gc.collect()
 
+    several = backend == AUTO
+    remembered = choice_cache.file_of(program, target, chosen) if several and len(chosen) > 1 else None
+    known = choice_cache.recall(remembered) if remembered else None
+    if known:
+        chosen = [each for each in chosen if each.name == known.outcomes[0].backend]
     folder = _TemporaryFolder()
     with run.step(f"Lowering to {', '.join(each.name for each in chosen)}") as step:
         lowerings, failed = lower_all(chosen, program, target, folder.path, step.update)
         step.done("; ".join(f"{made.provider}, {made.precision}" for made in lowerings))
-    several = backend == AUTO
     names = {f"{OPTIMIZED} {made.backend.name}" if several else OPTIMIZED: made for made in lowerings}
     measurement = _measure(run, model, inputs, names, target, measure) if measure or len(names) > 1 else None
-    kept, outcomes = lowerings[0], tuple[Outcome, ...]()
-    if several and measurement is not None:
+    kept, outcomes, notes = lowerings[0], tuple[Outcome, ...](), program.info.notes
+    if known:
+        outcomes = known.outcomes
+        notes += (f"backend chosen by the measurement of {known.measured}; to measure again, delete {remembered}",)
+    elif several and measurement is not None:
         kept, outcomes = choose(names, {**refused, **failed}, measurement)
+        if remembered:
+            choice_cache.remember(remembered, outcomes)
     for made in lowerings:
         if made is not kept:
             shutil.rmtree(made.folder)
@@ -187,7 +197,7 @@ def optimize(
         calibration=ranges.description if ranges is not None else "",
         lowering=optimized.details,
         seconds=run.seconds,
-        notes=program.info.notes,
+        notes=notes,
     )
     return optimized
 

@@ -120,8 +120,13 @@ class Program:
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for _, t in self.constants()}
         return sum(storages.values())
 
-    def fingerprint(self) -> str:
-        """Hash of the graph's structure and of the identity (not the bytes) of its constants. Linear in nodes."""
+    def fingerprint(self, *, contents: bool = False) -> str:
+        """Hash of the graph's structure and of its constants: of their identity, or of their bytes.
+
+        Args:
+            contents: read the constants' bytes, so that the same model has the same hash in another process; takes a
+                second per 2 GB. Without, the hash is linear in nodes and holds within one process.
+        """
         index = {node: i for i, node in enumerate(self.graph.nodes)}
 
         def position(node: fx.Node) -> Any:
@@ -136,7 +141,10 @@ class Program:
             if node.op == "get_attr":
                 value = get_constant(self.module, str(node.target))
                 if isinstance(value, Tensor):
-                    digest.update(f"{value.data_ptr()} {value.dtype} {tuple(value.shape)} {value.stride()}".encode())
+                    identity = "" if contents else value.data_ptr()
+                    digest.update(f"{identity} {value.dtype} {tuple(value.shape)} {value.stride()}".encode())
+                    if contents:
+                        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def text(self) -> str:

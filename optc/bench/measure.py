@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 
 from optc import machine
+from optc.bench import statistics
 from optc.bench.loadgen import single_stream
 from optc.bench.results import Block, Candidate, CandidateResult, Measurement, conclude
 from optc.errors import OptcError
@@ -21,6 +22,8 @@ SETTLE_SECONDS = 0.25
 """Pause before a block: torch's OpenMP workers spin for about 200 ms after a call and keep the cores from the next."""
 MAX_QUERIES = 10_000
 """Most queries in a block, so that a model of microseconds does not fill the manifest."""
+SETTLING_BLOCKS = 10
+"""Most further blocks for optimized candidates that are not told apart from the fastest one."""
 _MEMORY_SHARE = 0.2
 """Most of the free memory that candidates' weights may take together: runtimes hold packed copies besides, and what is
 gained by taking turns matters least for models that large."""
@@ -45,6 +48,9 @@ def measure(
     with ``target.threads`` threads, the garbage collector off during blocks. A candidate that does not open or fails
     in a block stays in the result, with the reason.
 
+    Where several are ``optimized`` and take turns, those not told apart from the fastest of them get up to
+    :data:`SETTLING_BLOCKS` further rounds, until their order is settled or the time is up.
+
     Args:
         inputs: queries to draw from, one array per model input each.
         optimized: name or names of candidates; the fastest is compared with the best unquantized one of the others.
@@ -60,6 +66,7 @@ def measure(
     """
     note = "" if together else _why_not_together(candidates, target) if together is None else "as asked"
     warnings = [warning] if (warning := machine.load_warning()) else []
+    names = (optimized,) if isinstance(optimized, str) else tuple(optimized)
     with _threads(target.threads):
         states = [_State(candidate) for candidate in candidates]
         plan = _Plan(inputs, blocks, block_seconds, limit_seconds, progress)
@@ -74,10 +81,10 @@ def measure(
                 for state in states:
                     state.open(progress)
                 plan.run(states, share=1)
+                plan.settle([state for state in states if state.candidate.name in names])
         finally:
             for state in states:
                 state.close()
-    names = (optimized,) if isinstance(optimized, str) else tuple(optimized)
     return conclude([state.result() for state in states], target, names, note, block_seconds, warnings)
 
 
@@ -154,19 +161,48 @@ class _Plan:
     ) -> None:
         self.inputs, self.blocks, self.block_seconds = inputs, blocks, block_seconds
         self.limit_seconds, self.progress = limit_seconds, progress
+        self.deadline = float("inf")
 
     def run(self, states: Sequence[_State], share: int) -> None:
         """All rounds over ``states``, which may take one ``share``-th of the time limit."""
         start = time.perf_counter()
+        self.deadline = start + self.limit_seconds
         rounds, done = self.blocks, 0
         while done < rounds:
-            for state in states:
-                self.progress(f"measuring {state.candidate.name}, block {done + 1} of {rounds}")
-                state.block(self.inputs, self.block_seconds)
+            self._round(states, f"block {done + 1} of {rounds}")
             done += 1
             per_round = (time.perf_counter() - start) / done
             affordable = int(self.limit_seconds / share / per_round)
             rounds = min(self.blocks, max(2, done, affordable))
+
+    def settle(self, states: Sequence[_State]) -> None:
+        """Further rounds over the fastest state and those that nothing tells from it yet."""
+        for number in range(1, SETTLING_BLOCKS + 1):
+            open_states = [state for state in states if state.runner is not None]
+            contest = _contest(open_states) if len(open_states) > 1 else []
+            if len(contest) < 2 or time.perf_counter() > self.deadline:
+                return
+            self._round(contest, f"further block {number}, the order is not settled")
+
+    def _round(self, states: Sequence[_State], what: str) -> None:
+        for state in states:
+            self.progress(f"measuring {state.candidate.name}, {what}")
+            state.block(self.inputs, self.block_seconds)
+
+
+def _contest(states: Sequence[_State]) -> list[_State]:
+    """The fastest state, and those whose latency is not shown to differ from its."""
+
+    def latencies(state: _State) -> list[tuple[int, ...]]:
+        return [block.latencies_ns for block in state.blocks]
+
+    best = min(states, key=lambda state: statistics.percentiles(latencies(state)).p50_ns)
+    return [
+        state
+        for state in states
+        if state is best
+        or statistics.ratio_of_medians(latencies(state), latencies(best), interleaved=True).outcome == "no difference"
+    ]
 
 
 def _why_not_together(candidates: Sequence[Candidate], target: Target) -> str:

@@ -66,11 +66,15 @@ def ratio_of_medians(first: Sequence[ArrayLike], second: Sequence[ArrayLike], *,
 
     Args:
         first, second: latencies (any unit), one array per block.
-        interleaved: block ``i`` of both was measured at about the same time; both then have as many blocks.
+        interleaved: block ``i`` of both was measured at about the same time; blocks that one has beyond the other's
+            are left out then.
 
     Returns:
         The ratio; with fewer than two blocks its interval is (0, inf), for nothing is known of the spread.
     """
+    if interleaved:
+        common = min(len(first), len(second))
+        first, second = first[:common], second[:common]
     value = _pooled_median(first) / _pooled_median(second)
     if min(len(first), len(second)) < 2:
         return Ratio(value, 0.0, math.inf)

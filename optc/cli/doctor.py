@@ -24,7 +24,7 @@ EXTRAS = {
     "torchao": ("the quant pass", "torchao"),
     "timm": ("timm's models", "timm"),
     "torchvision": ("torchvision's models", "torchvision"),
-    "openvino": ("comparing with OpenVINO in benchmarks", "optc[bench]"),
+    "openvino": ("the backend openvino, with the plugin optc-openvino", "optc-openvino"),
     "torch_tensorrt": ("GPU inference through TensorRT", "optc[gpu]"),
 }
 """Import name: what it is for, and what to install where it is missing."""

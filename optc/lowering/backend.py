@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -87,6 +89,15 @@ class Backend(ABC):
         Raises:
             BackendError: the program cannot be lowered; names the nodes and reasons.
         """
+
+    @contextmanager
+    def started(self, program: Program, target: Target, folder: Path) -> Iterator[Callable[[], Lowered]]:
+        """Begin to lower, as a context; calling what it gives does the rest and returns what :meth:`lower` would.
+
+        A backend that compiles in a process of its own starts it on entry, so that others can lower meanwhile, and
+        stops it on exit if it still runs.
+        """
+        yield partial(self.lower, program, target, folder)
 
     @abstractmethod
     def load(self, folder: Path, files: tuple[str, ...], target: Target) -> Runner:

@@ -12,7 +12,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -82,13 +83,25 @@ class InductorBackend(Backend):
             BackendError: the graph holds something that is not a call of a PyTorch operator, Inductor or the C++
                 compiler fails, or the outputs on the example inputs differ from the graph's.
         """
+        with self.started(program, target, folder) as finish:
+            return finish()
+
+    @contextmanager
+    def started(self, program: Program, target: Target, folder: Path) -> Iterator[Callable[[], Lowered]]:
+        """Start to compile in a process of its own; leaving the context before it is done stops it."""
         refused = [f"{label(node)}: {reason}" for node in program.graph.nodes if (reason := self.supports(node))]
         if refused:
             raise BackendError(f"the inductor backend cannot compile {'; '.join(refused)}", "use another backend")
         with tempfile.TemporaryDirectory(prefix="optc-inductor-", dir=folder) as scratch:
             write_graph(program, Path(scratch))
-            result = _compile(Path(scratch), target)
-            Path(scratch, PACKAGE).rename(folder / PACKAGE)
+            with _compiling(Path(scratch), target) as process:
+                yield lambda: self._finish(program, target, folder, process, Path(scratch))
+
+    def _finish(
+        self, program: Program, target: Target, folder: Path, process: subprocess.Popen[bytes], scratch: Path
+    ) -> Lowered:
+        result = _result(process, scratch)
+        Path(scratch, PACKAGE).rename(folder / PACKAGE)
         details: dict[str, Any] = {"layers": result["layers"], "kernels": result["kernels"]}
         if any("::quantize_" in str(getattr(node.target, "_schema", "")) for node in program.graph.nodes):
             details["not_int8"] = _not_int8(program, result["unquantized"], target)
@@ -190,23 +203,29 @@ def _refuse_others(path: Path, facts: Mapping[str, Any], target: Target) -> None
         raise BackendError(f"{path.name} was compiled for compute capability {made}, this GPU has {here}", again)
 
 
-def _compile(folder: Path, target: Target) -> dict[str, Any]:
-    """Run :mod:`optc.lowering.inductor_compile` on a folder; whatever ends the wait stops it and its compilers.
-
-    Raises:
-        BackendError: it fails; has its reason.
-    """
+@contextmanager
+def _compiling(folder: Path, target: Target) -> Iterator[subprocess.Popen[bytes]]:
+    """:mod:`optc.lowering.inductor_compile` at work on a folder; the end of the context stops it and its compilers."""
     command = [sys.executable, "-P", "-m", "optc.lowering.inductor_compile", str(folder), json.dumps(asdict(target))]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
         )
-        try:
-            status = process.wait()
-        except BaseException:
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
             _stop(process)
-            raise
+
+
+def _result(process: subprocess.Popen[bytes], folder: Path) -> dict[str, Any]:
+    """Wait for the compiling process and read what it says.
+
+    Raises:
+        BackendError: it failed; has its reason.
+    """
+    status = process.wait()
     try:
         result: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
     except (OSError, ValueError):

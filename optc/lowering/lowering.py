@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optc.errors import BackendError, OptcError
 from optc.lowering.backend import Backend, Lowered, Runner
+from optc.machine import available_memory
 from optc.plugins.registry import registry
 from optc.target import Target
 
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 """The name that stands for every backend that runs here."""
+_SIDE_BY_SIDE_SHARE = 0.1
+"""Most of the free memory that a program's constants may take for backends to be lowered to side by side: a compiling
+process and an exporter hold several copies of them each."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class Lowering:
     Attributes:
         folder: where the files are.
         provider, precision: what the runner told.
-        seconds: time to lower, check and load.
+        seconds: time to lower, check and load; where other backends were lowered to meanwhile, their share included.
     """
 
     backend: Backend
@@ -94,13 +99,24 @@ def lower(backend: Backend, program: Program, target: Target, folder: Path) -> L
     Raises:
         BackendError: the backend cannot lower the program or load what it wrote.
     """
+    with _begun(backend, program, target, folder) as finish:
+        return finish()
+
+
+@contextmanager
+def _begun(backend: Backend, program: Program, target: Target, folder: Path) -> Iterator[Callable[[], Lowering]]:
     start = time.perf_counter()
     folder.mkdir()
-    lowered = backend.lower(program, target, folder)
-    runner = backend.load(folder, lowered.files, target)
-    provider, precision = runner.provider, runner.precision
-    runner.close()
-    return Lowering(backend, lowered, folder, target, provider, precision, time.perf_counter() - start)
+    with backend.started(program, target, folder) as finish:
+
+        def rest() -> Lowering:
+            lowered = finish()
+            runner = backend.load(folder, lowered.files, target)
+            provider, precision = runner.provider, runner.precision
+            runner.close()
+            return Lowering(backend, lowered, folder, target, provider, precision, time.perf_counter() - start)
+
+        yield rest
 
 
 def lower_all(
@@ -108,20 +124,43 @@ def lower_all(
 ) -> tuple[list[Lowering], dict[str, str]]:
     """Lower to each backend into a folder of its name; those that cannot are returned with their reason.
 
+    Backends that compile in a process of their own do so while the others are lowered, where memory allows.
+
     Raises:
         BackendError: none can; or the only one cannot.
     """
     done: list[Lowering] = []
     refused: dict[str, str] = {}
-    for backend in chosen:
-        progress(f"lowering to {backend.name}")
-        try:
-            done.append(lower(backend, program, target, folder / backend.name))
-        except BackendError as error:
-            if len(chosen) == 1:
-                raise
-            refused[backend.name] = str(error)
+    with ExitStack() as stack:
+        begun: dict[str, Callable[[], Lowering]] = {}
+        if program.constant_bytes() <= _SIDE_BY_SIDE_SHARE * available_memory():
+            for backend in filter(_has_own_process, chosen):
+                with _kept(refused, backend, len(chosen)):
+                    context = _begun(backend, program, target, folder / backend.name)
+                    begun[backend.name] = stack.enter_context(context)
+        for backend in sorted(chosen, key=_has_own_process):
+            if backend.name in refused:
+                continue
+            progress(f"lowering to {backend.name}")
+            with _kept(refused, backend, len(chosen)):
+                finish = begun.get(backend.name)
+                done.append(finish() if finish else lower(backend, program, target, folder / backend.name))
     if not done:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise BackendError(f"no backend takes this model: {reasons}")
     return done, refused
+
+
+def _has_own_process(backend: Backend) -> bool:
+    return type(backend).started is not Backend.started
+
+
+@contextmanager
+def _kept(refused: dict[str, str], backend: Backend, count: int) -> Iterator[None]:
+    """Keep a backend's refusal as a reason, unless it was the only one asked for."""
+    try:
+        yield
+    except BackendError as error:
+        if count == 1:
+            raise
+        refused[backend.name] = str(error)

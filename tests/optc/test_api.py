@@ -23,6 +23,9 @@ class Net(nn.Module):
         return {"scores": self.head(self.norm(self.conv(x)).relu().mean((2, 3)))}
 
 
+ORT = {"backend": "onnxruntime"}
+
+
 @pytest.fixture(scope="module")
 def net() -> Net:
     torch.manual_seed(0)
@@ -40,7 +43,7 @@ def test_optimize_is_callable_like_the_module_and_saves(net: Net, tmp_path: Path
         return 0.5
 
     batches = [torch.randn(4, 3, 16, 16) for _ in range(4)]
-    optimized = optc.optimize(net, x, ["fuse", "quant"], calibration=batches, evaluate=metric, measure=False)
+    optimized = optc.optimize(net, x, ["fuse", "quant"], calibration=batches, evaluate=metric, measure=False, **ORT)
     assert net.training
     assert seen == [net, optimized]
     assert optimized.report.accuracy.before == 0.5
@@ -64,7 +67,7 @@ def test_quant_without_calibration_is_one_line(net: Net) -> None:
 
 
 def test_measurement_has_the_baselines_and_a_verdict(net: Net) -> None:
-    optimized = optc.optimize(net, torch.randn(1, 3, 16, 16), "fuse")
+    optimized = optc.optimize(net, torch.randn(1, 3, 16, 16), "fuse", **ORT)
     measurement = optimized.report.measurement
     assert measurement is not None
     assert [r.name for r in measurement.results] == ["eager-fp32", "eager-bf16", "compile-bf16", "optc"]
@@ -75,7 +78,7 @@ def test_measurement_has_the_baselines_and_a_verdict(net: Net) -> None:
 
 def test_auto_keeps_the_fastest_backend_and_says_why(net: Net, tmp_path: Path) -> None:
     inputs = torch.randn(1, 3, 16, 16)
-    optimized = optc.optimize(net, inputs, ["fuse"], backend="auto", measure=False, target=optc.Target(threads=1))
+    optimized = optc.optimize(net, inputs, ["fuse"], measure=False, target=optc.Target(threads=1))
     outcomes = {outcome.backend: outcome for outcome in optimized.report.backends}
     assert {"eager", "onnxruntime"} <= outcomes.keys()
     kept = optimized.report.backends[0]
@@ -89,3 +92,20 @@ def test_auto_keeps_the_fastest_backend_and_says_why(net: Net, tmp_path: Path) -
     torch.testing.assert_close(optimized(inputs)["scores"], expected, rtol=1e-4, atol=1e-5)
     runner = optc.load(optimized.save(tmp_path / "artifact"))
     torch.testing.assert_close(torch.from_numpy(runner(inputs.numpy())[0]), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_choice_is_measured_once_for_a_model_and_a_machine(
+    net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    inputs, target = torch.randn(1, 3, 16, 16), optc.Target(threads=1)
+
+    def optimize() -> optc.Report:
+        return optc.optimize(net, inputs, ["fuse"], measure=False, target=target).report
+
+    first, second = optimize(), optimize()
+    assert second.backends == first.backends
+    assert second.backend == first.backend
+    assert "Measuring with MLPerf LoadGen" in first.seconds.keys() - second.seconds.keys()
+    (note,) = set(second.notes) - set(first.notes)
+    assert Path(note.rpartition("delete ")[2]).is_file()

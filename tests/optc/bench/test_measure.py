@@ -290,3 +290,34 @@ def test_settles_longer_than_openmp_workers_spin() -> None:
 def test_results_do_not_import_torch() -> None:
     code = "import sys, optc.bench.results; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_candidates_that_are_not_told_apart_get_further_blocks(log: list[tuple[str, str]], query: list[Arrays]) -> None:
+    def sleeping(seconds: float) -> Callable[..., Arrays]:
+        def run(x: np.ndarray) -> Arrays:
+            time.sleep(seconds)
+            return (x,)
+
+        return run
+
+    work = _work(1)
+    candidates = [
+        _candidate("twin", log, work),
+        _candidate("other twin", log, work),
+        _candidate("slow", log, sleeping(0.05)),
+        _candidate("baseline", log, sleeping(0.03)),
+    ]
+    result = _short(candidates, query, optimized=("twin", "other twin", "slow"), block_seconds=0.1, together=True)
+    blocks = {name: len(result[name].blocks) for name in ("twin", "other twin", "slow", "baseline")}
+    assert blocks["twin"] == blocks["other twin"] > 2
+    assert blocks["baseline"] == 2
+    assert blocks["slow"] <= blocks["twin"]
+    assert result.ratio is not None
+    assert result.baseline == "baseline"
+
+
+def test_settling_ends_with_the_time(log: list[tuple[str, str]], query: list[Arrays]) -> None:
+    work = _work(1)
+    candidates = [_candidate("twin", log, work), _candidate("other twin", log, work)]
+    result = _short(candidates, query, optimized=("twin", "other twin"), limit_seconds=0.0, together=True)
+    assert [len(each.blocks) for each in result.results] == [2, 2]

@@ -44,6 +44,7 @@ class Done:
     stderr: str
 
 
+ORT = ("--backend", "onnxruntime")
 Run = Callable[..., Done]
 
 
@@ -67,7 +68,7 @@ def optc(capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
 
 
 def test_optimize_writes_an_artifact_that_runs_without_optc(folder: Path, optc: Run) -> None:
-    done = optc("optimize", "mine:small", "--passes", "fuse", "--no-measure", "--json", "-o", "out")
+    done = optc("optimize", "mine:small", "--passes", "fuse", *ORT, "--no-measure", "--json", "-o", "out")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["artifact"] == "out"
@@ -87,7 +88,7 @@ def test_a_real_process_fails_with_one_line_and_code_2(folder: Path) -> None:
 
 
 def test_optimize_measures_and_ends_with_a_verdict(folder: Path, optc: Run) -> None:
-    done = optc("optimize", "mine:small", "--passes", "fuse", "-q")
+    done = optc("optimize", "mine:small", "--passes", "fuse", *ORT, "-q")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     for word in ("Passes", "Before and after", "eager-fp32", "eager-bf16", "compile-bf16", "p50 ms", "p99 ms"):
@@ -97,8 +98,8 @@ def test_optimize_measures_and_ends_with_a_verdict(folder: Path, optc: Run) -> N
 
 
 def test_random_weights_are_unmissable_and_have_no_accuracy(folder: Path, optc: Run) -> None:
-    arguments = ("optimize", "mobilenetv3_small_050", "--passes", "remove-identity", "--no-measure", "--data", "digits")
-    done = optc(*arguments, "--weights", "random", "-o", "out")
+    arguments = ("optimize", "mobilenetv3_small_050", "--passes", "remove-identity", *ORT, "--no-measure")
+    done = optc(*arguments, "--data", "digits", "--weights", "random", "-o", "out")
     assert done.returncode == 0, done.stderr
     assert "not measurable: random weights" in done.stdout
     manifest = json.loads((folder / "out" / "manifest.json").read_text())
@@ -107,7 +108,7 @@ def test_random_weights_are_unmissable_and_have_no_accuracy(folder: Path, optc: 
 
 
 def test_print_after_and_bisect(folder: Path, optc: Run) -> None:
-    arguments = ("optimize", "mine:small", "--passes", "fold-batch-norm,fuse-activation", "--no-measure")
+    arguments = ("optimize", "mine:small", "--passes", "fold-batch-norm,fuse-activation", *ORT, "--no-measure")
     done = optc(*arguments, "--print-after", "fold-batch-norm", "--bisect-limit", "1")
     assert done.returncode == 0, done.stderr
     assert "# graph after fold-batch-norm" in done.stderr
@@ -160,7 +161,7 @@ def test_a_dataset_whose_classes_are_not_the_models_is_refused(folder: Path, opt
 def test_an_exported_file_is_measured_against_its_baselines(folder: Path, optc: Run) -> None:
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 5)).eval()
     torch.export.save(torch.export.export(model, (torch.randn(1, 3, 8, 8),)), folder / "mine.pt2")
-    done = optc("optimize", "mine.pt2", "--passes", "fuse", "--json", "-o", "out")
+    done = optc("optimize", "mine.pt2", "--passes", "fuse", *ORT, "--json", "-o", "out")
     assert done.returncode == 0, done.stderr
     errors = {r["name"]: r["error"] for r in json.loads(done.stdout)["measurement"]["results"]}
     assert errors["eager-fp32"] is None
@@ -168,7 +169,7 @@ def test_an_exported_file_is_measured_against_its_baselines(folder: Path, optc: 
 
 
 def test_profile_measures_an_artifact_beside_its_model(folder: Path, optc: Run) -> None:
-    optc("optimize", "mine:small", "--passes", "fuse", "--no-measure", "-o", "out")
+    optc("optimize", "mine:small", "--passes", "fuse", *ORT, "--no-measure", "-o", "out")
     done = optc("profile", "out", "mine:small", "--json")
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)["results"]
