@@ -10,7 +10,7 @@ CHECKPOINT := .demo/alexnet-digits.safetensors
 # One thread per process: several tests run at once, and idle OpenMP workers would take the cores from the others.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 
-.PHONY: help venv demo test test-all gpu lint format docs bench clean
+.PHONY: help venv demo test test-all gpu lint format docs bench peers clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -59,8 +59,11 @@ format: $(VENV) ## mend what ruff can mend by itself
 docs: $(VENV) ## write the generated pages again
 	$(BIN)/python docs/generate.py
 
-bench: .venv/.installed-bench ## measure against the peers (long)
+bench: .venv/.installed-bench ## run every benchmark, that against the peers in a short form
 	$(BIN)/python benchmarks/run.py
+
+peers: .venv/.installed-bench ## measure against every peer on every model (hours)
+	$(BIN)/python benchmarks/peers.py
 
 clean: ## remove what was built, not .venv nor the trained checkpoint
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis runs .demo/alexnet-int8

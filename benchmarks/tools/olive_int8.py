@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from platformdirs import user_cache_path
 
 from optc import Runner
 from tools.onnx_runtime import FILE, export, session_runner
@@ -46,9 +45,9 @@ class OliveInt8(Peer):
 
 
 def olive_python() -> Path:
-    """The interpreter of Olive's environment, which is made when it is first asked for and kept in the user's cache."""
+    """The interpreter of Olive's environment, which is made in ours when it is first asked for."""
     digest = hashlib.sha256(REQUIREMENTS.read_bytes() + sys.version.encode()).hexdigest()[:12]
-    folder = user_cache_path("optc") / f"olive-{digest}"
+    folder = Path(sys.prefix) / f"olive-{digest}"
     python, done = folder / "bin" / "python", folder / "installed"
     if not done.exists():
         shutil.rmtree(folder, ignore_errors=True)

@@ -52,8 +52,9 @@ def produce(name: str, task: Task, folder: Path) -> Production:
     except Exception as error:
         return Production(error=one_line(error))
     task_text = json.dumps(asdict(task))
-    environment = {**os.environ, **_QUIET, "OMP_NUM_THREADS": str(task.threads)}
-    environment["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")  # empty: nobody profits from an earlier run
+    # Empty caches: nobody profits from an earlier run.
+    caches = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "XDG_CACHE_HOME": str(folder / "cache")}
+    environment = {**os.environ, **_QUIET, **caches, "OMP_NUM_THREADS": str(task.threads)}
     watched = watch(
         [sys.executable, "-m", "tools.produce", name, task_text, str(folder)],
         cwd=Path(__file__).parents[1],

@@ -1,0 +1,142 @@
+"""The comparison with peers: real tools on a small model, and what follows from their numbers."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from optc import Runner, Target
+from optc.bench.measure import measure
+from optc.bench.results import Candidate, Measurement
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def peers() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(BENCHMARKS))
+    yield importlib.import_module("peers")
+    sys.path.remove(str(BENCHMARKS))
+
+
+def run(names: list[str], results: Path) -> dict[str, Any]:
+    """What the script wrote of one row."""
+    task = ["--models", "test_resnet", "--batch", "2", "--images", "4", "--blocks", "2", "--results", results]
+    command = [sys.executable, BENCHMARKS / "peers.py", *task, "--peers", ",".join(names)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=results)
+    assert done.returncode in (0, 1), done.stderr  # 1: the claim did not hold, which here says nothing
+    found: dict[str, Any] = json.loads((results / "peers" / "test_resnet-batch-2.json").read_text())
+    return found
+
+
+def test_tools_are_made_measured_and_compared(tmp_path: Path) -> None:
+    names = ["eager fp32", "onnxruntime int8"]
+    row = run(names, tmp_path)
+    assert row["out"] == {}
+    for result in row["measurement"]["results"]:
+        assert len(result["blocks"]) == 2
+        assert result["blocks"][0]["latencies_ns"]
+    assert row["sqnr_db"]["eager fp32"] is None  # it is the reference itself
+    assert 10 < row["sqnr_db"]["onnxruntime int8"] < 80
+    made = row["productions"]["onnxruntime int8"]
+    assert made["seconds"] > made["own_seconds"] > 0
+    assert made["peak_bytes"] > 100e6
+    assert row["best_peer"] in names
+    text = (tmp_path / "peers" / "test_resnet-batch-2.md").read_text()
+    assert all(f"| {name} |" in text for name in names)
+    assert (tmp_path / "peers.md").read_text().startswith("## peers: DID NOT HOLD")  # optc was not among them
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_every_tool_runs_or_is_listed_with_its_reason(tmp_path: Path) -> None:
+    names = ["torch.compile bf16", "torchao int8", "openvino nncf int8", "olive int8", "optc auto"]
+    row = run(names, tmp_path)
+    optional = {"openvino nncf int8": "nncf", "olive int8": "pip"}
+    assert all(optional.get(name, "nothing") in why for name, why in row["out"].items()), row["out"]
+    assert set(row["p50_ms"]) | set(row["out"]) == set(names)
+    assert row["productions"]["optc auto"]["details"]["backends"][0]["chosen"]
+    assert row["ratios"]["optc auto"]["low"] <= row["ratios"]["optc auto"]["value"]
+
+
+def test_a_tool_that_fails_is_listed_with_its_reason(peers: ModuleType, tmp_path: Path) -> None:
+    made = peers.produce("onnxruntime fp32", peers.Task("no_such_model", 1, threads=1, images=1), tmp_path / "0")
+    assert "no_such_model" in made.error
+    assert made.seconds > 0
+
+
+class Constant(Runner):
+    """Returns what it was given, after some arithmetic whose amount is its latency."""
+
+    provider, precision = "numpy", "float32"
+
+    def __init__(self, side: int) -> None:
+        self.matrix = np.ones((side, side), np.float32)
+
+    def __call__(self, *inputs: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], ...]:
+        self.matrix @ self.matrix
+        return inputs
+
+
+@pytest.fixture(scope="module")
+def measured() -> Measurement:
+    """Three candidates, each clearly slower than the one before."""
+    sides = {"openvino nncf int8": 32, "optc auto": 256, "eager fp32": 1024}
+    candidates = [Candidate(name, "", False, lambda side=side: Constant(side)) for name, side in sides.items()]
+    query = [(np.ones((1, 4), np.float32),)]
+    return measure(candidates, query, Target(threads=1), blocks=2, block_seconds=0.02)
+
+
+def test_the_best_peer_is_the_fastest_that_computes_the_same(peers: ModuleType, measured: Measurement) -> None:
+    task = peers.Task("test_resnet", 1, threads=1, images=4)
+    made = {result.name: peers.Production() for result in measured.results}
+    sound = peers.row(task, made, dict.fromkeys(made, 40.0), measured)
+    assert sound["best_peer"] == "openvino nncf int8"
+    assert sound["ratios"]["optc auto"]["value"] > 1
+
+    wrong = peers.row(task, made, {**dict.fromkeys(made, 40.0), "openvino nncf int8": 3.0}, measured)
+    assert wrong["best_peer"] == "eager fp32"
+    assert wrong["ratios"]["optc auto"]["value"] < 1
+    assert "output differs: 3.0 dB" in wrong["out"]["openvino nncf int8"]
+    assert "output differs: 3.0 dB" in peers.row_markdown(wrong)
+
+
+def test_optc_is_out_where_its_own_outputs_differ(peers: ModuleType, measured: Measurement) -> None:
+    task = peers.Task("test_resnet", 1, threads=1, images=4)
+    made = {result.name: peers.Production() for result in measured.results}
+    row = peers.row(task, made, {**dict.fromkeys(made, 40.0), "optc auto": float("nan")}, measured)
+    assert row["best_optc"] is None
+    assert "optc auto" in row["out"]
+    assert not peers.summary([row]).held
+    assert "test_resnet batch 1" in peers.summary([row]).finding
+
+
+@pytest.mark.parametrize(("ratio", "held"), [(0.8, True), (0.92, False), (1.2, False)])
+def test_alexnet_at_batch_1_has_a_limit_of_its_own(peers: ModuleType, ratio: float, held: bool) -> None:
+    row = {
+        "model": "alexnet",
+        "batch": 1,
+        "best_peer": "eager fp32",
+        "best_optc": "optc auto",
+        "p50_ms": {"eager fp32": 1.0, "optc auto": ratio},
+        "out": {},
+        "ratios": {"optc auto": {"value": ratio, "low": ratio, "high": ratio}},
+        "productions": {name: {"seconds": 1.0} for name in ("eager fp32", "optc auto")},
+    }
+    assert peers.summary([row]).held is held
+    assert peers.summary([{**row, "batch": 16}]).held is (ratio <= 0.95)
+
+
+def test_signal_to_noise(peers: ModuleType) -> None:
+    reference = [np.full((2, 3), 10.0, np.float32)]
+    assert peers.sqnr_db(reference, reference) == float("inf")
+    assert peers.sqnr_db(reference, [reference[0] + 1]) == pytest.approx(20)
