@@ -250,13 +250,10 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _not_int8(program: Program, names: Sequence[str], target: Target) -> list[dict[str, str]]:
+def _not_int8(program: Program, names: Sequence[str], target: Target) -> dict[str, str]:
     """Each layer of a quantized program that computes in float, with the reason."""
     nodes = {node.name: node for node in program.graph.nodes}
-    return [
-        {"layer": label(nodes[name]) if name in nodes else name, "reason": _why_float(nodes.get(name), target)}
-        for name in names
-    ]
+    return {label(nodes[name]) if name in nodes else name: _why_float(nodes.get(name), target) for name in names}
 
 
 def _why_float(layer: fx.Node | None, target: Target) -> str:

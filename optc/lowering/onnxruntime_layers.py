@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ _TYPES = {
     TensorProto.FLOAT16: "float16",
     TensorProto.BFLOAT16: "bfloat16",
 }
+_CARRIERS = frozenset(("view", "reshape", "permute", "transpose", "t", "clone", "_to_copy", "to"))
+"""Operators of the graph between a constant and what computes with it."""
 _HALF = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -84,7 +87,7 @@ def deviations(program: Program, path: Path, ran: Sequence[Kernel]) -> dict[str,
         return {}
     graph = onnx.load(path, load_external_data=False).graph
     labels = _labels(program)
-    executed = [(layer, labels.get(layer.weights, layer.node), kernel) for layer, kernel in match(layers(graph), ran)]
+    executed = [(layer, next(labels[layer.weights], layer.node), kernel) for layer, kernel in match(layers(graph), ran)]
     details: dict[str, Any] = {}
     if quantized:
         details["not_int8"] = {
@@ -176,21 +179,17 @@ def _plain(node: str) -> str:
     return re.sub(r"(_nchwc|_token_\d+)+$", "", name)
 
 
-def _labels(program: Program) -> dict[str, str]:
-    """Labels for people of what reads each constant through dequantizations and views, by the constant's names.
+def _labels(program: Program) -> dict[str, Iterator[str]]:
+    """Labels for people of what reads each constant, in the order of the graph, by the constant's name in the file.
 
-    The names are the program's own and those of its transposed forms in the file.
+    That is the program's own name for it, or that with ``.T`` where the file has it transposed.
     """
-    found: dict[str, list[str]] = {}
+    found: dict[str, list[str]] = defaultdict(list)
     for node in program.graph.nodes:
         if node.op == "get_attr":
-            readers = dict.fromkeys(label(reader) for reader in _readers(node))
             for name in (str(node.target), f"{node.target}.T"):
-                found.setdefault(name, []).extend(readers)
-    return {name: ", ".join(readers) for name, readers in found.items()}
-
-
-_CARRIERS = frozenset(("view", "reshape", "permute", "transpose", "t", "clone", "_to_copy", "to"))
+                found[name] += (label(reader) for reader in _readers(node))
+    return defaultdict(lambda: iter(()), {name: iter(dict.fromkeys(readers)) for name, readers in found.items()})
 
 
 def _readers(constant: fx.Node) -> Iterator[fx.Node]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 NAMED = 8
@@ -28,7 +28,7 @@ def deviations(lowering: Mapping[str, Any], every: bool = False) -> list[tuple[s
         )
     for key, found in lowering.items():
         if key.startswith("not_"):
-            for layer, reason in _reasons(found):
+            for layer, reason in found.items():
                 groups[key.replace("_", " "), reason].append(layer)
     rows = [(what, _named(names, every), reason) for (what, reason), names in groups.items()]
     casts = lowering.get("inserted_casts")
@@ -36,14 +36,6 @@ def deviations(lowering: Mapping[str, Any], every: bool = False) -> list[tuple[s
         counted = ", ".join(f"{count} {cast}" for cast, count in casts.items())
         rows.append(("casts added", counted, "the runtime lacks kernels in the graph's type"))
     return rows
-
-
-def _reasons(found: Any) -> Iterator[tuple[str, str]]:
-    """Layers with reasons, which backends list as a mapping or as entries."""
-    if isinstance(found, Mapping):
-        yield from found.items()
-    else:
-        yield from ((each["layer"], each["reason"]) for each in found)
 
 
 def _named(names: Sequence[str], every: bool) -> str:

@@ -9,7 +9,7 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper
-from torch import nn
+from torch import Tensor, nn
 
 import optc
 from optc import Program, Target
@@ -62,6 +62,20 @@ def test_layers_the_graph_leaves_in_float_are_named_too(block: Program, tmp_path
     assert not_int8.pop("linear_1 (proj)") == "its weight is not quantized to 8 bits in the graph"
     assert list(not_int8) == ["conv2d (embed)"]
     assert made.precision == "int8 (2 of 4 layers, 2 float32)"
+
+
+def test_layers_that_share_a_weight_are_told_apart(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.shared(self.shared(self.shared(x).relu()).relu())
+
+    program = halved(optc.capture(Tied(), (torch.randn(2, 8),)), "fp16")
+    details = lowered(program, tmp_path).lowered.details
+    assert list(details["not_float16"]) == ["linear (shared)", "linear_1 (shared)", "linear_2 (shared)"]
 
 
 def test_nothing_is_listed_where_every_layer_runs_in_int8(tmp_path: Path) -> None:

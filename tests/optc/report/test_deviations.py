@@ -16,7 +16,7 @@ def test_nodes_with_one_reason_share_a_row() -> None:
             {"node": "b", "operator": "Relu", "provider": CPU},
         ],
         "not_int8": {"conv (stem)": "its input is float", "fc": "no kernel", "head": "no kernel"},
-        "not_float16": [{"layer": "fc", "reason": "no kernel"}],
+        "not_float16": {"fc": "no kernel"},
         "inserted_casts": {"float16 to float32": 2, "float32 to float16": 1},
     }
     assert deviations(lowering) == [
