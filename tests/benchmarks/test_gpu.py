@@ -29,6 +29,7 @@ def test_without_a_gpu_it_says_so_and_exits_with_2() -> None:
     assert done.stdout == "there is no NVIDIA GPU that this PyTorch sees: nothing was run\n"
 
 
+@pytest.mark.slow
 def test_one_table_of_everything_that_ran_and_why_the_rest_did_not(gpu: ModuleType) -> None:
     configurations = (("eager", "fuse"), ("onnxruntime", "fuse,quant"), ("tensorrt", "fuse"))
     result = gpu.benchmark("cpu", ("test_resnet",), (1, 3), configurations, blocks=2)
@@ -44,6 +45,7 @@ def test_one_table_of_everything_that_ran_and_why_the_rest_did_not(gpu: ModuleTy
     assert any(f"torch {torch.__version__}" in note for note in result.notes)
 
 
+@pytest.mark.slow
 def test_what_fails_is_in_the_table_and_the_finding(gpu: ModuleType) -> None:
     result = gpu.benchmark("cpu", ("test_resnet",), (1,), (("openvino", "no-such-pass"),), tests_passed=False, blocks=1)
     assert not result.held
