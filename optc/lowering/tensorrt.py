@@ -47,8 +47,8 @@ class TensorRtBackend(Backend):
     def unavailable(cls, target: Target) -> str | None:
         """What is missing, with the pip line. Imports nothing of NVIDIA's."""
         major, minor = torch.__version__.split(".")[:2]
-        pip = f"pip install 'torch-tensorrt=={major}.{minor}.*' --extra-index-url https://pypi.nvidia.com"
-        pip = f"{pip} && {PIP_MODELOPT}"
+        packages = f"'torch-tensorrt=={major}.{minor}.*' {PIP_MODELOPT.removeprefix('pip install ')}"
+        pip = f"pip install {packages} --extra-index-url https://pypi.nvidia.com"
         if importlib.util.find_spec("torch_tensorrt") is None:
             return f"Torch-TensorRT is not installed, and it needs an NVIDIA GPU: {pip}"
         version = importlib.metadata.version("torch-tensorrt")

@@ -55,8 +55,7 @@ def test_without_tensorrt_one_line_says_what_to_install() -> None:
         assert "\n" not in reason
     if MISSING and "not installed" in MISSING:
         major, minor = torch.__version__.split(".")[:2]
-        assert f"pip install 'torch-tensorrt=={major}.{minor}.*'" in MISSING
-        assert "pip install nvidia-modelopt requests" in MISSING
+        assert f"pip install 'torch-tensorrt=={major}.{minor}.*' nvidia-modelopt requests --extra-index-url" in MISSING
         with pytest.raises(OptcError, match="backend 'tensorrt' cannot run here"):
             optc.optimize(torch.nn.ReLU(), (torch.randn(1, 3),), [], backend="tensorrt", target=CUDA)
 
@@ -124,8 +123,9 @@ def test_the_refusal_of_a_partition_has_every_reason_and_says_why() -> None:
     rows = [{"layer": f"conv2d_{n}", "reason": "no converter for a"} for n in range(5)]
     error = refuse_partition([*rows, {"layer": "roll", "reason": "no converter for b"}], 3)
     assert str(error) == (
-        "TensorRT takes this model in 3 engines, not in one: no converter for a (conv2d_0, conv2d_1, conv2d_2 and 2 more)"
-        "; no converter for b (roll) — a partitioned model cannot be saved without pickle: use another backend"
+        "TensorRT takes this model in 3 engines, not in one: no converter for a (conv2d_0, conv2d_1, conv2d_2 "
+        "and 2 more); no converter for b (roll) "
+        "— a partitioned model cannot be saved without pickle: use another backend"
     )
 
 
