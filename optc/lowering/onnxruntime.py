@@ -78,7 +78,7 @@ class OnnxRuntimeBackend(Backend):
         details |= deviations(program, folder / MODEL_FILE, runner.kernels)
         details["check"] = self._check(program, runner, folder / MODEL_FILE, target).details()
         runner.close()
-        return Lowered(files, details, run_script=RUN_SCRIPT.read_text())
+        return Lowered(files, details, run_script=_run_script(self.providers(target.device)))
 
     def export(self, program: Program, path: Path) -> tuple[tuple[str, ...], dict[str, Any]]:
         """Write the ONNX file; returns the names of all files and details.
@@ -234,6 +234,12 @@ def _who_ran(ran: Sequence[Kernel], wanted: str, fallen: Sequence[object]) -> st
     if not fallen:
         return wanted
     return ", ".join(f"{provider} ({count} nodes)" for provider, count in provider_counts(ran).items())
+
+
+def _run_script(providers: Sequence[str]) -> str:
+    """The artifact's ``run.py``, on the same execution providers."""
+    text = RUN_SCRIPT.read_text(encoding="utf-8")
+    return text.replace('PROVIDERS = ["CPUExecutionProvider"]', f"PROVIDERS = {json.dumps(list(providers))}")
 
 
 def _zeros(value: Any) -> Array:

@@ -6,13 +6,15 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
+PROVIDERS = ["CPUExecutionProvider"]
+
 
 def load(threads: int = 0) -> onnxruntime.InferenceSession:
     """The model as an onnxruntime session; 0 threads lets onnxruntime choose."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     model = Path(__file__).resolve().with_name("model.onnx")
-    return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(str(model), options, providers=PROVIDERS)
 
 
 def main(files: list[str]) -> None:
