@@ -8,6 +8,7 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import ExitStack
 from ctypes.util import find_library
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,14 @@ from optc.lowering.graph_file import read_graph, refusal, write_graph
 from optc.lowering.prepack import LAYERS
 from optc.lowering.tensorrt_build import build_engine, dry_run, export, largest_batch, refuse_partition
 from optc.lowering.tensorrt_engine import ENGINE, FACTS, TensorRtRunner
-from optc.lowering.tensorrt_quant import PIP_MODELOPT, is_quantized, quantize_op, quantize_ops, tensorrt_form
+from optc.lowering.tensorrt_quant import (
+    PIP_MODELOPT,
+    is_quantized,
+    plain_kernels,
+    quantize_op,
+    quantize_ops,
+    tensorrt_form,
+)
 from optc.program import Program
 from optc.rewrite import argument, label
 from optc.target import Target
@@ -83,13 +91,17 @@ class TensorRtBackend(Backend):
             raise BackendError(f"the tensorrt backend cannot take {'; '.join(refused)}", "use another backend")
         form = tensorrt_form(program)
         layers = layer_types(form)
-        if is_quantized(form):
+        quantized = is_quantized(form)
+        if quantized:
             quantize_op()  # before torch_tensorrt is imported, which registers its converter only if it finds modelopt
-        with tempfile.TemporaryDirectory(prefix="optc-tensorrt-", dir=folder) as scratch:
+        with ExitStack() as stack:
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="optc-tensorrt-", dir=folder))
+            if quantized:
+                stack.enter_context(plain_kernels())
             write_graph(form, Path(scratch))
             # 0 and 1 would be taken for constants of a dynamic batch.
             moved = read_graph(Path(scratch), max(2, target.batch), "cuda")
-            exported = export(quantize_ops(moved) if is_quantized(moved) else moved, target)
+            exported = export(quantize_ops(moved) if quantized else moved, target)
             rows, engines = dry_run(exported, moved, target)
             labels = {node.name: label(node) for node in form.graph.nodes}
             rows = [{**row, "layer": labels.get(row["layer"], row["layer"])} for row in rows]

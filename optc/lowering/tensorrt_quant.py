@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -115,6 +116,30 @@ def quantize_op() -> OpOverload:
         ) from error
     operator: OpOverload = torch.ops.tensorrt.quantize_op.default
     return operator
+
+
+@contextmanager
+def plain_kernels() -> Iterator[None]:
+    """Let ``tensorrt::quantize_op`` compute on any device meanwhile.
+
+    Torch-TensorRT calls it on each weight before it decides not to fold it. modelopt's own kernel is compiled on first
+    use, which takes minutes and nvcc; without nvcc it fails.
+    """
+    with torch.library._scoped_library("tensorrt", "IMPL") as library:
+        with warnings.catch_warnings(action="ignore"):  # that there is a kernel already
+            for device in ("CPU", "CUDA"):
+                library.impl("quantize_op", _fake_quantize, device, allow_override=True)
+        yield
+
+
+def _fake_quantize(
+    value: Tensor, amax: Tensor, num_bits: int, exponent_bits: int, unsigned: bool, narrow_range: bool
+) -> Tensor:
+    if (num_bits, exponent_bits, unsigned) != (8, 0, False):
+        raise NotImplementedError("only signed int8 is written by optc")
+    scale = amax.float() / 127
+    rounded = (value.float() / scale).round().clamp(-127 if narrow_range else -128, 127)
+    return (rounded * scale).to(value.dtype)
 
 
 def _call(before: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
