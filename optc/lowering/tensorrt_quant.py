@@ -37,12 +37,13 @@ def tensorrt_form(program: Program) -> Program:
     TensorRT has int8 with zero point 0 and nothing else of 8 bits: activations per tensor, weights per output channel,
     and only between a quantize and a dequantize (``docs/operators.md`` of onnx-tensorrt: DequantizeLinear takes no
     int32, Shape and Reshape no int8). So int32 biases become the float32 they stand for, and sizes are asked of the
-    value before it is quantized.
+    value before it is quantized. Global pools become means.
 
     Raises:
         BackendError: quantization that TensorRT has not, with each node and the reason.
     """
     form = decompose(program)
+    _global_pools_as_means(form)
     _float_biases(form)
     _sizes_of_floats(form)
     refused = [
@@ -167,6 +168,16 @@ def _float_biases(program: Program) -> None:
         new = add_constant(program, node, f"{node.name}_value", node.target(*args, **kwargs))  # type: ignore[operator]
         replace(node, new)
         erase_unused(values)
+
+
+def _global_pools_as_means(program: Program) -> None:
+    """Write each average over all of an image as a mean, which is how PyTorch computes it.
+
+    Of a channels-last image PyTorch also sets the result's strides, an operator that TensorRT has not.
+    """
+    for node in calls(program, aten.adaptive_avg_pool2d.default):
+        if list(argument(node, "output_size")) == [1, 1]:
+            replace(node, _call(node, aten.mean.dim, node.args[0], [-1, -2], True))
 
 
 def _sizes_of_floats(program: Program) -> None:

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from optc import PassContext, Program, Target
+from optc import PassContext, Program, Target, capture
 from optc.errors import BackendError
 from optc.lowering.tensorrt import layer_types
-from optc.lowering.tensorrt_quant import is_quantized, quantize_op, quantize_ops, tensorrt_form
+from optc.lowering.tensorrt_quant import is_quantized, plain_kernels, quantize_op, quantize_ops, tensorrt_form
 from optc.passmanager.manager import build_passes
 from optc.rewrite import constant_of, set_argument
 
@@ -94,6 +94,24 @@ def test_sizes_are_asked_of_floats(block8: Program) -> None:
     form = tensorrt_form(program)
     assert close(form, block8)
     assert nodes(form, torch.ops.aten.sym_size.int)[0].args == (form.graph.find_nodes(op="placeholder")[0], 0)
+
+
+def test_a_global_pool_of_a_channels_last_image_is_a_mean() -> None:
+    class Pooled(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+            return torch.nn.functional.adaptive_avg_pool2d(x, 1).flatten(1) + x.mean((2, 3))
+
+    program = capture(Pooled(), (torch.randn(1, 3, 16, 16),))
+    form = tensorrt_form(program)
+    assert close(form, program)
+
+    def decomposed(program: Program) -> set[str]:
+        exported = torch.export.export(program.module, program.example_inputs).run_decompositions()
+        return {str(node.target) for node in exported.graph.nodes}
+
+    assert "aten.as_strided.default" in decomposed(program)
+    assert "aten.as_strided.default" not in decomposed(form)
 
 
 def test_affine_uint8_is_refused_with_the_mend(captured_cnn: Program) -> None:
@@ -177,6 +195,18 @@ def test_each_value_is_rounded_as_the_graph_rounds_it(cnn8: Program, modelopt_on
             assert weight is not None
             assert amax.shape == (len(weight), *[1] * (weight.dim() - 1))
             assert torch.allclose(quantize_op()(weight, amax, *call.args[2:]), weight, rtol=1e-6, atol=0)
+
+
+def test_the_kernel_used_while_building_is_modelopts_arithmetic(modelopt_on_cpu: list[tuple[object, ...]]) -> None:
+    x = torch.randn(4, 1000) * 3
+    for amax in (torch.tensor([2.5]), torch.tensor([1.0, 2.0, 0.5, 4.0]).view(-1, 1)):
+        for narrow in (True, False):
+            expected = quantize_op()(x, amax, 8, 0, False, narrow)
+            with plain_kernels():
+                assert torch.allclose(quantize_op()(x, amax, 8, 0, False, narrow), expected, rtol=1e-6, atol=0)
+    assert len(modelopt_on_cpu) == 4
+    with plain_kernels(), pytest.raises(NotImplementedError, match="signed int8"):
+        quantize_op()(x, torch.ones(1), 8, 4, False, True)
 
 
 def test_layers_are_counted_by_the_types_of_the_graph(
