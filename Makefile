@@ -43,8 +43,8 @@ test: $(VENV) ## run the tests
 test-all: $(VENV) ## run the tests, those that take minutes too
 	$(PYTEST) -n $(JOBS)
 
-gpu: $(VENV) ## run the tests that need an NVIDIA GPU
-	$(BIN)/pytest -m gpu
+gpu: $(VENV) ## run the tests that need an NVIDIA GPU, then measure everything that runs on it
+	@$(BIN)/python benchmarks/gpu.py
 
 lint: $(VENV) ## style, formatting, types, layers
 	$(BIN)/ruff check .

@@ -132,7 +132,7 @@ def test_every_link_leads_somewhere(path: Path) -> None:
             assert (path.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("guide", ["writing-passes.md", "writing-backends.md"])
+@pytest.mark.parametrize("guide", ["writing-passes.md", "writing-backends.md", "tensorrt.md"])
 def test_the_code_of_a_guide_runs(guide: str, tmp_path: Path) -> None:
     code = "\n\n".join(blocks(ROOT / "docs" / guide, "python"))
     module = tmp_path / f"test_{guide.removesuffix('.md').replace('-', '_')}.py"
