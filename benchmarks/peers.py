@@ -205,7 +205,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> Result:
         table=[_summary_row(row) for row in rows],
         raw={"ratios": {f"{model}, {batch}": ratio for (model, batch), ratio in ratios.items()}},
         notes=[
-            "optc auto is `--passes fuse,quant --backend auto`; best of optc is the best of three lists of passes.",
+            "optc auto is `--passes fuse,quant --backend auto`; best of optc is the best of several lists of passes.",
             f"Random weights; a tool whose outputs keep less than {LEAST_SQNR_DB:.0f} dB is not compared with.",
             *(
                 f"{row['model']} batch {row['batch']}, {name}: {why}"

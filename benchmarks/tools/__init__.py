@@ -51,6 +51,7 @@ PEERS = {
     AUTO: Entry("optc_itself:Optc", ("fuse,quant",), 1),
     "optc fuse": Entry("optc_itself:Optc", ("fuse",), 4),
     "optc fuse+bf16": Entry("optc_itself:Optc", ("fuse,bf16",), 2),
+    "optc fuse+quant+bf16": Entry("optc_itself:Optc", ("fuse,quant,bf16",), 1),
 }
 
 

@@ -4,12 +4,20 @@ import ast
 from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
+from torch import nn
 
 import optc
 import optc_openvino
-from optc_openvino.graph import drop_zero_points, quantized_layers
+from optc_openvino.graph import (
+    drop_quantizations_before_activations,
+    drop_zero_points,
+    quantized_layers,
+    use_hsigmoid,
+)
 from optc_openvino.runner import OpenVinoRunner
-from optc_openvino.runtime import read
+from optc_openvino.runtime import ov, read
 
 TARGET = optc.Target(threads=2)
 
@@ -28,8 +36,6 @@ def test_dropping_zero_points_changes_nothing_but_the_graph(alexnet_int8: optc.O
 
 
 def test_other_zero_points_stay(tmp_path: Path) -> None:
-    from optc_openvino.runtime import ov
-
     ops = ov.opset13
     weights = ops.constant(np.arange(12, dtype=np.int8).reshape(3, 4))
     for zero_point, drops in ((0, 1), (2, 0)):
@@ -38,6 +44,51 @@ def test_other_zero_points_stay(tmp_path: Path) -> None:
         shifted = ops.subtract(ops.convert(weights, "f32"), shift)
         model = ov.Model([ops.matmul(x, shifted, False, True)], [x])
         assert drop_zero_points(model) == drops
+
+
+@pytest.mark.parametrize("kind", ["f32", "bf16"])
+@pytest.mark.parametrize(("slope", "replaced"), [(1 / 6, 1), (0.2, 0)])
+def test_pytorchs_hard_sigmoid_gets_a_kernel(kind: str, slope: float, replaced: int) -> None:
+    ops = ov.opset13
+    x = ops.parameter([2, 8], np.float32)
+    slope_and_offset = (ops.constant(value, getattr(ov.Type, kind)) for value in (slope, 0.5))
+    gate = ops.convert(ops.hard_sigmoid(ops.convert(x, kind), *slope_and_offset), "f32")
+    model = ov.Model([gate], [x])
+    values = np.linspace(-4, 4, 16, dtype=np.float32).reshape(2, 8)
+    (before,) = OpenVinoRunner(model.clone(), TARGET)(values)
+    assert use_hsigmoid(model) == replaced
+    (after,) = OpenVinoRunner(model, TARGET)(values)
+    np.testing.assert_allclose(after, before, atol=1e-6 if kind == "f32" else 2**-8)
+
+
+class Activated(nn.Module):
+    """Two convolutions with an activation between them."""
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 16, 3), activation, nn.Conv2d(16, 8, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+@pytest.mark.parametrize(
+    ("activation", "dropped"), [(nn.Hardswish(), 1), (nn.SiLU(), 1), (nn.ReLU(), 0), (nn.Identity(), 0)]
+)
+def test_the_rounding_before_an_activation_goes(activation: nn.Module, dropped: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module, x = Activated(activation).eval(), torch.randn(2, 3, 16, 16)
+    made = optc.optimize(module, x, "fuse,quant", backend="openvino", calibration=[x], measure=False, target=TARGET)
+    assert made.details["dropped_quantizations"] == dropped
+    assert made.details["not_int8"] == {}
+    optc.export_onnx(made.program, tmp_path / "model.onnx")
+    model = read(tmp_path / "model.onnx")
+    drop_zero_points(model)
+    (rounded,) = OpenVinoRunner(model.clone(), TARGET)(x.numpy())
+    assert drop_quantizations_before_activations(model) == dropped
+    (kept,) = OpenVinoRunner(model, TARGET)(x.numpy())
+    exact = module(x).detach().numpy()
+    assert dropped == 0 or np.square(kept - exact).sum() < np.square(rounded - exact).sum()
 
 
 def test_the_quantized_layers_are_those_of_the_program(vit: optc.Optimized, vit_int8: optc.Optimized) -> None:

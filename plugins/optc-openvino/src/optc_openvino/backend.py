@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING
 
 from optc import Backend, BackendError, Lowered, Runner, Target
 from optc_openvino.execution import not_int8
-from optc_openvino.graph import drop_zero_points, quantized_layers
+from optc_openvino.graph import (
+    drop_quantizations_before_activations,
+    drop_zero_points,
+    quantized_layers,
+    use_hsigmoid,
+)
 from optc_openvino.runner import OpenVinoRunner
 from optc_openvino.runtime import VERSION, errors, ov, read
 
@@ -48,6 +53,8 @@ class OpenVinoBackend(Backend):
             _, exported = export_onnx(program, onnx)
             model = read(onnx)
             dropped = drop_zero_points(model)
+            use_hsigmoid(model)
+            not_rounded = drop_quantizations_before_activations(model)
             with errors("openvino cannot write the model"):
                 ov.save_model(model, folder / FILES[0], compress_to_fp16=False)
             del model  # it maps the ONNX file
@@ -62,6 +69,7 @@ class OpenVinoBackend(Backend):
             "decomposed": exported["decomposed"],
             "operators": dict(operators.most_common()),
             "dropped_zero_points": dropped,
+            "dropped_quantizations": not_rounded,
             "not_int8": not_int8(runner.kernels, asked),
             "check": check_agreement("openvino", program, runner).details(),
         }

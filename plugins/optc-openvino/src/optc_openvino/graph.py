@@ -1,6 +1,10 @@
-"""What is written in an OpenVINO model: which layers are quantized, and zero points that hide it."""
+"""What is written in an OpenVINO model: which layers are quantized, and what hides that or a kernel from OpenVINO."""
 
 from __future__ import annotations
+
+import math
+
+import numpy as np
 
 from optc_openvino.runtime import ov
 
@@ -9,6 +13,8 @@ LAYERS = frozenset(
 )
 _MOVES = frozenset(("Convert", "Reshape", "Squeeze", "Transpose", "Unsqueeze"))
 _INT8 = frozenset(("i8", "u8"))
+_ACTIVATIONS = frozenset(("Elu", "Gelu", "HSigmoid", "HSwish", "HardSigmoid", "Mish", "Sigmoid", "Swish", "Tanh"))
+_DEQUANTIZED = (["Convert", "Convert", "Multiply"], ["Convert", "Convert", "Subtract", "Multiply"])
 
 
 def drop_zero_points(model: ov.Model) -> int:
@@ -32,6 +38,68 @@ def drop_zero_points(model: ov.Model) -> int:
     return dropped
 
 
+def use_hsigmoid(model: ov.Model) -> int:
+    """Replace, in place, HardSigmoid of slope 1/6 and offset 1/2 by HSigmoid, the same function; returns how many.
+
+    PyTorch's hard sigmoid comes through ONNX as the former, for which OpenVINO's CPU plugin has a plain C++ loop over
+    float32 in channels-first order, with a reorder before and after (OpenVINO 2026.4); HSigmoid is compiled together
+    with its neighbours.
+    """
+    replaced = 0
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "HardSigmoid":
+            continue
+        slope, offset = (_constant(node.input_value(index)) for index in (1, 2))
+        if slope is None or offset is None:
+            continue
+        rounding = 1e-6 if slope.get_element_type() == ov.Type.f32 else 2**-8
+        if math.isclose(_number(slope), 1 / 6, rel_tol=rounding) and _number(offset) == 0.5:
+            gate = ov.opset5.hsigmoid(node.input_value(0))
+            gate.set_friendly_name(node.get_friendly_name())
+            node.output(0).replace(gate.output(0))
+            replaced += 1
+    return replaced
+
+
+def drop_quantizations_before_activations(model: ov.Model) -> int:
+    """Remove, in place, each quantization and dequantization that only activations in float read; returns how many.
+
+    ONNX Runtime has int8 kernels only for layers whose output is quantized, so the graph rounds it even where an
+    activation in float comes next. OpenVINO's int8 layers have float outputs, to which it fuses the activation and
+    the quantization after it. Between the two another one is a kernel of its own, and noise.
+    """
+    dropped = 0
+    for node in model.get_ordered_ops():
+        last = _dequantized(node)
+        if last is not None and all(_is_activation(reader.get_node(), last) for reader in last.get_target_inputs()):
+            last.replace(node.input_value(0))
+            dropped += 1
+    return dropped
+
+
+def _dequantized(node: ov.Node) -> ov.Output | None:
+    """The dequantized value that a quantization is read as; ``None`` if the node is none or is read otherwise."""
+    if node.get_type_name() != "FakeQuantize":
+        return None
+    value, types = node.output(0), []
+    while len(value.get_target_inputs()) == 1 and "Multiply" not in types:
+        reader = next(iter(value.get_target_inputs())).get_node()
+        types.append(reader.get_type_name())
+        value = reader.output(0)
+    return value if types in _DEQUANTIZED else None
+
+
+def _is_activation(node: ov.Node, value: ov.Output) -> bool:
+    """Whether a node is an activation, or the product of ``value`` and its sigmoid, which is one."""
+    if node.get_type_name() == "Multiply":
+        factors = [node.input_value(index).get_node() for index in (0, 1)]
+        return any(
+            factor.get_type_name() in _ACTIVATIONS and factor.input_value(0).get_node() == value.get_node()
+            for factor in factors
+        )
+    return node.get_type_name() in _ACTIVATIONS
+
+
 def quantized_layers(model: ov.Model) -> dict[str, str]:
     """Layers whose weights and input are both quantized to 8 bits: names in the model, and their weights' names."""
     found = {}
@@ -49,6 +117,10 @@ def _constant(value: ov.Output, past_scales: bool = False) -> ov.Node | None:
     while node.get_type_name() in _MOVES or (past_scales and node.get_type_name() in ("Multiply", "Subtract")):
         node = node.input_value(0).get_node()
     return node if node.get_type_name() == "Constant" else None
+
+
+def _number(constant: ov.Node) -> float:
+    return float(constant.get_data(dtype=np.float32).item())
 
 
 def _is_dequantized(value: ov.Output) -> bool:
