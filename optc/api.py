@@ -19,13 +19,14 @@ from torch.utils import _pytree as pytree
 from optc.bench import choice_cache
 from optc.bench.baselines import baselines
 from optc.bench.choice import Outcome, choose
+from optc.bench.latency import latencies
 from optc.bench.measure import measure as measure_candidates
 from optc.bench.results import Candidate, Measurement
 from optc.evaluation import evaluation_mode
 from optc.frontend.capture import capture
 from optc.lowering.artifact import write_artifact
-from optc.lowering.backend import Runner
-from optc.lowering.lowering import AUTO, Lowering, backends, lower_all
+from optc.lowering.backend import Backend, Runner
+from optc.lowering.lowering import AUTO, Lowering, backends, has_own_process, lower_all
 from optc.passmanager.contract import Calibration, Instrument, Pass, PassContext
 from optc.passmanager.instruments import Statistics, Timing, Verify
 from optc.passmanager.manager import PassManager, build_passes
@@ -154,7 +155,8 @@ def optimize(
             watchers.append(Verify(captured, list(batches), Path.cwd()))
     with run.step("Running passes") as step:
         ranges = _as_calibration(calibration, captured)
-        context = PassContext(target, ranges, (*watchers, *instruments), step.update)
+        measures = {each.name: _latency_on(each, target) for each in chosen if not has_own_process(each)}
+        context = PassContext(target, ranges, (*watchers, *instruments), step.update, latency=measures)
         program = pipeline(captured, context).program
         step.done(", ".join(record.name for record in program.history if record.modified) or "no changes")
     del captured, watchers, context
@@ -271,6 +273,10 @@ def _evaluate(run: _Run, evaluate: Callable[[Call], float] | None, model: nn.Mod
         optimized.close()
         step.done(f"{after:.2%}")
     return Accuracy(before, after)
+
+
+def _latency_on(backend: Backend, target: Target) -> Callable[[Sequence[Program]], list[float]]:
+    return lambda programs: latencies(programs, backend, target)
 
 
 def _measure(

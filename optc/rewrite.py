@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from optc.program import Program, get_constant
+from optc.program import complete_meta as complete_meta
 
 Target = Callable[..., Any]
 

@@ -71,10 +71,11 @@ def check_agreement(runtime: str, program: Program, run: Callable[..., Sequence[
 
 
 def bound_db(program: Program) -> float:
-    """The least SQNR a correct runtime keeps for ``program``, given the coarsest arithmetic in its graph."""
-    dtypes = {
-        getattr(node.meta.get("val"), "dtype", None) for node in program.graph.nodes if node.op == "call_function"
-    }
+    """The least SQNR a correct runtime keeps for ``program``, given the coarsest arithmetic in its graph.
+
+    Integer weights count: a runtime may multiply them with activations it rounds to 8 bits, block by block.
+    """
+    dtypes = {getattr(node.meta.get("val"), "dtype", None) for node in program.graph.nodes if node.op != "placeholder"}
     if dtypes & {torch.int8, torch.uint8}:
         return QUANTIZED_DB
     return HALF_DB if dtypes & {torch.float16, torch.bfloat16} else FLOAT_DB

@@ -134,11 +134,11 @@ def lower_all(
     with ExitStack() as stack:
         begun: dict[str, Callable[[], Lowering]] = {}
         if program.constant_bytes() <= _SIDE_BY_SIDE_SHARE * available_memory():
-            for backend in filter(_has_own_process, chosen):
+            for backend in filter(has_own_process, chosen):
                 with _kept(refused, backend, len(chosen)):
                     context = _begun(backend, program, target, folder / backend.name)
                     begun[backend.name] = stack.enter_context(context)
-        for backend in sorted(chosen, key=_has_own_process):
+        for backend in sorted(chosen, key=has_own_process):
             if backend.name in refused:
                 continue
             progress(f"lowering to {backend.name}")
@@ -151,7 +151,8 @@ def lower_all(
     return done, refused
 
 
-def _has_own_process(backend: Backend) -> bool:
+def has_own_process(backend: Backend) -> bool:
+    """Whether a backend compiles in a process of its own: it takes seconds then, however small the program."""
     return type(backend).started is not Backend.started
 
 

@@ -18,7 +18,7 @@ from torch import fx
 from torch.export import Dim, ExportedProgram
 
 from optc.errors import BackendError
-from optc.lowering import onnx_rewrites
+from optc.lowering import onnx_blocks, onnx_rewrites
 from optc.ops import COMPOSITES, decompose
 from optc.program import Program
 
@@ -84,6 +84,7 @@ def _translate(program: Program, opset: int) -> ir.Model:
             dynamic_shapes=shapes,
             output_names=names,
             optimize=False,
+            custom_translation_table=onnx_blocks.TRANSLATIONS,
             verbose=False,
         )
     except Exception as error:

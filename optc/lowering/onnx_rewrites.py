@@ -10,6 +10,8 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript import optimizer
 
+from optc.lowering import onnx_blocks
+
 
 def tidy(model: ir.Model) -> None:
     """Fold, clean and name, in place.
@@ -17,6 +19,7 @@ def tidy(model: ir.Model) -> None:
     Transposes of weights go first and lazily; what the optimizer then folds is small (shapes, scales), so no weight is
     ever copied. Metadata goes because it holds source paths of the machine the export ran on.
     """
+    onnx_blocks.tidy_blocks(model)
     transpose_weights(model)
     optimizer.optimize_ir(model)
     dequantize_biases(model)
@@ -73,11 +76,14 @@ def _transposer(tensor: ir.TensorProtocol, perm: tuple[int, ...], name: str) -> 
 
 
 def _transposed_dequantize(model: ir.Model, node: ir.Node, perm: tuple[int, ...] | list[int]) -> ir.Value:
-    """A DequantizeLinear of the transposed weight, its channel axis moved along."""
+    """A DequantizeLinear of the transposed weight, its channel axis moved along, and its scales where it has blocks."""
     weight, *parameters = node.inputs
     assert weight is not None
     axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 1
     attributes = [ir.AttrInt64("axis", list(perm).index(axis % len(perm)))]
+    if onnx_blocks.is_blocked(node):
+        attributes.append(node.attributes["block_size"])
+        parameters = [_transposed(model, scales, perm) for scales in parameters if scales is not None]
     new = ir.Node(
         "", "DequantizeLinear", [_transposed(model, weight, perm), *parameters], attributes, name=f"{node.name}.T"
     )

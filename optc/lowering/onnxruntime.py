@@ -15,6 +15,7 @@ import onnxruntime as ort
 from optc.errors import BackendError
 from optc.lowering.backend import Array, Backend, Lowered, Runner
 from optc.lowering.onnxruntime_profile import (
+    BLOCK_KERNELS,
     Kernel,
     fallback,
     kernels,
@@ -144,7 +145,8 @@ class OnnxRuntimeRunner(Runner):
                 session.run(None, feed)
             except Exception as error:
                 raise BackendError(f"onnxruntime cannot run {path.name}: {_first_line(error)}") from error
-            self.kernels = kernels(json.loads(Path(session.end_profiling()).read_bytes()))
+            ran = kernels(json.loads(Path(session.end_profiling()).read_bytes()))
+        self.kernels = _with_weight_types(ran, path)
         self.fallback = fallback(self.kernels, providers[0])
         if not target.allow_fallback:
             refuse_fallback(self.fallback, self.kernels, providers[0])
@@ -161,6 +163,15 @@ class OnnxRuntimeRunner(Runner):
     def close(self) -> None:
         """Free the session."""
         self._session = None
+
+
+def _with_weight_types(ran: list[Kernel], path: Path) -> list[Kernel]:
+    """The kernels; the file is read only where it alone tells the type of weights."""
+    if not any(kernel.operator in BLOCK_KERNELS for kernel in ran):
+        return ran
+    from optc.lowering.onnxruntime_layers import with_weight_types
+
+    return with_weight_types(ran, path)
 
 
 def session_options(target: Target) -> ort.SessionOptions:

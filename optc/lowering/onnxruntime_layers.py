@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ import onnx
 import torch
 from onnx import TensorProto
 
-from optc.lowering.onnxruntime_profile import Kernel, inserted_casts
+from optc.lowering.onnxruntime_profile import BLOCK_KERNELS, Kernel, inserted_casts
 from optc.rewrite import label
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def deviations(program: Program, path: Path, ran: Sequence[Kernel]) -> dict[str,
     engines = sum(kernel.is_engine for kernel in ran)
     if engines:
         return {"engines": engines}
-    quantized = any("::quantize_" in str(getattr(node.target, "_schema", "")) for node in program.graph.nodes)
+    quantized = any("quantize_" in str(getattr(node.target, "_schema", "")) for node in program.graph.nodes)
     dtypes = {getattr(node.meta.get("val"), "dtype", None) for node in program.graph.nodes}
     half = [name for dtype, name in _HALF.items() if dtype in dtypes]
     if not quantized and not half:
@@ -109,6 +109,16 @@ def _ran(kernel: Kernel | None) -> str:
     return (
         f"onnxruntime chose the {kernel.kind} kernel {kernel.operator}" if kernel else "onnxruntime ran no such layer"
     )
+
+
+def with_weight_types(ran: Sequence[Kernel], path: Path) -> list[Kernel]:
+    """The kernels, those of blocks with the type of their weights, which the profile does not have."""
+    graph = onnx.load(path, load_external_data=False).graph
+    types = {id(kernel): layer.weight_type for layer, kernel in match(layers(graph), ran)}
+    return [
+        replace(kernel, weights=types.get(id(kernel), "int8")) if kernel.operator in BLOCK_KERNELS else kernel
+        for kernel in ran
+    ]
 
 
 def layers(graph: onnx.GraphProto) -> list[Layer]:
@@ -182,12 +192,12 @@ def _plain(node: str) -> str:
 def _labels(program: Program) -> dict[str, Iterator[str]]:
     """Labels for people of what reads each constant, in the order of the graph, by the constant's name in the file.
 
-    That is the program's own name for it, or that with ``.T`` where the file has it transposed.
+    That is the program's own name for it, with ``.int4`` where 4 bits are stored, and ``.T`` where it is transposed.
     """
     found: dict[str, list[str]] = defaultdict(list)
     for node in program.graph.nodes:
         if node.op == "get_attr":
-            for name in (str(node.target), f"{node.target}.T"):
+            for name in (f"{node.target}{suffix}" for suffix in ("", ".T", ".int4", ".int4.T")):
                 found[name] += (label(reader) for reader in _readers(node))
     return defaultdict(lambda: iter(()), {name: iter(dict.fromkeys(readers)) for name, readers in found.items()})
 

@@ -19,7 +19,8 @@ _TYPES = {
     "uint8": "int8",
     "int8": "int8",
 }
-_INT4_KERNELS = ("MatMulNBits",)
+BLOCK_KERNELS = ("MatMulNBits",)
+"""Kernels that read blocks of small integers; how small, only the file tells."""
 _INDEX_TYPES = frozenset(("int32", "int64", "bool"))
 _NAMED = 8
 """How many nodes an error names."""
@@ -38,6 +39,7 @@ class Kernel:
         provider: the execution provider that ran it.
         inputs, outputs: types and shapes. Weights that the kernel holds in a layout of its own are not among them.
         constant_bytes: size of the weights that are.
+        weights: the type of a block kernel's weights, ``"int4"`` or ``"int8"``.
     """
 
     node: str
@@ -46,20 +48,21 @@ class Kernel:
     inputs: tuple[Tensor, ...] = ()
     outputs: tuple[Tensor, ...] = ()
     constant_bytes: int = 0
+    weights: str = ""
 
     @property
     def kind(self) -> str:
         """What it computes in, by the type it reads: ``"float32"``, ``"int8"``, …; empty for indices and the like."""
         if self.is_engine:
             return ""
-        if self.operator in _INT4_KERNELS:
-            return "int4"
+        if self.operator in BLOCK_KERNELS:
+            return self.weights or "int4"
         return _TYPES.get(self.inputs[0][0], "") if self.inputs else ""
 
     @property
     def is_layer(self) -> bool:
         """Whether it is a convolution or a matrix product with weights."""
-        if "Conv" in self.operator or "Gemm" in self.operator or self.operator in _INT4_KERNELS:
+        if "Conv" in self.operator or "Gemm" in self.operator or self.operator in BLOCK_KERNELS:
             return True
         if "MatMul" not in self.operator:
             return False

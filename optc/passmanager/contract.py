@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, final
 
@@ -65,12 +66,14 @@ class PassResult:
         modified: whether its graph or constants differ from what came in; checked against a fingerprint.
         applied: each rewrite made.
         skipped: each rewrite considered and not made, with a reason.
+        account: rows of what a choice rests on, JSON-ready; kept in the record's notes.
     """
 
     program: Program
     modified: bool
     applied: tuple[Change, ...] = ()
     skipped: tuple[Skip, ...] = ()
+    account: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -128,12 +131,17 @@ class PassContext:
         calibration: batches for passes that need activation ranges; ``None`` if there are none.
         instruments: watchers called around every leaf pass, innermost first.
         progress: called with a short text while a pass works (``"calibrating 12/32"``).
+        min_sqnr_db: least SQNR of the outputs, in dB, that approximate passes must keep, if more than their own.
+        latency: by backend, measures programs on it: median seconds of a query each, NaN for what it cannot run. Empty
+            where nobody measures.
     """
 
     target: Target = field(default_factory=Target)
     calibration: Calibration | None = None
     instruments: Sequence[Instrument] = ()
     progress: Callable[[str], None] = lambda text: None
+    min_sqnr_db: float = -math.inf
+    latency: Mapping[str, Callable[[Sequence[Program]], list[float]]] = field(default_factory=dict)
 
 
 class PassOptions(BaseModel):
@@ -199,6 +207,7 @@ class Pass(ABC):
             modified=result.modified,
             applied=result.applied,
             skipped=result.skipped,
+            notes={"account": list(result.account)} if result.account else {},
         )
         for instrument in context.instruments:
             note = instrument.after_pass(self, program, after, record)

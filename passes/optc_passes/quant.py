@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import Field
 
-from optc import Change, Numerics, OptcError, Pass, PassContext, PassOptions, PassResult, Program, Skip
+from optc import Numerics, OptcError, Pass, PassContext, PassOptions, PassResult, Program, Skip
 from optc_passes.observers import ActivationObserver, EntropyObserver, PercentileObserver
-from optc_passes.quant_noise import Batch, layer_sqnr, output_sqnr
-from optc_passes.quant_plan import RULE, make_plan
-from optc_passes.quant_pt2e import calibrate, convert, prepare
-from optc_passes.quant_split import split_composites
-from optc_passes.torchao_pt2e import ObserverBase
+from optc_passes.quant_auto import Choice, choose, table
+from optc_passes.quant_formats import BLOCKS, FLOAT, Attempt, Formats, LayerFormats
 
 _MIN_SQNR_DB = 10.0
 """Noise of a tenth of the signal's power: below it a network's outputs are no longer its own."""
@@ -23,21 +18,17 @@ _MIN_SQNR_DB = 10.0
 class QuantOptions(PassOptions):
     """Options of ``quant``."""
 
+    formats: Literal["int8", "int8-weights", "int4-weights", "auto"] = Field(
+        "int8",
+        description="int8: weights and activations; int8-weights, int4-weights: weights of linear layers, in blocks of"
+        " 128 that share a scale; auto: for each layer the one that makes the model fastest within its budget",
+    )
     observer: Literal["minmax", "percentile", "entropy"] = Field(
         "minmax", description="how an activation's range is chosen from what calibration saw"
     )
     percentile: float = Field(
         99.99, gt=50, le=100, description="share of an activation's values, in percent, that observer=percentile keeps"
     )
-
-
-@dataclass(frozen=True)
-class _Attempt:
-    """A quantized program, the layers that are int8 in it, and the SQNR of its outputs in dB."""
-
-    program: Program
-    layers: tuple[Change, ...]
-    sqnr: float
 
 
 class Quant(Pass):
@@ -67,74 +58,82 @@ class Quant(Pass):
             OptcError: there is no calibration data, or the model itself gives NaN or Inf on it.
             DataError: a calibration batch cannot be used.
         """
-        work = split_composites(program.fork())
-        plan = make_plan(work)
-        if not plan.layers:
-            return PassResult(program, modified=False, skipped=plan.skipped)
-        if context.calibration is None:
+        layers = LayerFormats(program, context, self._observer())
+        if not layers.plan.layers:
+            return PassResult(program, modified=False, skipped=layers.plan.skipped)
+        if context.calibration is None and self.options.formats not in BLOCKS:
             raise OptcError("pass 'quant' needs calibration data to find ranges", "give --data, or calibration=…")
-        symmetric = context.target.device == "cuda"
-        prepared, observers = prepare(work, plan, self._observer(), symmetric)
-        batches, references = calibrate(prepared, context.calibration, context)
-
-        def attempt(in_float: Collection[str]) -> _Attempt:
-            """Quantize all but these layers with the ranges already found."""
-            work = split_composites(program.fork())
-            plan = make_plan(work, in_float)
-            prepared, _ = prepare(work, plan, self._observer(), symmetric, observers)
-            layers = tuple(Change(RULE, layer.node.name, str(layer.weight.target)) for layer in plan.layers)
-            quantized = convert(prepared, plan, program)
-            return _Attempt(quantized, layers, output_sqnr(quantized, batches, references))
-
-        best: _Attempt | None
-        best = full = attempt(())
-        given_back: tuple[Skip, ...] = ()
-        if not full.sqnr >= _MIN_SQNR_DB:
-            best, given_back = self._give_back(program, full, attempt, observers, batches[0], context)
-        skipped = (*plan.skipped, *given_back)
+        layers.calibrate(context)
+        if self.options.formats == "auto":
+            return self._auto(program, layers, context)
+        refused = {name: layers.refusal(name, self.options.formats) for name in layers.names}
+        formats = {name: self.options.formats for name, reason in refused.items() if reason is None}
+        skipped = [*layers.plan.skipped]
+        skipped += [Skip(self.options.formats, name, reason) for name, reason in refused.items() if reason]
+        if not formats:
+            return PassResult(program, modified=False, skipped=tuple(skipped))
+        best: Attempt | None
+        best = full = layers.attempt(formats)
+        if not full.sqnr >= self._least(context):
+            best, given_back = self._give_back(layers, formats, full, context)
+            skipped += given_back
         if best is None:
-            return PassResult(program, modified=False, skipped=skipped)
-        return PassResult(best.program, True, best.layers, skipped)
+            return PassResult(program, modified=False, skipped=tuple(skipped))
+        return PassResult(best.program, True, best.layers, tuple(skipped))
+
+    def _auto(self, program: Program, layers: LayerFormats, context: PassContext) -> PassResult:
+        """Each layer in the format that the table and the budget choose, on the backend where that is fastest."""
+        if not context.latency:
+            raise OptcError("quant.formats=auto needs a backend to measure layers on", "run it through optc optimize")
+        best: Choice | None = None
+        for backend, latency in context.latency.items():
+            context.progress(f"measuring {len(layers.names)} layers on {backend}")
+            entries = table(layers, backend, latency, context)
+            choice = choose(layers, entries, self._least(context), context) if entries else None
+            if choice is not None and (best is None or choice.seconds < best.seconds):
+                best = choice
+        if best is None or not best.attempt.layers:
+            skips = tuple(Skip("auto", name, "no backend runs it faster quantized") for name in layers.names)
+            return PassResult(program, modified=False, skipped=(*layers.plan.skipped, *skips))
+        floats = [name for name, form in best.formats.items() if form == FLOAT]
+        skipped = (*layers.plan.skipped, *(Skip("auto", name, best.why_float(name)) for name in floats))
+        return PassResult(best.attempt.program, True, best.attempt.layers, skipped, best.account())
+
+    def _least(self, context: PassContext) -> float:
+        """Least SQNR in dB of the outputs."""
+        return max(_MIN_SQNR_DB, context.min_sqnr_db)
 
     def _give_back(
-        self,
-        program: Program,
-        full: _Attempt,
-        attempt: Callable[[Collection[str]], _Attempt],
-        observers: dict[str, ObserverBase],
-        batch: Batch,
-        context: PassContext,
-    ) -> tuple[_Attempt | None, tuple[Skip, ...]]:
+        self, layers: LayerFormats, formats: Formats, full: Attempt, context: PassContext
+    ) -> tuple[Attempt | None, list[Skip]]:
         """The attempt with the fewest layers in float that meets the budget, by bisection over layers ranked by noise.
 
         ``None`` if only the float program meets it.
 
         Args:
-            full: the attempt with every layer in int8, which does not meet it.
-            batch: what each layer's own noise is measured on.
+            full: the attempt with every layer in its format, which does not meet it.
         """
-        work = split_composites(program.fork())
-        noise = layer_sqnr(work, make_plan(work), observers, batch)
+        least = self._least(context)
+        noise = {name: db for (name, _), db in layers.noise({name: (form,) for name, form in formats.items()}).items()}
         ranked = sorted(noise, key=lambda name: noise[name])
         too_few, enough, best = 0, len(ranked), None
         while enough - too_few > 1:
             middle = (too_few + enough) // 2
             context.progress(f"outputs at {full.sqnr:.1f} dB: trying {middle} of {len(ranked)} layers in float")
-            tried = attempt(ranked[:middle])
-            if tried.sqnr >= _MIN_SQNR_DB:
+            tried = layers.attempt({name: formats[name] for name in ranked[middle:]})
+            if tried.sqnr >= least:
                 enough, best = middle, tried
             else:
                 too_few = middle
-        skipped = tuple(
+        return best, [
             Skip(
-                RULE,
+                formats[name],
                 name,
-                f"given back to float: in int8 its own output has {noise[name]:.1f} dB SQNR, "
-                f"and with every layer in int8 the model's has {full.sqnr:.1f} dB, below {_MIN_SQNR_DB:g} dB",
+                f"given back to float: in {formats[name]} its own output has {noise[name]:.1f} dB SQNR, "
+                f"and with every layer in it the model's has {full.sqnr:.1f} dB, below {least:g} dB",
             )
             for name in ranked[:enough]
-        )
-        return best, skipped
+        ]
 
     def _observer(self) -> Any:
         if self.options.observer == "percentile":

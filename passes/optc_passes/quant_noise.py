@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from optc import Program
+from optc_passes.quant_blocks import BlockFormat, dequantized, round_blocks
 from optc_passes.quant_plan import Layer, Plan
 from optc_passes.torchao_pt2e import ObserverBase
 
@@ -38,37 +39,46 @@ def output_sqnr(program: Program, batches: Sequence[Batch], references: Sequence
     )
 
 
-def layer_sqnr(program: Program, plan: Plan, observers: Mapping[str, ObserverBase], batch: Batch) -> dict[str, float]:
-    """SQNR in dB of each layer's output when that layer alone is int8, by name of the layer's node.
-
-    One forward pass of the float program in which every layer is computed a second time with rounded input, weight
-    and, where it is rounded, output.
+class NoiseMeter(fx.Interpreter):
+    """Runs the float program and computes every layer a second time in each of the formats asked for.
 
     Args:
-        observers: calibrated observers by the name of the value they saw.
+        observers: calibrated observers by the name of the value they saw; what static int8 rounds with.
+        formats: the formats to try, by name of the layer's node.
+        blocks: the formats of weights alone, by name.
+
+    Attributes:
+        sqnr: SQNR in dB of the layer's output when that layer alone has the format, by (name, format).
     """
-    meter = _NoiseMeter(program.module, plan, observers)
-    with torch.no_grad():
-        meter.run(*batch)
-    return meter.sqnr
 
-
-class _NoiseMeter(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule, plan: Plan, observers: Mapping[str, ObserverBase]) -> None:
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        plan: Plan,
+        observers: Mapping[str, ObserverBase],
+        formats: Mapping[str, Sequence[str]],
+        blocks: Mapping[str, BlockFormat],
+    ) -> None:
         super().__init__(module)
         self._layers = {layer.node: layer for layer in plan.layers}
-        self._observers = observers
-        self.sqnr: dict[str, float] = {}
+        self._observers, self._formats, self._blocks = observers, formats, blocks
+        self.sqnr: dict[tuple[str, str], float] = {}
 
     def run_node(self, node: fx.Node) -> Any:
         value = super().run_node(node)
         layer = self._layers.get(node)
-        if layer is not None:
+        for form in self._formats.get(node.name, ()) if layer is not None else ():
+            assert layer is not None
             args, kwargs = self.fetch_args_kwargs_from_env(node)
-            rounded = [self._round(source, given) for source, given in zip(node.args[:2], args[:2], strict=True)]
-            got = node.target(*rounded, *args[2:], **kwargs)  # type: ignore[operator]
-            wanted, got = _behind(layer, value), _behind(layer, got)
-            self.sqnr[node.name] = sqnr_db(wanted, self._round(layer.tail, got) if layer.is_conv else got)
+            wanted = _behind(layer, value)
+            if form in self._blocks:
+                weight = dequantized(*round_blocks(args[1], self._blocks[form]))
+                got = _behind(layer, node.target(args[0], weight, *args[2:], **kwargs))  # type: ignore[operator]
+            else:
+                rounded = [self._round(source, given) for source, given in zip(node.args[:2], args[:2], strict=True)]
+                got = _behind(layer, node.target(*rounded, *args[2:], **kwargs))  # type: ignore[operator]
+                got = self._round(layer.tail, got) if layer.is_conv else got
+            self.sqnr[node.name, form] = sqnr_db(wanted, got)
         return value
 
     def _round(self, source: Any, value: Tensor) -> Tensor:

@@ -48,6 +48,7 @@ QUANTIZERS = (
 DEQUANTIZERS = (
     torch.ops.quantized_decomposed.dequantize_per_tensor.default,
     torch.ops.quantized_decomposed.dequantize_per_channel.default,
+    torch.ops.quantized_decomposed.dequantize_per_channel_group.default,
 )
 
 FLOAT_OPS = {
@@ -143,6 +144,8 @@ def _why_not(program: Program, node: fx.Node, uses: Counter[int]) -> str | None:
     """Why a layer cannot be quantized, or ``None``."""
     source, weight, bias = (argument(node, name) for name in ("input", "weight", "bias"))
     value = constant_of(program, weight)
+    if is_call(weight, *DEQUANTIZERS):
+        return "its weight is quantized already"
     if value is None:
         return "its weight is computed, not a constant"
     if value.dtype != torch.float32 or dtype(node) != torch.float32:

@@ -10,7 +10,8 @@ from torch import nn
 
 import optc
 from optc_passes.observers import ActivationObserver
-from optc_passes.quant_noise import layer_sqnr, output_sqnr, sqnr_db
+from optc_passes.quant_formats import BLOCKS
+from optc_passes.quant_noise import NoiseMeter, output_sqnr, sqnr_db
 from optc_passes.quant_plan import make_plan
 from optc_passes.quant_pt2e import prepare
 
@@ -40,20 +41,25 @@ def test_each_layer_is_measured_alone() -> None:
     class Outlier(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(7, 4, 1), nn.Linear(8, 4)
+            self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(7, 4, 1), nn.Linear(32, 4)
             with torch.no_grad():
                 self.b.weight[:, 4:] = 0
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.c(self.b(torch.cat([nn.functional.gelu(self.a(x)), 1e5 * x], 1)))
 
-    x = torch.randn(2, 3, 8, 8)
+    x = torch.randn(2, 3, 8, 32)
     program = optc.capture(Outlier(), (x,))
     work = program.fork()
     prepared, observers = prepare(work, make_plan(work), ActivationObserver)
     prepared(x)
-    noise = layer_sqnr(program, make_plan(program), observers, (x,))
-    assert list(noise) == ["conv2d", "conv2d_1", "linear"]
-    assert noise["conv2d"] > 30
-    assert noise["conv2d_1"] < 5
-    assert noise["linear"] > 30
+    formats = {"conv2d": ("int8",), "conv2d_1": ("int8",), "linear": ("int8", "int8-weights", "int4-weights")}
+    meter = NoiseMeter(program.module, make_plan(program), observers, formats, BLOCKS)
+    with torch.no_grad():
+        meter.run(x)
+    noise = meter.sqnr
+    assert list(noise) == [(name, form) for name, forms in formats.items() for form in forms]
+    assert noise["conv2d", "int8"] > 30
+    assert noise["conv2d_1", "int8"] < 8
+    assert noise["linear", "int8"] > 30
+    assert noise["linear", "int8-weights"] > noise["linear", "int4-weights"] + 15

@@ -1,0 +1,55 @@
+"""Quick latencies of small programs on one backend, to choose by; for claims there is :mod:`optc.bench.measure`."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from optc.errors import BackendError
+from optc.lowering.backend import Array, Backend, Runner
+from optc.lowering.lowering import lower
+from optc.program import Program
+from optc.target import Target
+
+ROUNDS = 7
+_ROUND_SECONDS = 0.01
+
+
+def latencies(programs: Sequence[Program], backend: Backend, target: Target) -> list[float]:
+    """Seconds of a query on each program's example inputs: the least of seven medians, taken in turns.
+
+    Other load only ever adds to a latency, so the least round is the closest to its own. NaN for a program that the
+    backend cannot lower or run.
+    """
+    with ExitStack() as stack, tempfile.TemporaryDirectory(prefix="optc-latency-") as folder:
+        runners = [_runner(program, backend, target, Path(folder, str(i))) for i, program in enumerate(programs)]
+        for opened in filter(None, runners):
+            stack.callback(opened.close)
+        found = [math.nan if runner is None else math.inf for runner in runners]
+        for _ in range(ROUNDS):
+            for index, (runner, program) in enumerate(zip(runners, programs, strict=True)):
+                if runner is not None:
+                    found[index] = min(found[index], _median(runner, [t.numpy() for t in program.example_inputs]))
+        return found
+
+
+def _runner(program: Program, backend: Backend, target: Target, folder: Path) -> Runner | None:
+    try:
+        return lower(backend, program, target, folder).load()
+    except BackendError:
+        return None
+
+
+def _median(runner: Runner, inputs: list[Array]) -> float:
+    runner(*inputs)
+    taken: list[float] = []
+    while sum(taken) < _ROUND_SECONDS or len(taken) < 3:
+        start = time.perf_counter()
+        runner(*inputs)
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)

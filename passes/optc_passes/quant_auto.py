@@ -1,0 +1,165 @@
+"""A format for each layer: least measured latency within a budget of noise, as an integer program."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor, fx
+
+from optc import PassContext, Program
+from optc_passes.quant_formats import BLOCKS, FLOAT, INT8, Attempt, LayerFormats
+from optc_passes.quant_plan import Layer
+
+FORMATS = (FLOAT, INT8, *BLOCKS)
+_TRIES = 8
+"""Most times the budget is tightened where the sum of the layers' noise was too optimistic."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One layer in one format on one backend.
+
+    Attributes:
+        sqnr_db: of the layer's output when it alone has the format; infinite in float.
+        seconds: median latency of the layer by itself; NaN where the backend cannot run it.
+        bytes: of weight and bias as stored.
+    """
+
+    backend: str
+    layer: str
+    form: str
+    sqnr_db: float
+    seconds: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The formats chosen from a table, the program with them, and its predicted latency: the sum over its layers."""
+
+    entries: Sequence[Entry]
+    formats: Mapping[str, str]
+    attempt: Attempt
+    seconds: float
+
+    def why_float(self, name: str) -> str:
+        """Why a layer stays in float, with the numbers of the table."""
+        rows = {entry.form: entry for entry in self.entries if entry.layer == name}
+        quickest = min(rows.values(), key=lambda entry: _cost(entry))
+        if quickest.form == FLOAT:
+            return f"float is its fastest format on {quickest.backend}: {quickest.seconds * 1e6:.0f} µs"
+        return (
+            f"{quickest.form} would take {quickest.seconds * 1e6:.0f} µs instead of {rows[FLOAT].seconds * 1e6:.0f} µs,"
+            f" but at {quickest.sqnr_db:.1f} dB it adds more noise than the budget has left"
+        )
+
+    def account(self) -> tuple[dict[str, Any], ...]:
+        """The table as JSON-ready rows, with what was chosen."""
+        return tuple(
+            {
+                **asdict(entry),
+                "sqnr_db": entry.sqnr_db if math.isfinite(entry.sqnr_db) else None,
+                "seconds": entry.seconds if math.isfinite(entry.seconds) else None,
+                "chosen": self.formats[entry.layer] == entry.form,
+            }
+            for entry in self.entries
+        )
+
+
+def table(
+    layers: LayerFormats, backend: str, latency: Callable[[Sequence[Program]], list[float]], context: PassContext
+) -> list[Entry]:
+    """Noise, latency and size of every layer in every format it can have. Layers of the same kind are measured once.
+
+    Empty if the backend cannot run some layer in float.
+    """
+    possible = {name: tuple(form for form in FORMATS if layers.refusal(name, form) is None) for name in layers.names}
+    noise = layers.noise({name: tuple(form for form in forms if form != FLOAT) for name, forms in possible.items()})
+    measured: dict[str, tuple[list[float], list[int]]] = {}
+    entries = []
+    for number, layer in enumerate(layers.plan.layers, 1):
+        name = layer.node.name
+        kind = _kind(layer)
+        if kind not in measured:
+            context.progress(f"measuring layer {number}/{len(layers.names)} on {backend}")
+            programs = [layers.alone(layer, form, context.target.batch) for form in possible[name]]
+            measured[kind] = latency(programs), [_stored_bytes(program) for program in programs]
+        for form, seconds, size in zip(possible[name], *measured[kind], strict=True):
+            if form == FLOAT and math.isnan(seconds):
+                return []
+            entries.append(Entry(backend, name, form, noise.get((name, form), math.inf), seconds, size))
+    return entries
+
+
+def choose(layers: LayerFormats, entries: Sequence[Entry], least_db: float, context: PassContext) -> Choice:
+    """Solve, make the program, and tighten the budget until its outputs keep ``least_db`` on calibration data."""
+    budget = 10 ** (-least_db / 10)
+    for _ in range(_TRIES):
+        formats = solve(entries, budget)
+        attempt = layers.attempt({name: form for name, form in formats.items() if form != FLOAT})
+        context.progress(f"outputs at {attempt.sqnr:.1f} dB with {len(attempt.layers)} layers quantized")
+        if attempt.sqnr >= least_db:
+            break
+        budget *= min(0.7, 10 ** ((attempt.sqnr - least_db) / 10)) if math.isfinite(attempt.sqnr) else 0.1
+    else:
+        formats = dict.fromkeys(layers.names, FLOAT)
+        attempt = layers.attempt({})
+    seconds = sum(_cost(entry) for entry in entries if formats[entry.layer] == entry.form)
+    return Choice(entries, formats, attempt, seconds)
+
+
+def solve(entries: Sequence[Entry], noise_budget: float) -> dict[str, str]:
+    """The format of each layer that minimises the sum of latencies while the sum of noise stays within the budget.
+
+    Noise is 10^(-SQNR/10), each layer's own; that of independent layers adds up. Solved exactly as a 0-1 program with
+    HiGHS (Huangfu and Hall, "Parallelizing the dual revised simplex method", 2018) through ``scipy.optimize.milp``.
+
+    Args:
+        noise_budget: most noise in all, above 0; layers in float add none, so that there is always a solution.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    names = list(dict.fromkeys(entry.layer for entry in entries))
+    one_each = np.array([[float(entry.layer == name) for entry in entries] for name in names])
+    noise = np.array([[10 ** (-entry.sqnr_db / 10) / noise_budget for entry in entries]])
+    cost = np.array([_cost(entry) for entry in entries])
+    runs = np.isfinite(cost) & (noise[0] <= 1)
+    result = milp(
+        np.where(runs, cost, 0) / cost[runs].max(),
+        integrality=np.ones(len(entries), dtype=int),
+        bounds=Bounds(0, runs.astype(float)),
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(np.where(runs, noise, 0), -np.inf, 1)],
+    )
+    assert result.x is not None, "all layers in float is a solution"
+    return {entry.layer: entry.form for entry, chosen in zip(entries, result.x, strict=True) if chosen > 0.5}
+
+
+def _cost(entry: Entry) -> float:
+    return entry.seconds if math.isfinite(entry.seconds) else math.inf
+
+
+def _stored_bytes(program: Program) -> int:
+    """Bytes of the constants; 4-bit integers, which the graph holds in bytes, as they are stored in files."""
+    blocks = {
+        str(node.args[0].target): node.args[4]
+        for node in program.graph.nodes
+        if "dequantize_per_channel_group" in str(node.target)
+    }
+    return sum(
+        tensor.nbytes // 2 if blocks.get(name, 127) <= 7 else tensor.nbytes for name, tensor in program.constants()
+    )
+
+
+def _kind(layer: Layer) -> str:
+    """What a layer's latency depends on: operators, arguments and shapes."""
+
+    def describe(node: fx.Node) -> str:
+        shapes = [tuple(n.meta["val"].shape) for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+        rest = fx.map_arg((node.args, node.kwargs), lambda n: "tensor")
+        return f"{node.target} {rest} {shapes}"
+
+    return " ".join(describe(node) for node in dict.fromkeys((layer.node, layer.tail)))

@@ -1,0 +1,169 @@
+"""A program with each layer in a format of its own: calibrated once, then made as often as the search needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from optc import Change, ModelInfo, PassContext, Program
+from optc.rewrite import argument, calls, complete_meta, constant_of, is_call, shape
+from optc_passes.quant_blocks import BlockFormat, refusal, store_blocks
+from optc_passes.quant_noise import Batch, NoiseMeter, output_sqnr
+from optc_passes.quant_plan import CONVS, DEQUANTIZERS, LINEARS, RULE, Layer, Plan, make_plan
+from optc_passes.quant_pt2e import calibrate, convert, prepare
+from optc_passes.quant_split import split_composites
+from optc_passes.torchao_pt2e import ObserverBase
+
+INT8, FLOAT = RULE, "float"
+BLOCKS = {form.name: form for form in (BlockFormat(8), BlockFormat(4))}
+"""Formats of weights alone, by name: int8-weights and int4-weights."""
+
+Formats = Mapping[str, str]
+"""By name of a layer's node, the name of its format."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A quantized program, what was done to its layers, and the SQNR of its outputs on calibration data, in dB."""
+
+    program: Program
+    layers: tuple[Change, ...]
+    sqnr: float
+
+
+class LayerFormats:
+    """The layers of a program that can be quantized, and what it becomes with each in a given format.
+
+    Args:
+        program: left as it is.
+        context: its calibration batches are seen once, here.
+        observer: constructor of the activation observers.
+
+    Attributes:
+        plan: every layer in int8; the names of its layers are those of :data:`Formats`.
+    """
+
+    def __init__(self, program: Program, context: PassContext, observer: Any) -> None:
+        self._program, self._observer = program, observer
+        self._symmetric = context.target.device == "cuda"
+        self._observers: dict[str, ObserverBase] = {}
+        self._work = split_composites(program.fork())
+        self.plan: Plan = make_plan(self._work)
+        self.batches: list[Batch] = []
+        self._references: list[Batch] = []
+
+    @property
+    def names(self) -> list[str]:
+        """The layers, in graph order."""
+        return [layer.node.name for layer in self.plan.layers]
+
+    def calibrate(self, context: PassContext) -> None:
+        """Find the ranges of activations. Without calibration data only formats of weights can be had.
+
+        Raises:
+            DataError: a batch cannot be used.
+            OptcError: the float program gives NaN or Inf.
+        """
+        if context.calibration is None:
+            self.batches = [self._program.example_inputs]
+            self._references = [self._program.run(*batch) for batch in self.batches]
+            return
+        work = split_composites(self._program.fork())
+        prepared, self._observers = prepare(work, make_plan(work), self._observer, self._symmetric)
+        self.batches, self._references = calibrate(prepared, context.calibration, context)
+
+    def refusal(self, name: str, form: str) -> str | None:
+        """Why a layer cannot have a format, or ``None``."""
+        node = next(layer.node for layer in self.plan.layers if layer.node.name == name)
+        return refusal(node, BLOCKS[form]) if form in BLOCKS else None
+
+    def noise(self, formats: Mapping[str, tuple[str, ...]]) -> dict[tuple[str, str], float]:
+        """SQNR in dB of each layer's output when that layer alone has a format, by (name, format).
+
+        One forward pass of the float program, in which every layer is computed once more for each format asked for.
+        """
+        work = split_composites(self._program.fork())
+        meter = NoiseMeter(work.module, make_plan(work), self._observers, formats, BLOCKS)
+        with torch.no_grad():
+            meter.run(*self.batches[0])
+        return meter.sqnr
+
+    def attempt(self, formats: Formats) -> Attempt:
+        """The program with each layer in its format (in float if it has none), and how far its outputs move."""
+        blocked = {name: BLOCKS[form] for name, form in formats.items() if form in BLOCKS}
+        static = {name for name, form in formats.items() if form == INT8}
+        work = self._program.fork()
+        if static:
+            split_composites(work)
+        changes = [
+            store_blocks(work, node, blocked[node.name])
+            for node in calls(work, *CONVS, *LINEARS)
+            if node.name in blocked
+        ]
+        work.module.recompile()
+        if static:
+            plan = make_plan(work, in_float=set(self.names) - static)
+            prepared, _ = prepare(work, plan, self._observer, self._symmetric, self._observers)
+            changes += [Change(INT8, layer.node.name, str(layer.weight.target)) for layer in plan.layers]
+            work = convert(prepared, plan, self._program)
+        return Attempt(work, tuple(changes), output_sqnr(work, self.batches, self._references))
+
+    def alone(self, layer: Layer, form: str, batch: int) -> Program:
+        """A program of one layer and its rectifier in a format, to be measured.
+
+        Static int8 convolutions read and write integers, as they do between others; linear layers read and write float.
+        """
+        graph, root = fx.Graph(), torch.nn.Module()
+        example = torch.randn(batch, *shape(layer.activation)[1:])
+        values = {layer.activation: graph.placeholder("x")}
+        for name in ("weight", "bias"):
+            node = argument(layer.node, name)
+            if isinstance(node, fx.Node):
+                value = constant_of(self._work, node)
+                root.register_buffer(name, value)
+                values[node] = graph.get_attr(name)
+        for node in dict.fromkeys((layer.node, layer.tail)):
+            values[node] = graph.node_copy(node, values.__getitem__)
+            del values[node].meta["val"]
+        graph.output((values[layer.tail],))
+        module = fx.GraphModule(root, graph, class_name="Program").eval()
+        program = Program(module, (example,), False, ModelInfo(layer.node.name))
+        complete_meta(program)
+        if form in BLOCKS:
+            store_blocks(program, values[layer.node], BLOCKS[form])
+            module.recompile()
+            complete_meta(program)
+        elif form == INT8:
+            plan = make_plan(program)
+            prepared, _ = prepare(program, plan, self._observer, self._symmetric)
+            prepared(example)
+            program = convert(prepared, plan, program)
+            if layer.is_conv:
+                program = _between_integers(program, example)
+        return program
+
+
+def _between_integers(program: Program, example: Tensor) -> Program:
+    """The program without the quantization of its input and the dequantization of its output; in place."""
+    graph = program.graph
+    (source,) = graph.find_nodes(op="placeholder")
+    (quantize,) = source.users
+    output = graph.output_node()
+    (result,) = output.all_input_nodes
+    with torch.no_grad():
+        integers = quantize.target(example, *quantize.args[1:])
+    quantize.replace_all_uses_with(source)
+    graph.erase_node(quantize)
+    if is_call(result, *DEQUANTIZERS):
+        output.args = ((result.args[0],),)
+        graph.erase_node(result)
+    for node in graph.nodes:
+        node.meta.pop("val", None)
+    program.module.recompile()
+    made = replace(program, example_inputs=(integers,))
+    complete_meta(made)
+    return made

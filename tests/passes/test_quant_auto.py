@@ -1,0 +1,84 @@
+"""Formats chosen by measured latency: the integer program, and the pass on a real runtime."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import pytest
+import torch
+from torch import nn
+
+import optc
+from optc_passes.quant import Quant
+from optc_passes.quant_auto import Entry, solve
+
+SECONDS = {"a": (5.0, 2.0, 1.0), "b": (3.0, 1.0, math.nan), "c": (4.0, 6.0, 2.0)}
+DECIBEL = {"float": math.inf, "int8": 40.0, "int4-weights": 18.0}
+ENTRIES = [
+    Entry("test", name, form, DECIBEL[form], seconds, 0)
+    for name, row in SECONDS.items()
+    for form, seconds in zip(DECIBEL, row, strict=True)
+]
+
+
+def cost(formats: dict[str, str]) -> float:
+    return sum(entry.seconds for entry in ENTRIES if formats[entry.layer] == entry.form)
+
+
+def noise(formats: dict[str, str]) -> float:
+    return sum(10 ** (-DECIBEL[form] / 10) for form in formats.values())
+
+
+@pytest.mark.parametrize("least_db", [10.0, 17.5, 19.0, 38.0, 45.0])
+def test_the_integer_program_finds_what_trying_all_finds(least_db: float) -> None:
+    budget = 10 ** (-least_db / 10)
+    found = solve(ENTRIES, budget)
+    every = [dict(zip(SECONDS, forms, strict=True)) for forms in product(DECIBEL, repeat=3)]
+    allowed = [formats for formats in every if noise(formats) <= budget and math.isfinite(cost(formats))]
+    assert noise(found) <= budget
+    assert cost(found) == min(map(cost, allowed))
+
+
+def test_auto_measures_every_layer_and_says_what_it_chose() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 196, 512), nn.Linear(512, 10))
+    batches = [torch.randn(4, 3, 16, 16)]
+    optimized = optc.optimize(
+        model,
+        batches[0][:1],
+        "fuse,quant",
+        pass_options={"quant": {"formats": "auto"}},
+        backend="onnxruntime",
+        calibration=batches,
+        measure=False,
+        target=optc.Target(threads=1),
+    )
+    record = optimized.report.passes[-1]
+    account = record.notes["account"]
+    layers = {row["layer"] for row in account}
+    assert len(layers) == 3
+    assert {row["form"] for row in account} == {"float", "int8", "int8-weights", "int4-weights"}
+    assert [row["layer"] for row in account if row["chosen"]] == sorted(layers)
+    assert all(row["seconds"] > 0 for row in account)
+    chosen = {row["layer"]: row["form"] for row in account if row["chosen"] and row["form"] != "float"}
+    assert {change.node: change.rule for change in record.applied} == chosen
+    big = {row["form"]: row for row in account if row["bytes"] and row["layer"] == "linear"}
+    assert big["int4-weights"]["bytes"] < 0.6 * big["int8"]["bytes"] < 0.2 * big["float"]["bytes"]
+    x = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        want = model(x)
+    assert 20 * torch.log10(want.norm() / (optimized(x) - want).norm()) > 10
+
+
+def test_auto_without_a_backend_is_one_line() -> None:
+    program = optc.capture(nn.Linear(32, 4), (torch.randn(2, 32),))
+
+    class Batches:
+        description = "noise"
+
+        def __iter__(self):  # type: ignore[no-untyped-def]
+            return iter([(torch.randn(2, 32),)])
+
+    with pytest.raises(optc.OptcError, match="needs a backend to measure layers on"):
+        Quant(formats="auto")(program, optc.PassContext(calibration=Batches()))
