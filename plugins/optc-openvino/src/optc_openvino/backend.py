@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from optc import Backend, BackendError, Lowered, Runner, Target
 from optc_openvino.execution import not_int8
+from optc_openvino.flatten import flatten_layers
 from optc_openvino.graph import (
     drop_quantizations_before_activations,
     drop_zero_points,
@@ -55,6 +56,7 @@ class OpenVinoBackend(Backend):
             dropped = drop_zero_points(model)
             use_hsigmoid(model)
             not_rounded = drop_quantizations_before_activations(model)
+            flatten_layers(model)
             with errors("openvino cannot write the model"):
                 ov.save_model(model, folder / FILES[0], compress_to_fp16=False)
             del model  # it maps the ONNX file

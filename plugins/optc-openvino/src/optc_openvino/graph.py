@@ -28,7 +28,7 @@ def drop_zero_points(model: ov.Model) -> int:
     for node in model.get_ordered_ops():
         if node.get_type_name() != "Subtract" or node.input_value(0).get_node().get_type_name() != "Convert":
             continue
-        weights, zero_point = (_constant(node.input_value(index)) for index in (0, 1))
+        weights, zero_point = (constant(node.input_value(index)) for index in (0, 1))
         if weights is None or zero_point is None or weights.get_element_type().is_real() or zero_point.data.any():
             continue
         if node.get_output_partial_shape(0) == node.get_input_partial_shape(0):
@@ -49,7 +49,7 @@ def use_hsigmoid(model: ov.Model) -> int:
     for node in model.get_ordered_ops():
         if node.get_type_name() != "HardSigmoid":
             continue
-        slope, offset = (_constant(node.input_value(index)) for index in (1, 2))
+        slope, offset = (constant(node.input_value(index)) for index in (1, 2))
         if slope is None or offset is None:
             continue
         rounding = 1e-6 if slope.get_element_type() == ov.Type.f32 else 2**-8
@@ -105,13 +105,13 @@ def quantized_layers(model: ov.Model) -> dict[str, str]:
     found = {}
     for node in model.get_ordered_ops():
         if node.get_type_name() in LAYERS and _is_dequantized(node.input_value(0)):
-            weights = _constant(node.input_value(1), past_scales=True)
+            weights = constant(node.input_value(1), past_scales=True)
             if weights is not None and weights.get_element_type().get_type_name() in _INT8:
                 found[node.get_friendly_name()] = weights.get_friendly_name()
     return found
 
 
-def _constant(value: ov.Output, past_scales: bool = False) -> ov.Node | None:
+def constant(value: ov.Output, past_scales: bool = False) -> ov.Node | None:
     """The constant a value is a cast or view of, and where ``past_scales`` a dequantization of; ``None`` if none."""
     node = value.get_node()
     while node.get_type_name() in _MOVES or (past_scales and node.get_type_name() in ("Multiply", "Subtract")):
