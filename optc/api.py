@@ -177,9 +177,9 @@ def optimize(
     if known:
         outcomes = known.outcomes
         notes += (f"backend chosen by the measurement of {known.measured}; to measure again, delete {remembered}",)
-    elif several and measurement is not None:
+    elif several:
         kept, outcomes = choose(names, {**refused, **failed}, measurement)
-        if remembered:
+        if remembered and measurement is not None:
             choice_cache.remember(remembered, outcomes)
     for made in lowerings:
         if made is not kept:

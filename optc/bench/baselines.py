@@ -130,13 +130,16 @@ def _open_eager(source: _Converted, example: tuple[Tensor, ...]) -> Runner:
 def _open_compiled(source: _Converted, example: tuple[Tensor, ...]) -> Runner:
     """Compile and run once, so that compile time is spent here and failures show here.
 
-    Freezing makes weights constants of the compiled code, packed for the kernels: the strongest form.
+    Freezing makes weights constants of the compiled code, packed for the kernels: the strongest form. It is set for the
+    process while compiling, as Dynamo reads it there; among ``torch.compile``'s options it has no effect.
     """
+    from torch._inductor import config
+
     start = time.perf_counter()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), config.patch(freezing=True):
             warnings.simplefilter("ignore")
-            compiled = torch.compile(source.get(), dynamic=False, options={"freezing": True})
+            compiled = torch.compile(source.get(), dynamic=False)
             runner = _TorchRunner(compiled, "torch.compile inductor", source.dtype, source.device)
             runner(*[t.detach().cpu().numpy() for t in example])
     except Exception as error:

@@ -30,22 +30,28 @@ class Outcome:
 
 
 def choose(
-    lowerings: Mapping[str, Lowering], refused: Mapping[str, str], measured: Measurement
+    lowerings: Mapping[str, Lowering], refused: Mapping[str, str], measured: Measurement | None
 ) -> tuple[Lowering, tuple[Outcome, ...]]:
     """Keep the lowering with the lowest median latency; ties within the noise go to it as well, and say so.
 
     Args:
         lowerings: by the name of their candidate in ``measured``; at least one.
+        measured: may be ``None`` where there is but one.
         refused: why other backends were left out, by backend.
 
     Returns:
         The one to keep, and the outcome of every backend: the kept one first, then by latency, then what was not run.
     """
+    left = [Outcome(backend, False, reason) for backend, reason in refused.items()]
+    if measured is None:
+        (only,) = lowerings.values()
+        reason = "the only one that runs here and takes the model"
+        kept = Outcome(only.backend.name, True, reason, only.precision, None, only.bytes, only.seconds)
+        return only, (kept, *left)
     results = [measured[name] for name in lowerings]
     ranked = sorted(results, key=_p50)
     best = ranked[0]
     outcomes = [_outcome(result, lowerings[result.name], best, measured.interleaved) for result in ranked]
-    left = [Outcome(backend, False, reason) for backend, reason in refused.items()]
     return lowerings[best.name], (*outcomes, *left)
 
 

@@ -73,14 +73,17 @@ def backends(name: str, target: Target) -> tuple[list[Backend], dict[str, str]]:
     refused: dict[str, str] = {}
     for each in registry().all("backend"):
         try:
-            backend = _ready(each, target)
+            cls = registry().load("backend", each)
+            reason = cls.unavailable(target)
         except OptcError as error:
-            refused[each] = str(error)
-            continue
-        if backend.automatic:
-            found.append(backend)
+            reason = str(error)
+        if reason:
+            refused[each] = reason
+        elif cls.automatic:
+            found.append(cls())
     if not found:
-        raise OptcError(f"no backend can run here: {'; '.join(refused.values())}")
+        reasons = "; ".join(f"{each}: {reason}" for each, reason in refused.items())
+        raise OptcError(f"no backend can run here: {reasons}")
     return found, refused
 
 

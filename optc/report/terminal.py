@@ -115,6 +115,8 @@ def backends_table(report: Report) -> Table:
     )  # fmt: skip
     for column in table.columns[2:5]:
         column.justify = "right"
+    for column in (table.columns[0], table.columns[5]):
+        column.overflow = "fold"  # a pip line is there to be copied
     for row in rows(report.backends):
         table.add_row(*row, style="bold" if row[0].endswith("(kept)") else None)
     return table

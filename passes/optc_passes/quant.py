@@ -1,4 +1,4 @@
-"""``quant``: static int8 by post-training quantization, written into the graph as quantize/dequantize operators."""
+"""``quant``: layers in int8, or weights in 8- or 4-bit blocks, by post-training quantization written into the graph."""
 
 from __future__ import annotations
 
@@ -40,6 +40,9 @@ class Quant(Pass):
     Integer-Arithmetic-Only Inference", CVPR 2018. Pools, views and residual additions between int8 layers stay in
     int8. Softmax, normalisations, GELU, SiLU, hard-swish and squeeze-and-excitation gates stay in float: onnxruntime
     has no int8 kernel for most, and where it has (sigmoid, mul) EfficientNet-B0 ran no faster for it.
+
+    Other formats round the weights of linear layers alone, in blocks (:mod:`optc_passes.quant_blocks`), or choose for
+    each layer by measuring (:mod:`optc_passes.quant_auto`).
 
     If the outputs of the quantized program miss the budget on calibration data, the layers that add most noise go back
     to float, as few as it takes.
@@ -84,7 +87,10 @@ class Quant(Pass):
     def _auto(self, program: Program, layers: LayerFormats, context: PassContext) -> PassResult:
         """Each layer in the format that the table and the budget choose, on the backend where that is fastest."""
         if not context.latency:
-            raise OptcError("quant.formats=auto needs a backend to measure layers on", "run it through optc optimize")
+            raise OptcError(
+                "quant.formats=auto needs a backend to measure layers on, one that does not compile for seconds",
+                "use optc optimize with --backend auto or onnxruntime",
+            )
         best: Choice | None = None
         for backend, latency in context.latency.items():
             context.progress(f"measuring {len(layers.names)} layers on {backend}")

@@ -81,6 +81,19 @@ def test_all_compute_what_the_model_computes(net: _Net, image: Tensor, capfd: py
     assert capfd.readouterr() == ("", "")
 
 
+def test_the_compiled_baseline_has_its_weights_frozen(net: _Net, image: Tensor) -> None:
+    """Constants of the compiled code do not follow the module's weights."""
+    torch.compiler.reset()
+    cpu = torch.device("cpu")
+    half = baselines_module._Converted(net.eval(), torch.bfloat16, cpu)
+    module = half.get()
+    runner = baselines_module._open_compiled(half, (image,))
+    before = runner(image.numpy())[0]
+    with torch.no_grad():
+        module.conv.weight.mul_(3)  # type: ignore[operator,union-attr]
+    np.testing.assert_array_equal(runner(image.numpy())[0], before)
+
+
 def test_float32_on_the_cpu_is_the_model_itself_and_half_precision_leaves_it_alone(net: _Net, image: Tensor) -> None:
     before = {name: (value.dtype, value.data_ptr()) for name, value in net.state_dict(keep_vars=True).items()}
     cpu = torch.device("cpu")

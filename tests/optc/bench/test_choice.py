@@ -83,3 +83,10 @@ def test_equals_are_said_to_be_equal(made: dict[str, Lowering]) -> None:
     interval = outcomes[1].reason
     ratio = float(interval.partition("x")[0])
     assert 0.8 < ratio < 1.6, interval
+
+
+def test_the_only_one_is_kept_without_a_measurement(made: dict[str, Lowering]) -> None:
+    kept, outcomes = choose({"fast": made["fast"]}, {"refuses": "no kernel for Roll"}, None)
+    assert kept is made["fast"]
+    assert [(outcome.backend, outcome.chosen) for outcome in outcomes] == [("fast", True), ("refuses", False)]
+    assert outcomes[1].reason == "no kernel for Roll"
