@@ -6,10 +6,12 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from optc.passmanager.contract import PassRecord
+from optc.passmanager.contract import Pass, PassRecord
 from optc.program import ModelInfo
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from optc.bench.choice import Outcome
     from optc.bench.results import Measurement
 
@@ -22,12 +24,56 @@ class Accuracy:
         before, after: top-1 accuracy or the caller's metric, of the captured model and of the lowered one.
         data: what it was evaluated on.
         reason: why it could not be measured; then ``before`` and ``after`` are ``None``.
+        metric: what it is called.
     """
 
     before: float | None = None
     after: float | None = None
     data: str = ""
     reason: str = ""
+    metric: str = "accuracy"
+
+    @property
+    def drop(self) -> float | None:
+        """Percentage points that were lost; negative if the metric rose."""
+        return None if self.before is None or self.after is None else 100 * (self.before - self.after)
+
+
+@dataclass(frozen=True)
+class BudgetOutcome:
+    """Whether the metric stayed within ``max_drop`` percentage points, and what it took.
+
+    Attributes:
+        quantized: whether passes that change the outputs are part of what was kept; ``False`` if none kept the budget.
+        tried: what was given up because it lost more.
+    """
+
+    max_drop: float
+    quantized: bool
+    tried: tuple[str, ...]
+    text: str
+
+    @classmethod
+    def of(
+        cls,
+        max_drop: float | None,
+        accuracy: Accuracy,
+        asked: Pass,
+        history: Sequence[PassRecord],
+        tried: Sequence[str],
+    ) -> BudgetOutcome | None:
+        """What became of the budget; ``None`` without one."""
+        if max_drop is None:
+            return None
+        approximate = {each.name for each in asked.leaves() if not each.numerics.exact}
+        quantized = any(record.modified and record.name in approximate for record in history)
+        text = f"{accuracy.metric} lost {accuracy.drop or 0:.2f} of the {max_drop:g} points allowed, on {accuracy.data}"
+        if approximate and not quantized:
+            reason = f" ({'; '.join(tried)})" if tried else ""
+            text = (
+                f"NOT quantized: nothing that {', '.join(sorted(approximate))} can do keeps the budget{reason}; {text}"
+            )
+        return cls(max_drop, quantized, tuple(tried), text)
 
 
 @dataclass(frozen=True)
@@ -38,6 +84,7 @@ class Report:
         passes: one record per leaf pass that ran.
         model_bytes: constants of the captured model; ``file_bytes``: all runtime files written.
         backends: where the backend was chosen by measuring, what became of each; the kept one first.
+        budget: what became of the accuracy budget, if there was one.
         calibration: where activation ranges came from; empty if no data was offered.
         lowering: what the backend had to say (opset, operator counts, fallbacks).
         lowering_check: distance of the runtime's outputs from the optimized graph's.
@@ -54,6 +101,7 @@ class Report:
     file_bytes: int
     accuracy: Accuracy
     measurement: Measurement | None
+    budget: BudgetOutcome | None = None
     backends: tuple[Outcome, ...] = ()
     calibration: str = ""
     lowering: dict[str, Any] = field(default_factory=dict)
@@ -68,7 +116,11 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """The last line: whether the result is faster than the best unquantized candidate, and by how much."""
+        """The last line: whether the result is faster than the best unquantized candidate, and what the budget took."""
+        return f"{self._speed} Budget: {self.budget.text}." if self.budget else self._speed
+
+    @property
+    def _speed(self) -> str:
         if self.measurement is None:
             return "Speed was not measured."
         ratio, baseline = self.measurement.ratio, self.measurement.baseline

@@ -14,6 +14,7 @@ from optc.bench.results import CandidateResult, Measurement
 from optc.passmanager.contract import PassRecord, Skip
 from optc.report.deviations import deviations
 from optc.report.report import Report
+from optc.report.words import distance, megabytes, named, what
 
 REASONS_SHOWN = 6
 REFERENCE = "eager-fp32"
@@ -63,12 +64,12 @@ def passes_table(records: tuple[PassRecord, ...]) -> Table:
             bytes_before, bytes_after = record.notes["statistics"]["constant_bytes"]
             table.add_row(
                 record.name,
-                _what(record),
+                what(record),
                 f"{before} → {after}" if before != after else str(after),
-                f"{_mb(bytes_before)} → {_mb(bytes_after)}"
+                f"{megabytes(bytes_before)} → {megabytes(bytes_after)}"
                 if abs(bytes_before - bytes_after) > 5e4
-                else _mb(bytes_after),
-                _distance(record),
+                else megabytes(bytes_after),
+                distance(record),
                 f"{record.notes['timing']['seconds']:.2f} s",
             )
     idle = [record.name for record in records if not record.modified]
@@ -89,7 +90,7 @@ def skipped_table(records: tuple[PassRecord, ...], verbose: bool) -> Table:
             groups[skip.reason].append(skip)
         shown = list(groups.items()) if verbose else list(groups.items())[:REASONS_SHOWN]
         for reason, skips in shown:
-            table.add_row(record.name, _nodes([skip.node for skip in skips], verbose), reason)
+            table.add_row(record.name, named([skip.node for skip in skips], verbose), reason)
         rest = sum(len(skips) for _, skips in list(groups.items())[len(shown) :])
         if rest:
             table.add_row(record.name, f"{rest} more", "see manifest.json, or run with -v")
@@ -136,14 +137,14 @@ def results_table(report: Report) -> Table:
     before = "–" if accuracy.before is None else f"{accuracy.before:.2%}"
     after = "–" if accuracy.after is None else f"{accuracy.after:.2%}"
     if report.measurement is None:
-        table.add_row("before", "", "", "", "", before, _mb(report.model_bytes))
-        table.add_row(f"after ({report.backend})", report.precision, "", "", "", after, _mb(report.file_bytes))
+        table.add_row("before", "", "", "", "", before, megabytes(report.model_bytes))
+        table.add_row(f"after ({report.backend})", report.precision, "", "", "", after, megabytes(report.file_bytes))
         return table
     for result in report.measurement.results:
         if result.name == report.measurement.optimized:
-            table.add_row(*_latency_cells(result), after, _mb(report.file_bytes), style="bold")
+            table.add_row(*_latency_cells(result), after, megabytes(report.file_bytes), style="bold")
         elif result.name == REFERENCE:
-            table.add_row(*_latency_cells(result), before, _mb(report.model_bytes))
+            table.add_row(*_latency_cells(result), before, megabytes(report.model_bytes))
         else:
             table.add_row(*_latency_cells(result))
     return table
@@ -177,24 +178,3 @@ def _measurement_warnings(report: Report) -> list[str]:
     if measurement.sequential_reason:
         warnings.append(f"candidates were measured one after another, not in turns: {measurement.sequential_reason}")
     return warnings
-
-
-def _what(record: PassRecord) -> str:
-    return ", ".join(f"{count} {rule}" for rule, count in record.notes["statistics"]["applied"].items())
-
-
-def _distance(record: PassRecord) -> str:
-    if "verify" not in record.notes:
-        return "not verified"
-    sqnr = record.notes["verify"]["from_captured"]["sqnr_db"]
-    return "equal" if sqnr == float("inf") else f"{sqnr:.0f} dB"
-
-
-def _nodes(names: list[str], verbose: bool) -> str:
-    if verbose or len(names) <= 3:
-        return ", ".join(names)
-    return f"{', '.join(names[:2])} and {len(names) - 2} more"
-
-
-def _mb(size: float) -> str:
-    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"

@@ -1,0 +1,169 @@
+"""The charts of a report about candidates: how long their queries took, and what speed costs in accuracy and size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from optc.report.document import Chart
+from optc.report.svg import INK, MUTED, SERIES, element, figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_BINS = 60
+_LOG_FROM = 4.0
+"""From which ratio between the slowest and the fastest candidate on an axis of latencies is logarithmic."""
+
+
+@dataclass(frozen=True)
+class Latencies:
+    """A candidate's latencies in ms, all queries; ``strong`` for the one the report is about."""
+
+    name: str
+    milliseconds: ArrayLike
+    strong: bool = False
+
+
+@dataclass(frozen=True)
+class Point:
+    """A candidate in the trade-off of latency (median, ms), size (MB) and accuracy (0 to 1; ``None`` if unknown)."""
+
+    name: str
+    milliseconds: float
+    megabytes: float
+    accuracy: float | None = None
+    strong: bool = False
+
+
+def latency_chart(candidates: Sequence[Latencies]) -> Chart:
+    """The distribution of each candidate's latencies, with p50, p90 and p99 marked; needs at least one candidate."""
+    values = [np.asarray(each.milliseconds, dtype=np.float64) for each in candidates]
+    marks = [np.percentile(each, (50, 90, 99)) for each in values]
+    low, high = min(float(each.min()) for each in values), max(float(each[2]) for each in marks) * 1.02
+    medians = [float(each[0]) for each in marks]
+    logarithmic = max(medians) / min(medians) > _LOG_FROM
+    edges = np.geomspace(low, high, _BINS + 1) if logarithmic else np.linspace(low, high, _BINS + 1)
+    with figure(0.9 + 0.55 * len(candidates)) as drawn:
+        axes = drawn.add_subplot()
+        for row, (each, taken, mark) in enumerate(zip(candidates, values, marks, strict=True)):
+            counts, _ = np.histogram(taken, edges)
+            shape = 0.62 * counts / max(counts.max(), 1)
+            colour = SERIES[1] if each.strong else SERIES[0]
+            axes.stairs(row - shape, edges, baseline=row, fill=True, color=colour, alpha=0.55)
+            for value, length in zip(mark, (0.7, 0.4, 0.25), strict=True):
+                axes.plot([value, value], [row, row - length], color=INK, linewidth=1.6, solid_capstyle="butt")
+            axes.annotate(
+                f"{mark[0]:.3g}", (mark[0], row - 0.7), (3, -3), textcoords="offset points", va="center", fontsize=9
+            )
+        axes.set_yticks(range(len(candidates)), [each.name for each in candidates])
+        axes.set_ylim(len(candidates) - 0.8, -0.95)
+        axes.grid(visible=False, axis="y")
+        if logarithmic:
+            _logarithmic(axes, "x")
+        axes.set_xlabel("latency of a query (ms)" + (", logarithmic" if logarithmic else ""))
+        title = "How long queries took (ms)"
+        told = "; ".join(
+            f"{each.name} {mark[0]:.3g} ms at the median, {mark[1]:.3g} at p90, {mark[2]:.3g} at p99"
+            for each, mark in zip(candidates, marks, strict=True)
+        )
+        alt = f"Distribution of the latencies of {len(candidates)} candidates: {told}."
+        note = "Each hill shows how often a latency occurred. The three strokes mark p50 (longest, with its value), "
+        return Chart(title, alt, element(drawn, title, alt), note + "p90 and p99; the slowest 1 % are left out.")
+
+
+def pareto_chart(points: Sequence[Point]) -> Chart:
+    """Size, and where known accuracy, against latency; those that nothing beats in all of them are joined by a line.
+
+    Needs at least one point. The area of a mark grows with the size.
+    """
+    measured = [each for each in points if each.accuracy is not None]
+    panels = 2 if measured else 1
+    with figure(0.5 + 2.6 * panels) as drawn:
+        first = drawn.add_subplot(panels, 1, 1)
+        if measured:
+            values = [each.accuracy * 100 for each in measured if each.accuracy is not None]
+            _scatter(first, measured, values, better=1)
+            first.set_ylabel("accuracy (%)")
+            first.set_ylim(min(values) - 1.5, min(max(values) + 1.5, 102))
+            second = drawn.add_subplot(panels, 1, 2, sharex=first)
+        else:
+            second = first
+        sizes = [each.megabytes for each in points]
+        _scatter(second, points, sizes, better=-1)
+        second.set_ylabel("size of the weights (MB)")
+        second.set_ylim(0, max(sizes) * 1.15)
+        medians = [each.milliseconds for each in points]
+        if max(medians) / min(medians) > _LOG_FROM:
+            _logarithmic(second, "x")
+            second.set_xlabel("median latency (ms), logarithmic")
+        else:
+            second.set_xlim(0, max(medians) * 1.12)
+            second.set_xlabel("median latency (ms)")
+        title = "Latency (ms), size (MB) and accuracy (%)" if measured else "Latency (ms) and size (MB)"
+        told = "; ".join(_told(each) for each in sorted(points, key=lambda each: each.milliseconds))
+        alt = f"Trade-off between candidates, fastest first: {told}."
+        note = "Further left is faster, further down smaller" + (", further up more accurate" if measured else "")
+        joined = "The line joins those that no other beats in both."
+        return Chart(title, alt, element(drawn, title, alt), f"{note}. {joined}")
+
+
+def steps_chart(title: str, unit: str, names: Sequence[str], values: Sequence[float]) -> Chart:
+    """One horizontal bar for each step, the first at the top, labelled with its value; needs at least one."""
+    with figure(0.6 + 0.3 * len(names)) as drawn:
+        axes = drawn.add_subplot()
+        bars = axes.barh(range(len(names)), values, color=SERIES[0], height=0.68)
+        axes.bar_label(bars, [f"{value:.4g}" for value in values], padding=3, fontsize=9)
+        axes.set_yticks(range(len(names)), list(names))
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        axes.set_xlim(0, max(values) * 1.12 or 1)
+        axes.set_xlabel(unit)
+        told = ", ".join(f"{name} {value:.4g}" for name, value in zip(names, values, strict=True))
+        alt = f"Bars of {unit}: {told}."
+        return Chart(f"{title} ({unit})", alt, element(drawn, title, alt))
+
+
+def _told(point: Point) -> str:
+    accuracy = f", {point.accuracy:.1%} accurate" if point.accuracy is not None else ""
+    return f"{point.name} {point.milliseconds:.3g} ms, {point.megabytes:.3g} MB{accuracy}"
+
+
+def _scatter(axes: Axes, points: Sequence[Point], heights: Sequence[float], better: int) -> None:
+    """Points at their latencies and ``heights``; ``better`` is 1 where more is better, -1 where less is."""
+    largest = max(each.megabytes for each in points) or 1.0
+    best = None
+    front = []
+    for each, height in sorted(zip(points, heights, strict=True), key=lambda pair: (pair[0].milliseconds, pair[1])):
+        if best is None or better * height > better * best:
+            best = height
+            front.append((each.milliseconds, height))
+    axes.step(*zip(*front, strict=True), where="post", color=MUTED, linewidth=1, linestyle="--")
+    for each, height in zip(points, heights, strict=True):
+        axes.scatter(
+            each.milliseconds,
+            height,
+            s=40 + 220 * each.megabytes / largest,
+            color=SERIES[1] if each.strong else SERIES[0],
+            alpha=0.75,
+            linewidths=0,
+        )
+        axes.annotate(
+            each.name, (each.milliseconds, height), (0, 9), textcoords="offset points", fontsize=9, ha="center"
+        )
+    axes.margins(0.15, 0.2)
+
+
+def _logarithmic(axes: Axes, axis: str) -> None:
+    """A logarithmic axis with plain numbers at 1, 2 and 5."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    getattr(axes, f"set_{axis}scale")("log")
+    ticks = getattr(axes, f"{axis}axis")
+    ticks.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ticks.set_minor_formatter(NullFormatter())
