@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -35,6 +37,35 @@ def target_options(command: Command) -> Command:
     return click.option(
         "--threads", type=click.IntRange(1), help="Threads for every candidate.  [default: all this process has]"
     )(command)
+
+
+def report_option(command: Command) -> Command:
+    """``--report``: what was found out, as a file to look at or to send."""
+    return click.option(
+        "--report",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="Write a report: .html (one page with charts), .md or .json.",
+    )(command)
+
+
+def command_line() -> str:
+    """The command that runs, as one would type it, without what only says how to show its results."""
+    context = click.get_current_context()
+    words = context.command_path.split()
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+        if not given or name in ("report", "as_json", "verbose", "quiet"):
+            continue
+        value = context.params[name]
+        values = value if isinstance(value, tuple) else (value,)
+        if isinstance(parameter, click.Argument):
+            words += map(str, values)
+        elif isinstance(value, bool):
+            words.append((parameter.opts if value else parameter.secondary_opts)[0])
+        else:
+            words += [word for each in values for word in (parameter.opts[0], str(each))]
+    return shlex.join(words)
 
 
 def progress_for(verbose: bool, quiet: bool) -> TerminalProgress:

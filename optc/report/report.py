@@ -67,12 +67,12 @@ class BudgetOutcome:
             return None
         approximate = {each.name for each in asked.leaves() if not each.numerics.exact}
         quantized = any(record.modified and record.name in approximate for record in history)
-        text = f"{accuracy.metric} lost {accuracy.drop or 0:.2f} of the {max_drop:g} points allowed, on {accuracy.data}"
+        lost = f"{accuracy.drop or 0:.2f} points of {accuracy.metric} lost, {max_drop:g} allowed ({accuracy.data})"
         if approximate and not quantized:
-            reason = f" ({'; '.join(tried)})" if tried else ""
-            text = (
-                f"NOT quantized: nothing that {', '.join(sorted(approximate))} can do keeps the budget{reason}; {text}"
-            )
+            names = ", ".join(sorted(approximate))
+            text = "; ".join([f"NOT quantized: nothing that {names} can do keeps the budget", *tried, lost])
+        else:
+            text = "; ".join([lost, *tried])
         return cls(max_drop, quantized, tuple(tried), text)
 
 

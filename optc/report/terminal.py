@@ -13,6 +13,7 @@ from optc.bench.choice import rows
 from optc.bench.results import CandidateResult, Measurement
 from optc.passmanager.contract import PassRecord, Skip
 from optc.report.deviations import deviations
+from optc.report.measured import warnings
 from optc.report.report import Report
 from optc.report.words import distance, megabytes, named, what
 
@@ -39,7 +40,7 @@ def render(report: Report, artifact: Path, verbose: bool = False) -> Group:
         "",
         results_table(report),
         "",
-        *(Text(f"! {note}", style="yellow") for note in (*report.notes, *_measurement_warnings(report))),
+        *(Text(f"! {note}", style="yellow") for note in (*report.notes, *warnings(report.measurement))),
     ]
     style = "bold green" if report.faster else "bold yellow"
     script = artifact / "run.py"
@@ -168,13 +169,3 @@ def _latency_cells(result: CandidateResult) -> list[str | Text]:
         return [result.name, Text(f"not measured: {result.error}", style="yellow"), "", "", ""]
     p = result.percentiles
     return [result.name, result.precision, *(f"{ns / 1e6:.2f}" for ns in (p.p50_ns, p.p90_ns, p.p99_ns))]
-
-
-def _measurement_warnings(report: Report) -> list[str]:
-    measurement = report.measurement
-    if measurement is None:
-        return []
-    warnings = [*measurement.warnings, *(f"{r.name}: {warning}" for r in measurement.results for warning in r.warnings)]
-    if measurement.sequential_reason:
-        warnings.append(f"candidates were measured one after another, not in turns: {measurement.sequential_reason}")
-    return warnings

@@ -1,0 +1,112 @@
+"""The parts of a report that any measurement has, and the report of a measurement alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+import numpy as np
+
+import optc
+from optc.bench.results import CandidateResult, Measurement
+from optc.machine import Machine, machine
+from optc.report.charts import Latencies, latency_chart
+from optc.report.document import Chart, Code, Document, Section, Table
+from optc.report.words import megabytes
+
+
+def measured_document(measurement: Measurement, commands: Sequence[str]) -> Document:
+    """What a measurement of several candidates found, for people; ``commands`` measure it again."""
+    ranked = sorted((each for each in measurement.results if each.percentiles), key=_p50)
+    failed = [each for each in measurement.results if each.percentiles is None]
+    if ranked:
+        verdict = f"{ranked[0].name} is the fastest: it answers in {_p50(ranked[0]) / 1e6:.3g} ms (median)."
+    else:
+        verdict = "Nothing could be measured, for the reasons below."
+    summary = [
+        f"{each.name} takes {_p50(each) / 1e6:.3g} ms, {_p50(each) / _p50(ranked[0]):.2f} times as long."
+        for each in ranked[1:]
+    ]
+    summary += [f"{each.name} was not measured: {each.error}" for each in failed]
+    sections = (
+        Section("Speed", (*latency_charts(measurement), candidates_table(measurement))),
+        Section("Where it ran", environment(machine(), measurement)),
+        Section("Measure it again", (Code("The same run", tuple(commands)),)),
+    )
+    made = f"Made by optc {optc.__version__}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC."
+    title = f"Latency of {', '.join(each.name for each in measurement.results)}"
+    return Document(title, verdict, None, (*summary, *warnings(measurement)), sections, made)
+
+
+def latency_charts(measurement: Measurement) -> list[Chart]:
+    """The distribution of all candidates' latencies; nothing if none was measured."""
+    shown = [each for each in measurement.results if each.percentiles is not None]
+    if not shown:
+        return []
+    return [
+        latency_chart(
+            [
+                Latencies(each.name, np.concatenate(each.latencies_ns) / 1e6, each.name == measurement.optimized)
+                for each in shown
+            ]
+        )
+    ]
+
+
+def candidates_table(measurement: Measurement) -> Table:
+    """One row per candidate: precision, percentiles, queries, and what ran it or why it was not measured."""
+    header = ("candidate", "precision", "p50 (ms)", "p90 (ms)", "p99 (ms)", "queries", "ran by")
+    names = [each.name for each in measurement.results]
+    strong = names.index(measurement.optimized) if measurement.optimized in names else None
+    return Table("Percentiles", header, tuple(map(_row, measurement.results)), (2, 3, 4, 5), strong)
+
+
+def _row(result: CandidateResult) -> tuple[str, ...]:
+    if result.percentiles is None:
+        return (result.name, result.precision, "", "", "", "", f"not measured: {result.error}")
+    p = result.percentiles
+    times = (f"{value / 1e6:.3f}" for value in (p.p50_ns, p.p90_ns, p.p99_ns))
+    failed = f"; then failed: {result.error}" if result.error else ""
+    return (result.name, result.precision, *times, str(p.count), result.provider + failed)
+
+
+def warnings(measurement: Measurement | None) -> list[str]:
+    """What to know before believing the numbers."""
+    if measurement is None:
+        return []
+    found = [*measurement.warnings, *(f"{r.name}: {warning}" for r in measurement.results for warning in r.warnings)]
+    if measurement.sequential_reason:
+        found.append(f"candidates were measured one after another, not in turns: {measurement.sequential_reason}")
+    return found
+
+
+def environment(here: Machine, measurement: Measurement | None) -> tuple[str | Table, ...]:
+    """The machine, what was asked of it, and the versions of what ran."""
+    facts = [
+        ("CPU", here.cpu),
+        ("instruction sets for int8 and bfloat16", ", ".join(here.isa) if here.isa else "unknown"),
+        ("cores for this process", str(here.cores)),
+        ("memory for this process", megabytes(here.memory_bytes)),
+        ("GPU", ", ".join(here.gpus) or "none"),
+        ("system", here.system),
+        ("Python", here.python),
+    ]
+    method: list[str] = []
+    if measurement is not None:
+        facts += [
+            ("device", measurement.device),
+            ("threads per candidate", str(measurement.threads)),
+            ("images per query", str(measurement.batch)),
+        ]
+        turns = "taking turns in blocks" if measurement.interleaved else "one after another"
+        method.append(f"Latencies were measured with MLPerf LoadGen, all candidates {turns}, raw values kept.")
+    packages = tuple(here.packages.items())
+    return (
+        *method,
+        Table("Machine", ("what", "is"), tuple(facts)),
+        Table("Versions", ("package", "version"), packages),
+    )
+
+
+def _p50(result: CandidateResult) -> float:
+    return result.percentiles.p50_ns if result.percentiles else float("inf")
