@@ -10,7 +10,15 @@ import click
 from rich.console import Console
 
 from optc.cli.model import Data, load
-from optc.cli.options import json_option, print_json, progress_for, target_options, verbosity_options
+from optc.cli.options import (
+    command_line,
+    json_option,
+    print_json,
+    progress_for,
+    report_option,
+    target_options,
+    verbosity_options,
+)
 from optc.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -42,6 +50,7 @@ def command(
     model: str,
     passes: str,
     assignments: tuple[str, ...],
+@report_option
     weights: str,
     data: str | None,
     backend: str,
@@ -60,6 +69,7 @@ def command(
     r"""Optimize MODEL: a timm or torchvision name, package.module:factory, or a .pt2 file.
 
     \b
+    report: Path | None,
     Examples:
       optc optimize alexnet
       optc optimize alexnet --weights alexnet-digits.safetensors --data digits --passes fuse,quant
@@ -75,6 +85,10 @@ def command(
         from optc.target import Target, available_threads
 
     pipeline = build_passes(passes, parse_options(assignments))
+    if report is not None:
+        from optc.report.write import check_path
+
+        check_path(report)
     instruments: list[Instrument] = []
     if bisect_limit is not None:
         instruments.append(Bisect(bisect_limit, lambda line: click.echo(line, err=True)))
@@ -114,3 +128,10 @@ def free_name(model: str) -> Path:
         number += 1
         path = Path(f"{stem}-optimized-{number}")
     return path
+    if report is not None:
+        from optc.report.optimized import optimized_document
+        from optc.report.write import write_report
+
+        with progress.step(f"Writing the report to {report}"):
+            document = optimized_document(optimized.report, path, [command_line()])
+            write_report(report, document, {"artifact": str(path), **optimized.report.to_dict()})
