@@ -12,6 +12,7 @@ import torch
 
 from optc import machine
 from optc.bench import statistics
+from optc.bench.disturbance import Watch
 from optc.bench.loadgen import single_stream
 from optc.bench.results import Block, Candidate, CandidateResult, Measurement, conclude
 from optc.errors import OptcError
@@ -24,6 +25,8 @@ MAX_QUERIES = 10_000
 """Most queries in a block, so that a model of microseconds does not fill the manifest."""
 SETTLING_BLOCKS = 10
 """Most further blocks for optimized candidates that are not told apart from the fastest one."""
+REOPEN_SECONDS = 2.0
+"""Longest opening that is repeated for every block where candidates are opened anew."""
 _MEMORY_SHARE = 0.2
 """Most of the free memory that candidates' weights may take together: runtimes hold packed copies besides, and what is
 gained by taking turns matters least for models that large."""
@@ -39,6 +42,7 @@ def measure(
     block_seconds: float = 0.3,
     limit_seconds: float = 90.0,
     together: bool | None = None,
+    reopen: bool = False,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Measurement:
     """Measure the latency of candidates so that they can be compared.
@@ -52,26 +56,31 @@ def measure(
     :data:`SETTLING_BLOCKS` further rounds, until their order is settled or the time is up.
 
     Args:
-        inputs: queries to draw from, one array per model input each.
+        inputs: queries to draw from, one array per model input each, for candidates without inputs of their own.
         optimized: name or names of candidates; the fastest is compared with the best unquantized one of the others.
         blocks: rounds; fewer than five give intervals that are too narrow.
         limit_seconds: after the first round the number of rounds is cut (to no fewer than two) to fit this; opening
             candidates does not count.
         together: keep all candidates open and interleave them. ``None`` decides by whether their weights fit into
             memory at once; otherwise they are opened and measured one after another, and the result says so.
+        reopen: open each candidate anew for each of its blocks, and let every other round run backwards. How a model
+            happens to lie in memory changes its latency by more than blocks of one opening show, so that a model would
+            differ from itself. A candidate that takes over :data:`REOPEN_SECONDS` to open stays open, and is warned of.
         progress: called with a short text before each step.
 
     Raises:
         KeyboardInterrupt: after closing what was open.
     """
-    note = "" if together else _why_not_together(candidates, target) if together is None else "as asked"
+    note = "" if together or reopen else _why_not_together(candidates, target) if together is None else "as asked"
     warnings = [warning] if (warning := machine.load_warning()) else []
     names = (optimized,) if isinstance(optimized, str) else tuple(optimized)
     with _threads(target.threads):
         states = [_State(candidate) for candidate in candidates]
         plan = _Plan(inputs, blocks, block_seconds, limit_seconds, progress)
         try:
-            if note:
+            if reopen:
+                plan.run(states, share=1, reopen=True)
+            elif note:
                 # The largest first, while the process is lean: compiling leaves memory behind that is not given back.
                 for state in sorted(states, key=lambda state: -state.candidate.bytes):
                     state.open(progress)
@@ -98,6 +107,8 @@ class _State:
         self.open_seconds = 0.0
         self.error: str | None = None
         self.blocks: list[Block] = []
+        self.openings = 0
+        self.watch = Watch()
         self.call_seconds = 0.0
 
     def open(self, progress: Callable[[str], None]) -> None:
@@ -108,7 +119,8 @@ class _State:
         except Exception as error:
             self.error = _one_line(error)
             return
-        self.open_seconds = time.perf_counter() - start
+        self.openings += 1
+        self.open_seconds = max(self.open_seconds, time.perf_counter() - start)
         self.provider, self.precision = self.runner.provider, self.runner.precision
 
     def close(self) -> None:
@@ -122,11 +134,13 @@ class _State:
         """Warm up, then one LoadGen run of about ``seconds``; a failure closes the candidate and is kept."""
         if self.runner is None:
             return
+        inputs = self.candidate.inputs or inputs
         try:
             with _quiet_machine():
                 self._warm_up(self.runner, inputs[0], seconds)
                 queries = min(MAX_QUERIES, max(1, round(seconds / self.call_seconds)))
-                run = single_stream(self.runner, inputs, queries, name=self.candidate.name)
+                with self.watch:
+                    run = single_stream(self.runner, inputs, queries, name=self.candidate.name)
         except Exception as error:
             self.error = _one_line(error)
             self.close()
@@ -144,7 +158,13 @@ class _State:
 
     def result(self) -> CandidateResult:
         return CandidateResult.of(
-            self.candidate, self.provider, self.precision, self.open_seconds, tuple(self.blocks), self.error
+            self.candidate,
+            self.provider,
+            self.precision,
+            self.open_seconds,
+            tuple(self.blocks),
+            self.error,
+            self.watch.warnings(),
         )
 
 
@@ -163,13 +183,17 @@ class _Plan:
         self.limit_seconds, self.progress = limit_seconds, progress
         self.deadline = float("inf")
 
-    def run(self, states: Sequence[_State], share: int) -> None:
+    def run(self, states: Sequence[_State], share: int, reopen: bool = False) -> None:
         """All rounds over ``states``, which may take one ``share``-th of the time limit."""
         start = time.perf_counter()
         self.deadline = start + self.limit_seconds
         rounds, done = self.blocks, 0
         while done < rounds:
-            self._round(states, f"block {done + 1} of {rounds}")
+            what = f"block {done + 1} of {rounds}"
+            if reopen:
+                self._reopening_round(states if done % 2 == 0 else states[::-1], what)
+            else:
+                self._round(states, what)
             done += 1
             per_round = (time.perf_counter() - start) / done
             affordable = int(self.limit_seconds / share / per_round)
@@ -188,6 +212,14 @@ class _Plan:
         for state in states:
             self.progress(f"measuring {state.candidate.name}, {what}")
             state.block(self.inputs, self.block_seconds)
+
+    def _reopening_round(self, states: Sequence[_State], what: str) -> None:
+        for state in states:
+            if state.runner is None and state.error is None:
+                state.open(self.progress)
+            self._round([state], what)
+            if state.open_seconds <= REOPEN_SECONDS:
+                state.close()
 
 
 def _contest(states: Sequence[_State]) -> list[_State]:

@@ -9,7 +9,7 @@ from typing import Any
 from optc.bench import statistics
 from optc.bench.statistics import Percentiles, Ratio
 from optc.bench.summary import LoadGenSummary
-from optc.lowering.backend import Runner
+from optc.lowering.backend import Array, Runner
 from optc.target import Target
 
 EARLY_STOPPING_QUERIES = 64
@@ -28,6 +28,7 @@ class Candidate:
         quantized: whether weights or activations are quantized; the baseline is sought among those that are not.
         open: makes it ready to run; called once, and may raise (the reason is kept).
         bytes: memory its weights take while open, besides what is held anyway.
+        inputs: queries to draw from, one array per model input each; empty for those given to the measurement.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Candidate:
     quantized: bool
     open: Callable[[], Runner]
     bytes: int = 0
+    inputs: tuple[tuple[Array, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class CandidateResult:
         open_seconds: float,
         blocks: tuple[Block, ...],
         error: str | None,
+        warnings: Sequence[str] = (),
     ) -> CandidateResult:
         """The result of a candidate that delivered ``blocks`` and then perhaps failed with ``error``."""
         latencies = [block.latencies_ns for block in blocks]
@@ -94,7 +97,7 @@ class CandidateResult:
             percentiles=statistics.percentiles(latencies) if blocks else None,
             spread=spread,
             error=error,
-            warnings=tuple(_warnings(blocks, spread)),
+            warnings=(*_warnings(blocks, spread), *warnings),
         )
 
     @property

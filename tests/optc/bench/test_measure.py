@@ -103,9 +103,7 @@ def test_blocks_take_turns_and_all_latencies_are_kept(log: list[tuple[str, str]]
     assert [entry for entry in log if entry[0] == "close"] == [("close", "a"), ("close", "b")]
 
 
-def test_a_quarter_of_the_work_is_faster(
-    log: list[tuple[str, str]], query: list[Arrays]
-) -> None:
+def test_a_quarter_of_the_work_is_faster(log: list[tuple[str, str]], query: list[Arrays]) -> None:
     one, two = _work(1), _work(4)
     candidates = [_candidate("again", log, one, quantized=True), _candidate("four times", log, two)]
     less = measure(candidates, query, Target(threads=1), optimized="again", block_seconds=0.1)
@@ -258,7 +256,7 @@ def test_a_busy_machine_is_warned_of(
     monkeypatch.setattr("os.getloadavg", lambda: (64.0, 1.0, 1.0))
     assert "load 64.0" in _short([_candidate("a", log)], query).warnings[0]
     monkeypatch.setattr("os.getloadavg", lambda: (0.0, 1.0, 1.0))
-    assert _short([_candidate("a", log)], query).warnings == ()
+    assert _short([_candidate("a", log)], query).warnings == ()  # what others do during the blocks is the candidate's
 
 
 def test_the_result_is_plain_json(log: list[tuple[str, str]], query: list[Arrays]) -> None:

@@ -1,0 +1,84 @@
+"""What disturbed a measurement while it ran: other processes, a hypervisor, heat, a container's quota."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+OTHERS_SHARE = 0.10
+"""Share of this process's CPUs that others may take before the numbers get a warning."""
+STOLEN_SHARE = 0.02
+_CPUS = Path("/sys/devices/system/cpu")
+_QUOTA = Path("/sys/fs/cgroup/cpu.stat")
+
+
+class Watch:
+    """Adds up what happened on the machine during the ``with`` blocks it is used in."""
+
+    def __init__(self) -> None:
+        self._start = _counters()
+        self._sums = dict.fromkeys(self._start, 0.0)
+
+    def __enter__(self) -> Watch:
+        self._start = _counters()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for name, value in _counters().items():
+            self._sums[name] += value - self._start[name]
+
+    @property
+    def others(self) -> float:
+        """CPU time other processes took of the CPUs this process may use, as a share of all; 0 where nothing tells."""
+        return max(0.0, self._sums["busy"] - self._sums["own"]) / self._sums["total"] if self._sums["total"] else 0.0
+
+    @property
+    def stolen(self) -> float:
+        """The share of them that the hypervisor gave to others."""
+        return max(0.0, self._sums["steal"]) / self._sums["total"] if self._sums["total"] else 0.0
+
+    def warnings(self) -> list[str]:
+        """What is worth knowing beside a number, in plain words."""
+        heat, quota = int(self._sums["heat"]), int(self._sums["quota"])
+        found = {
+            f"other processes took {self.others:.0%} of the CPUs meanwhile": self.others > OTHERS_SHARE,
+            f"the hypervisor took {self.stolen:.0%} of the CPUs meanwhile": self.stolen > STOLEN_SHARE,
+            f"the CPUs were throttled for heat {heat} times meanwhile": heat > 0,
+            f"the container ran into its CPU quota {quota} times meanwhile": quota > 0,
+        }
+        return [warning for warning, worth in found.items() if worth]
+
+
+def _counters() -> dict[str, float]:
+    """Seconds so far: of this process's CPUs in all, busy and stolen, and its own and its children's; and events."""
+    mine = {f"cpu{number}" for number in os.sched_getaffinity(0)} if hasattr(os, "sched_getaffinity") else set()
+    tick = os.sysconf("SC_CLK_TCK")
+    busy = steal = 0.0
+    rows = [line.split() for line in _read(Path("/proc/stat")).splitlines()]
+    rows = [row for row in rows if row and row[0] in mine]
+    for row in rows:
+        user, nice, system, _, _, irq, softirq, stolen = (int(value) / tick for value in row[1:9])
+        busy += user + nice + system + irq + softirq
+        steal += stolen
+    times = os.times()
+    return {
+        "total": time.perf_counter() * len(rows),
+        "busy": busy,
+        "steal": steal,
+        "own": times.user + times.system + times.children_user + times.children_system,
+        "heat": sum(_count(path) for path in _CPUS.glob("cpu[0-9]*/thermal_throttle/core_throttle_count")),
+        "quota": next((int(line.split()[1]) for line in _read(_QUOTA).splitlines() if "nr_throttled" in line), 0),
+    }
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _count(path: Path) -> int:
+    text = _read(path).strip()
+    return int(text) if text.isdigit() else 0
