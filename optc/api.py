@@ -9,19 +9,21 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from optc.batches import Batches, as_calibration, fixed_batch, in_batches_of
 from optc.bench import choice_cache
 from optc.bench.baselines import baselines
 from optc.bench.choice import Outcome, choose
 from optc.bench.latency import latencies
 from optc.bench.measure import measure as measure_candidates
 from optc.bench.results import Candidate, Measurement
+from optc.budget import ACCURACY, Budget, Call, Metric, agreement, exceeds
 from optc.evaluation import evaluation_mode
 from optc.frontend.capture import capture
 from optc.lowering.artifact import write_artifact
@@ -32,10 +34,9 @@ from optc.passmanager.instruments import Statistics, Timing, Verify
 from optc.passmanager.manager import PassManager, build_passes
 from optc.program import ModelInfo, Program
 from optc.progress import Progress, Step
-from optc.report.report import Accuracy, Report
+from optc.report.report import Accuracy, BudgetOutcome, Report
 from optc.target import Target
 
-Call = Callable[..., Any]
 OPTIMIZED = "optc"
 """What the optimized model is called among the measured candidates."""
 
@@ -75,8 +76,7 @@ class Optimized:
         """Run the runtime on tensors (batch first); returns what the original module would, as CPU tensors."""
         self._runner = self._runner or self.load()
         outputs = self._runner(*[tensor.detach().cpu().numpy() for tensor in inputs])
-        tensors, spec = [torch.from_numpy(array) for array in outputs], self.program.output_spec
-        return pytree.tree_unflatten(tensors, spec) if spec is not None else tuple(tensors)
+        return self.program.nested([torch.from_numpy(array) for array in outputs])
 
     def close(self) -> None:
         """Free the loaded runtime; the next call loads it again."""
@@ -105,6 +105,8 @@ def optimize(
     backend: str = AUTO,
     calibration: Calibration | Iterable[Tensor | tuple[Tensor, ...]] | None = None,
     evaluate: Callable[[Call], float] | None = None,
+    max_drop: float | None = None,
+    validate: Callable[[Call], float] | None = None,
     verification: Sequence[tuple[Tensor, ...]] | None = None,
     verify: bool = True,
     measure: bool = True,
@@ -123,7 +125,11 @@ def optimize(
         backend: name of the runtime to lower to, or ``"auto"``: lower to every one that runs here and takes the model,
             and keep the fastest. What was measured before on this machine with these versions is not measured again.
         calibration: input batches for passes that need activation ranges; must not be what ``evaluate`` uses.
-        evaluate: given something callable like ``model``, returns the task metric; called before and after.
+        evaluate: given something callable like ``model``, returns the task metric, 0 to 1; called before and after.
+        max_drop: percentage points that ``evaluate`` may fall by at most. Passes that quantize give layers back to float
+            until it holds; if nothing holds, only passes that promise exact outputs are run. Without ``evaluate``, it
+            limits the share of verification samples whose largest output becomes another.
+        validate: the same metric on other data, for the search; ``evaluate`` then only confirms the result.
         verification: batches to compare outputs on after every pass; ``example_inputs`` if not given.
         verify: compare outputs after every pass, and the runtime's with the graph's.
         measure: measure latency against the best unquantized baselines. Backends are measured against each other, where
@@ -149,20 +155,96 @@ def optimize(
         model_bytes = captured.constant_bytes()
         step.done(f"{captured.operator_count()} operators, {model_bytes / 1e6:.1f} MB")
     watchers: list[Instrument] = [Timing(), Statistics()]
+    batches = list(Batches(verification or [captured.example_inputs], captured))
     if verify:
         with run.step("Running the captured model on verification inputs"):
-            batches = _Batches(verification or [captured.example_inputs], captured)
-            watchers.append(Verify(captured, list(batches), Path.cwd()))
-    with run.step("Running passes") as step:
-        ranges = _as_calibration(calibration, captured)
-        measures = {each.name: _latency_on(each, target) for each in chosen if not has_own_process(each)}
-        context = PassContext(target, ranges, (*watchers, *instruments), step.update, latency=measures)
-        program = pipeline(captured, context).program
-        step.done(", ".join(record.name for record in program.history if record.modified) or "no changes")
-    del captured, watchers, context
-    gc.collect()
+            watchers.append(Verify(captured, batches, Path.cwd()))
+    metric = _metric(evaluate, captured, batches if max_drop is not None else None)
+    before = _before(run, metric, model, captured)
+    search = _metric(validate, captured, None) or metric
+    ranges = as_calibration(calibration, captured)
+    measures = {each.name: _latency_on(each, target) for each in chosen if not has_own_process(each)}
+    context = PassContext(target, ranges, (*watchers, *instruments), latency=measures)
 
-    several = backend == AUTO
+    tried: list[str] = []
+    for trial in _trials(pipeline, max_drop):
+        with run.step(trial.title) as step:
+            over_budget = _over_budget(search, model, captured, trial.max_drop)
+            given = replace(context, progress=step.update, over_budget=over_budget)
+            program = trial.passes(captured, given).program
+            step.done(", ".join(record.name for record in program.history if record.modified) or "no changes")
+        if max_drop is None:
+            del captured, watchers, batches, context, given  # frees the float weights
+            gc.collect()
+        lowered = _lower(run, model, inputs, program, chosen, refused, target, backend == AUTO, measure)
+        optimized = Optimized(program, lowered.kept, lowered.folder)
+        accuracy = _after(run, metric, before, optimized)
+        if max_drop is None or accuracy.drop is None or not exceeds(accuracy.drop, max_drop):
+            break
+        tried.append(f"{trial.what} lost {accuracy.drop:.2f} points")
+    optimized.report = Report(
+        model=program.info,
+        passes=program.history,
+        backend=lowered.kept.backend.name,
+        provider=lowered.kept.provider,
+        precision=lowered.kept.precision,
+        model_bytes=model_bytes,
+        file_bytes=lowered.kept.bytes,
+        accuracy=accuracy,
+        budget=BudgetOutcome.of(max_drop, accuracy, pipeline, program.history, tried),
+        measurement=lowered.measurement if measure else None,
+        backends=lowered.outcomes,
+        calibration=ranges.description if ranges is not None else "",
+        lowering=optimized.details,
+        seconds=run.seconds,
+        notes=(*program.info.notes, *lowered.notes),
+    )
+    return optimized
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """One way to stay within the budget: passes, and the drop that they may search within."""
+
+    what: str
+    passes: PassManager
+    max_drop: float | None
+
+    @property
+    def title(self) -> str:
+        return "Running passes" if self.what == "the passes" else f"Running passes again: {self.what}"
+
+
+def _trials(pipeline: PassManager, max_drop: float | None) -> Iterator[_Trial]:
+    """As asked; with half the budget, should the runtime or other data cost more; what is exact alone."""
+    yield _Trial("the passes", pipeline, max_drop)
+    if max_drop is not None:
+        yield _Trial("half the budget", pipeline, max_drop / 2)
+        exact = PassManager([each for each in pipeline.leaves() if each.numerics.exact])
+        yield _Trial("exact passes alone", exact, None)
+
+
+@dataclass(frozen=True)
+class _Lowered:
+    kept: Lowering
+    outcomes: tuple[Outcome, ...]
+    measurement: Measurement | None
+    notes: tuple[str, ...]
+    folder: _TemporaryFolder
+
+
+def _lower(
+    run: _Run,
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    program: Program,
+    chosen: list[Backend],
+    refused: Mapping[str, str],
+    target: Target,
+    several: bool,
+    measure: bool,
+) -> _Lowered:
+    """Lower to every backend in question, measure, keep one."""
     remembered = choice_cache.file_of(program, target, chosen) if several and len(chosen) > 1 else None
     known = choice_cache.recall(remembered) if remembered else None
     if known:
@@ -173,10 +255,10 @@ def optimize(
         step.done("; ".join(f"{made.provider}, {made.precision}" for made in lowerings))
     names = {f"{OPTIMIZED} {made.backend.name}" if several else OPTIMIZED: made for made in lowerings}
     measurement = _measure(run, model, inputs, names, target, measure) if measure or len(names) > 1 else None
-    kept, outcomes, notes = lowerings[0], tuple[Outcome, ...](), program.info.notes
+    kept, outcomes, notes = lowerings[0], tuple[Outcome, ...](), tuple[str, ...]()
     if known:
         outcomes = known.outcomes
-        notes += (f"backend chosen by the measurement of {known.measured}; to measure again, delete {remembered}",)
+        notes = (f"backend chosen by the measurement of {known.measured}; to measure again, delete {remembered}",)
     elif several:
         kept, outcomes = choose(names, {**refused, **failed}, measurement)
         if remembered and measurement is not None:
@@ -184,24 +266,7 @@ def optimize(
     for made in lowerings:
         if made is not kept:
             shutil.rmtree(made.folder)
-    optimized = Optimized(program, kept, folder)
-    optimized.report = Report(
-        model=program.info,
-        passes=program.history,
-        backend=kept.backend.name,
-        provider=kept.provider,
-        precision=kept.precision,
-        model_bytes=model_bytes,
-        file_bytes=kept.bytes,
-        accuracy=_evaluate(run, evaluate, model, optimized),
-        measurement=measurement if measure else None,
-        backends=outcomes,
-        calibration=ranges.description if ranges is not None else "",
-        lowering=optimized.details,
-        seconds=run.seconds,
-        notes=notes,
-    )
-    return optimized
+    return _Lowered(kept, outcomes, measurement, notes, folder)
 
 
 class _TemporaryFolder:
@@ -227,52 +292,53 @@ class _Run:
         self.seconds[title] = time.perf_counter() - start
 
 
-class _Batches:
-    """Any iterable of tensors or tuples of tensors as a :class:`Calibration`.
-
-    Where the program takes one batch size only, batches are cut to it; what is left over at the end of one is not used.
-    """
-
-    def __init__(self, batches: Iterable[Tensor | tuple[Tensor, ...]], program: Program) -> None:
-        self.description = getattr(batches, "description", "batches given by the caller")
-        self._batches = batches if hasattr(batches, "__len__") else list(batches)
-        self._size = None if program.dynamic_batch else program.example_inputs[0].shape[0]
-
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        for batch in self._batches:
-            tensors = (batch,) if isinstance(batch, Tensor) else tuple(batch)
-            if self._size is None:
-                yield tensors
-            else:
-                for start in range(0, len(tensors[0]) - self._size + 1, self._size):
-                    yield tuple(tensor[start : start + self._size] for tensor in tensors)
+def _metric(
+    given: Callable[[Call], float] | None, captured: Program, batches: Sequence[tuple[Tensor, ...]] | None
+) -> Metric | None:
+    """The caller's metric by its name; without one, agreement with the captured model on ``batches``, if there are."""
+    if given is None:
+        return None if batches is None else agreement(captured.call, batches)
+    return given if isinstance(given, Metric) else Metric(ACCURACY, given, "the data of 'evaluate'")
 
 
-def _as_calibration(
-    given: Calibration | Iterable[Tensor | tuple[Tensor, ...]] | None, program: Program
-) -> Calibration | None:
-    if given is None or (hasattr(given, "description") and program.dynamic_batch):
-        return given  # type: ignore[return-value]  # a Calibration is recognised by its description
-    return _Batches(given, program)
+def _meaningless(metric: Metric | None, program: Program) -> str:
+    """Why there is no metric to report; the accuracy of random weights would be a number without a meaning."""
+    if program.info.weights == "random" and (metric is None or metric.name == ACCURACY):
+        return "not measurable: random weights"
+    return "" if metric is not None else "not measured: no labelled data was given"
 
 
-def _evaluate(run: _Run, evaluate: Callable[[Call], float] | None, model: nn.Module, optimized: Optimized) -> Accuracy:
-    """The metric before and after; none for random weights, whose accuracy would be a number without a meaning."""
-    if optimized.program.info.weights == "random":
-        return Accuracy(reason="not measurable: random weights")
-    if evaluate is None:
-        return Accuracy(reason="not measured: no labelled data was given")
-    if not optimized.program.dynamic_batch:
-        return Accuracy(reason="not measured: the model takes one batch size only")
-    with run.step("Evaluating the captured model") as step, torch.no_grad():
-        with evaluation_mode(model):
-            before = evaluate(model)
-        step.done(f"{before:.2%}")
+def _before(run: _Run, metric: Metric | None, model: nn.Module, captured: Program) -> Accuracy:
+    """The metric of the model itself."""
+    if (reason := _meaningless(metric, captured)) or metric is None:
+        return Accuracy(reason=reason)
+    with run.step("Evaluating the captured model") as step, torch.no_grad(), evaluation_mode(model):
+        before = metric(in_batches_of(fixed_batch(captured), model))
+        step.done(f"{metric.name} {before:.2%}")
+    return Accuracy(before, None, metric.data, metric=metric.name)
+
+
+def _after(run: _Run, metric: Metric | None, before: Accuracy, optimized: Optimized) -> Accuracy:
+    """The metric of the optimized model beside that of the model itself."""
+    if metric is None or before.reason:
+        return before
     with run.step("Evaluating the optimized model") as step:
-        after = evaluate(optimized)
+        after = metric(in_batches_of(fixed_batch(optimized.program), optimized))
         optimized.close()
-        step.done(f"{after:.2%}")
-    return Accuracy(before, after)
+        step.done(f"{metric.name} {after:.2%}")
+    return replace(before, after=after)
+
+
+def _over_budget(
+    metric: Metric | None, model: nn.Module, captured: Program, max_drop: float | None
+) -> Callable[[Program], str | None]:
+    """What tells passes whether a program of theirs costs too much of the metric."""
+    if metric is None or max_drop is None or _meaningless(metric, captured):
+        return lambda program: None
+    size = fixed_batch(captured)
+    with torch.no_grad(), evaluation_mode(model):
+        budget = Budget(metric, metric(in_batches_of(size, model)), max_drop)
+    return lambda program: budget.excess(in_batches_of(size, program.call))
 
 
 def _latency_on(backend: Backend, target: Target) -> Callable[[Sequence[Program]], list[float]]:

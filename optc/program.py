@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
 
 if TYPE_CHECKING:
     from torch.utils._pytree import TreeSpec
@@ -163,6 +164,16 @@ class Program:
         """Run the graph in eager PyTorch and return its outputs as a flat tuple."""
         outputs: tuple[Tensor, ...] = self.module(*inputs)
         return outputs
+
+    def call(self, *inputs: Tensor) -> Any:
+        """Run the graph and return its outputs nested as the original module nests them."""
+        return self.nested(self.run(*inputs))
+
+    def nested(self, outputs: Sequence[Tensor]) -> Any:
+        """Flat outputs, nested as the original module returned them."""
+        if self.output_spec is None:
+            return tuple(outputs)
+        return pytree.tree_unflatten(outputs, self.output_spec)
 
 
 @dataclass(frozen=True)

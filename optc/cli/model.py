@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from optc.errors import DataError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from optc.data.dataset import Dataset
+    from optc.budget import Metric
+    from optc.data.dataset import Dataset, SplitName
     from optc.frontend.load import LoadedModel
     from optc.passmanager.contract import Calibration
     from optc.progress import Progress
@@ -21,7 +21,10 @@ VERIFICATION_IMAGES = 16
 EVALUATION_BATCH = 32
 BIG_MODEL_PARAMETERS = 200_000_000
 """From here on a forward pass takes seconds: calibrate and verify on fewer images."""
-BIG_MODEL_IMAGES = 4
+BIG_MODEL_IMAGES = 8
+BIG_MODEL_BATCH = 4
+AGREEMENT_IMAGES = 128
+"""Images on which outputs are compared where accuracy cannot be had."""
 
 
 def load(
@@ -76,7 +79,7 @@ class Data:
         if not self._is_image_model:
             return None
         count = BIG_MODEL_IMAGES if self._big else CALIBRATION_IMAGES
-        batch = min(CALIBRATION_BATCH, count)
+        batch = BIG_MODEL_BATCH if self._big else CALIBRATION_BATCH
         return DatasetCalibration(self._images.split("train", self._loaded.info.preprocessing), batch, count // batch)
 
     def verification(self) -> list[tuple[Tensor, ...]] | None:
@@ -85,17 +88,35 @@ class Data:
             return None
         count = BIG_MODEL_IMAGES if self._big else VERIFICATION_IMAGES
         split = self._images.split("validation", self._loaded.info.preprocessing)
-        return [(images,) for images, _ in split.batches(min(8, count), limit=count)]
+        return [(images,) for images, _ in split.batches(BIG_MODEL_BATCH if self._big else 8, limit=count)]
 
-    def evaluator(self, progress: Progress) -> Callable[[Callable[..., Any]], float] | None:
-        """Top-1 accuracy over the whole test split, or ``None`` without labels."""
+    @property
+    def no_accuracy(self) -> str:
+        """Why there is no accuracy to measure; empty if there is."""
+        if self._loaded.info.weights == "random":
+            return "random weights have no accuracy to lose"
+        if self._dataset is None:
+            return "there is no --data"
+        return "" if self._dataset.num_classes is not None else f"'{self._dataset.label}' has no labels"
+
+    def metric(self, split: SplitName, agree: bool) -> Metric | None:
+        """Top-1 accuracy over a whole split.
+
+        Args:
+            agree: where there is no accuracy, take agreement with the model as loaded, on some images of the split.
+        """
+        from optc.budget import ACCURACY, Metric, agreement
         from optc.data.evaluate import evaluate
 
-        dataset = self._dataset
-        if dataset is None or dataset.num_classes is None:
+        if not self._is_image_model or (self.no_accuracy and not agree):
             return None
-        split = dataset.split("test", self._loaded.info.preprocessing)
-        return lambda call: evaluate(call, split, EVALUATION_BATCH).top1
+        part = self._images.split(split, self._loaded.info.preprocessing)
+        if not self.no_accuracy:
+            what = f"{len(part)} {split} images of {part.dataset}"
+            return Metric(ACCURACY, lambda call: evaluate(call, part, EVALUATION_BATCH).top1, what)
+        count = min(BIG_MODEL_IMAGES if self._big else AGREEMENT_IMAGES, len(part))
+        batches = [(images,) for images, _ in part.batches(min(EVALUATION_BATCH, count), limit=count)]
+        return agreement(self._loaded.module, batches, f"{count} {split} images of {part.dataset}")
 
 
 def _outputs(loaded: LoadedModel) -> int:

@@ -32,6 +32,12 @@ if TYPE_CHECKING:
 @click.option("--weights", default="pretrained", show_default=True, help="pretrained, random, or a checkpoint file.")
 @click.option("--data", help="Dataset for calibration and accuracy: digits, or a folder of images.")
 @click.option(
+    "--max-drop",
+    type=click.FloatRange(0),
+    metavar="POINTS",
+    help="Most percentage points of accuracy to lose on --data; layers stay in float until it holds.",
+)
+@click.option(
     "--backend",
     default="auto",
     show_default=True,
@@ -44,15 +50,16 @@ if TYPE_CHECKING:
 @click.option("--measure/--no-measure", default=True, show_default=True, help="Measure latency against baselines.")
 @click.option("--print-after", multiple=True, metavar="PASS", help="Print the graph after a pass, or after 'all'.")
 @click.option("--bisect-limit", type=click.IntRange(0), help="Run only the first N passes, numbering each.")
+@report_option
 @json_option
 @verbosity_options
 def command(
     model: str,
     passes: str,
     assignments: tuple[str, ...],
-@report_option
     weights: str,
     data: str | None,
+    max_drop: float | None,
     backend: str,
     output: Path | None,
     threads: int | None,
@@ -62,6 +69,7 @@ def command(
     measure: bool,
     print_after: tuple[str, ...],
     bisect_limit: int | None,
+    report: Path | None,
     as_json: bool,
     verbose: bool,
     quiet: bool,
@@ -69,26 +77,27 @@ def command(
     r"""Optimize MODEL: a timm or torchvision name, package.module:factory, or a .pt2 file.
 
     \b
-    report: Path | None,
     Examples:
       optc optimize alexnet
       optc optimize alexnet --weights alexnet-digits.safetensors --data digits --passes fuse,quant
+      optc optimize alexnet --weights alexnet-digits.safetensors --data digits -O quant.formats=auto --max-drop 1
       optc optimize timm:resnet50 --passes fuse,quant -O quant.observer=entropy -o resnet50-int8
     """
     if output is not None and output.exists():
         raise ArtifactError(f"output folder '{output}' exists", "choose another -o or remove it")
+    if report is not None:
+        from optc.report.write import check_path
+
+        check_path(report)
     progress = progress_for(verbose, quiet)
     with progress.step("Importing PyTorch"):
         from optc import api
+        from optc.budget import AGREEMENT
         from optc.passmanager.instruments import Bisect, PrintAfter
         from optc.passmanager.manager import build_passes, parse_options
         from optc.target import Target, available_threads
 
     pipeline = build_passes(passes, parse_options(assignments))
-    if report is not None:
-        from optc.report.write import check_path
-
-        check_path(report)
     instruments: list[Instrument] = []
     if bisect_limit is not None:
         instruments.append(Bisect(bisect_limit, lambda line: click.echo(line, err=True)))
@@ -96,13 +105,22 @@ def command(
         instruments.append(PrintAfter(set(print_after), lambda text: click.echo(text, err=True)))
     loaded, dataset = load(model, weights, data, seed, progress)
     role = Data(loaded, dataset)
+    evaluate = role.metric("test", agree=max_drop is not None)
+    if max_drop is not None and evaluate is not None and evaluate.name == AGREEMENT:
+        progress.note(
+            f"--max-drop {max_drop:g} is held as {AGREEMENT} with the unquantized model, on {evaluate.data}: "
+            f"{role.no_accuracy}",
+            important=True,
+        )
     optimized = api.optimize(
         loaded.module,
         loaded.example_inputs,
         pipeline,
         backend=backend,
         calibration=role.calibration(),
-        evaluate=role.evaluator(progress),
+        evaluate=evaluate,
+        max_drop=max_drop,
+        validate=role.metric("validation", agree=True) if max_drop is not None else None,
         verification=role.verification(),
         verify=verify,
         measure=measure,
@@ -112,6 +130,13 @@ def command(
         progress=progress,
     )
     path = optimized.save(output or free_name(model))
+    if report is not None:
+        from optc.report.optimized import optimized_document
+        from optc.report.write import write_report
+
+        with progress.step(f"Writing the report to {report}"):
+            document = optimized_document(optimized.report, path, [command_line()])
+            write_report(report, document, {"artifact": str(path), **optimized.report.to_dict()})
     if as_json:
         print_json({"artifact": str(path), **optimized.report.to_dict()})
         return
@@ -128,10 +153,3 @@ def free_name(model: str) -> Path:
         number += 1
         path = Path(f"{stem}-optimized-{number}")
     return path
-    if report is not None:
-        from optc.report.optimized import optimized_document
-        from optc.report.write import write_report
-
-        with progress.step(f"Writing the report to {report}"):
-            document = optimized_document(optimized.report, path, [command_line()])
-            write_report(report, document, {"artifact": str(path), **optimized.report.to_dict()})

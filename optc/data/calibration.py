@@ -10,11 +10,15 @@ from optc.data.dataset import Split
 from optc.errors import DataError
 
 
+LEAST_IMAGES = 8
+"""Fewer say little of a range: an activation's largest value keeps growing with every image."""
+
+
 class DatasetCalibration:
     """The first ``batches`` batches of a training split, as an :class:`optc.Calibration`.
 
     Raises:
-        DataError: the split is not a training split.
+        DataError: the split is not a training split; when iterated, it has fewer than :data:`LEAST_IMAGES` images.
     """
 
     def __init__(self, split: Split, batch_size: int, batches: int) -> None:
@@ -32,5 +36,11 @@ class DatasetCalibration:
         return -(-self._images // self._batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        if self._images < LEAST_IMAGES:
+            raise DataError(
+                f"the training split of '{self._split.dataset}' has {self._images} images to calibrate on, fewer than"
+                f" {LEAST_IMAGES}",
+                "give more images, or leave --data away to calibrate on synthetic ones",
+            )
         for images, _ in self._split.batches(self._batch_size, limit=self._images):
             yield (images,)

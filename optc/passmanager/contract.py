@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -131,7 +130,8 @@ class PassContext:
         calibration: batches for passes that need activation ranges; ``None`` if there are none.
         instruments: watchers called around every leaf pass, innermost first.
         progress: called with a short text while a pass works (``"calibrating 12/32"``).
-        min_sqnr_db: least SQNR of the outputs, in dB, that approximate passes must keep, if more than their own.
+        over_budget: why a program costs more of the task's metric than the user allows, or ``None``. Approximate passes
+            ask it about what they make, on data that is neither calibration's nor what accuracy is reported on.
         latency: by backend, measures programs on it: median seconds of a query each, NaN for what it cannot run. Empty
             where nobody measures.
     """
@@ -140,7 +140,7 @@ class PassContext:
     calibration: Calibration | None = None
     instruments: Sequence[Instrument] = ()
     progress: Callable[[str], None] = lambda text: None
-    min_sqnr_db: float = -math.inf
+    over_budget: Callable[[Program], str | None] = lambda program: None
     latency: Mapping[str, Callable[[Sequence[Program]], list[float]]] = field(default_factory=dict)
 
 

@@ -9,10 +9,8 @@ from pydantic import Field
 from optc import Numerics, OptcError, Pass, PassContext, PassOptions, PassResult, Program, Skip
 from optc_passes.observers import ActivationObserver, EntropyObserver, PercentileObserver
 from optc_passes.quant_auto import Choice, choose, table
+from optc_passes.quant_budget import MIN_SQNR_DB, over_budget
 from optc_passes.quant_formats import BLOCKS, FLOAT, Attempt, Formats, LayerFormats
-
-_MIN_SQNR_DB = 10.0
-"""Noise of a tenth of the signal's power: below it a network's outputs are no longer its own."""
 
 
 class QuantOptions(PassOptions):
@@ -44,13 +42,13 @@ class Quant(Pass):
     Other formats round the weights of linear layers alone, in blocks (:mod:`optc_passes.quant_blocks`), or choose for
     each layer by measuring (:mod:`optc_passes.quant_auto`).
 
-    If the outputs of the quantized program miss the budget on calibration data, the layers that add most noise go back
-    to float, as few as it takes.
+    If the quantized program's outputs miss the SQNR budget on calibration data, or cost more of the task's metric than
+    the context allows, the layers that add most noise go back to float, as few as it takes.
     """
 
     name = "quant"
     summary = "Quantize convolutions, linear layers and what lies between them to int8."
-    numerics = Numerics(exact=False, min_sqnr_db=_MIN_SQNR_DB)
+    numerics = Numerics(exact=False, min_sqnr_db=MIN_SQNR_DB)
     Options = QuantOptions
     options: QuantOptions
 
@@ -76,9 +74,10 @@ class Quant(Pass):
         if not formats:
             return PassResult(program, modified=False, skipped=tuple(skipped))
         best: Attempt | None
-        best = full = layers.attempt(formats)
-        if not full.sqnr >= self._least(context):
-            best, given_back = self._give_back(layers, formats, full, context)
+        best = layers.attempt(formats)
+        problem = over_budget(best, context)
+        if problem:
+            best, given_back = self._give_back(layers, formats, problem, context)
             skipped += given_back
         if best is None:
             return PassResult(program, modified=False, skipped=tuple(skipped))
@@ -95,7 +94,7 @@ class Quant(Pass):
         for backend, latency in context.latency.items():
             context.progress(f"measuring {len(layers.names)} layers on {backend}")
             entries = table(layers, backend, latency, context)
-            choice = choose(layers, entries, self._least(context), context) if entries else None
+            choice = choose(layers, entries, context) if entries else None
             if choice is not None and (best is None or choice.seconds < best.seconds):
                 best = choice
         if best is None or not best.attempt.layers:
@@ -105,38 +104,33 @@ class Quant(Pass):
         skipped = (*layers.plan.skipped, *(Skip("auto", name, best.why_float(name)) for name in floats))
         return PassResult(best.attempt.program, True, best.attempt.layers, skipped, best.account())
 
-    def _least(self, context: PassContext) -> float:
-        """Least SQNR in dB of the outputs."""
-        return max(_MIN_SQNR_DB, context.min_sqnr_db)
-
     def _give_back(
-        self, layers: LayerFormats, formats: Formats, full: Attempt, context: PassContext
+        self, layers: LayerFormats, formats: Formats, problem: str, context: PassContext
     ) -> tuple[Attempt | None, list[Skip]]:
         """The attempt with the fewest layers in float that meets the budget, by bisection over layers ranked by noise.
 
         ``None`` if only the float program meets it.
 
         Args:
-            full: the attempt with every layer in its format, which does not meet it.
+            problem: what is wrong with every layer in its format.
         """
-        least = self._least(context)
         noise = {name: db for (name, _), db in layers.noise({name: (form,) for name, form in formats.items()}).items()}
         ranked = sorted(noise, key=lambda name: noise[name])
         too_few, enough, best = 0, len(ranked), None
         while enough - too_few > 1:
             middle = (too_few + enough) // 2
-            context.progress(f"outputs at {full.sqnr:.1f} dB: trying {middle} of {len(ranked)} layers in float")
+            context.progress(f"with all layers quantized {problem}: trying {middle} of {len(ranked)} in float")
             tried = layers.attempt({name: formats[name] for name in ranked[middle:]})
-            if tried.sqnr >= least:
-                enough, best = middle, tried
-            else:
+            if over_budget(tried, context):
                 too_few = middle
+            else:
+                enough, best = middle, tried
         return best, [
             Skip(
                 formats[name],
                 name,
                 f"given back to float: in {formats[name]} its own output has {noise[name]:.1f} dB SQNR, "
-                f"and with every layer in it the model's has {full.sqnr:.1f} dB, below {least:g} dB",
+                f"and with every layer in it {problem}",
             )
             for name in ranked[:enough]
         ]

@@ -11,12 +11,13 @@ import numpy as np
 from torch import Tensor, fx
 
 from optc import PassContext, Program
+from optc_passes.quant_budget import MIN_SQNR_DB, over_budget
 from optc_passes.quant_formats import BLOCKS, FLOAT, INT8, Attempt, LayerFormats
 from optc_passes.quant_plan import Layer
 
 FORMATS = (FLOAT, INT8, *BLOCKS)
-_TRIES = 8
-"""Most times the budget is tightened where the sum of the layers' noise was too optimistic."""
+_TRIES = 12
+"""Most times the budget of noise is tightened, by half each, where the sum of the layers' noise was too optimistic."""
 
 
 @dataclass(frozen=True)
@@ -95,16 +96,17 @@ def table(
     return entries
 
 
-def choose(layers: LayerFormats, entries: Sequence[Entry], least_db: float, context: PassContext) -> Choice:
-    """Solve, make the program, and tighten the budget until its outputs keep ``least_db`` on calibration data."""
-    budget = 10 ** (-least_db / 10)
+def choose(layers: LayerFormats, entries: Sequence[Entry], context: PassContext) -> Choice:
+    """Solve, make the program, and tighten the budget of noise until the program as a whole is within its budget."""
+    noise_budget = 10 ** (-MIN_SQNR_DB / 10)
     for _ in range(_TRIES):
-        formats = solve(entries, budget)
+        formats = solve(entries, noise_budget)
         attempt = layers.attempt({name: form for name, form in formats.items() if form != FLOAT})
         context.progress(f"outputs at {attempt.sqnr:.1f} dB with {len(attempt.layers)} layers quantized")
-        if attempt.sqnr >= least_db:
+        if over_budget(attempt, context) is None:
             break
-        budget *= min(0.7, 10 ** ((attempt.sqnr - least_db) / 10)) if math.isfinite(attempt.sqnr) else 0.1
+        own_noise = sum(10 ** (-entry.sqnr_db / 10) for entry in entries if formats[entry.layer] == entry.form)
+        noise_budget = min(noise_budget, own_noise) / 2
     else:
         formats = dict.fromkeys(layers.names, FLOAT)
         attempt = layers.attempt({})

@@ -128,6 +128,7 @@ def test_print_after_and_bisect(folder: Path, optc: Run) -> None:
         (["optimize", "mine:small", "-O", "fuse.x=1"], "unknown pass in the options 'fuse'"),
         (["optimize", "mine:small", "--pases", "fuse"], "unknown option '--pases' — did you mean --passes"),
         (["optimize", "mine:small", "--data", "empty"], "has no images"),
+        (["optimize", "mine:small", "--max-drop", "-1"], "'--max-drop'"),
         (["optimize", "mine:small", "-o", "empty"], "output folder 'empty' exists"),
         (["optimize", "mine:branches"], "mine.py:13"),
         (["optimize", "alexnet", "--weights", "wrong.safetensors"], "classifier.6.weight"),
@@ -156,6 +157,43 @@ def test_a_dataset_whose_classes_are_not_the_models_is_refused(folder: Path, opt
     assert done.returncode == 2
     assert "dataset 'digits' has 10 classes but the model has 1000 outputs" in done.stderr.splitlines()[-1]
     assert not (folder / "out").exists()
+
+
+def _pictures(folder: Path, count: int) -> Path:
+    """A folder of pictures without labels."""
+    from PIL import Image
+
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for index in range(count):
+        pixels = torch.randint(0, 256, (48, 48, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / f"{index:02}.png")
+    return folder
+
+
+SMALL = ("optimize", "mobilenetv3_small_050", "--weights", "random", *ORT, "--no-measure", "-o", "out")
+
+
+def test_a_budget_without_labels_is_held_as_agreement_and_says_so(folder: Path, optc: Run) -> None:
+    pictures = _pictures(folder / "pictures", 24)
+    done = optc(*SMALL, "--data", str(pictures), "--max-drop", "40", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "--max-drop 40 is held as top-1 agreement with the unquantized model" in done.stderr
+    report = json.loads(done.stdout)
+    assert report["accuracy"]["metric"] == "top-1 agreement"
+    assert report["accuracy"]["before"] == 1.0
+    assert report["accuracy"]["after"] >= 0.6
+    assert "40 allowed" in report["verdict"]
+
+
+def test_too_few_calibration_images_are_refused_where_ranges_are_needed(folder: Path, optc: Run) -> None:
+    pictures = _pictures(folder / "pictures", 6)
+    done = optc(*SMALL, "--data", str(pictures), "-q")
+    assert done.returncode == 2
+    assert "images to calibrate on, fewer than 8" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (folder / "out").exists()
+    assert optc(*SMALL, "--data", str(pictures), "--passes", "fold-batch-norm", "-q").returncode == 0
 
 
 def test_an_exported_file_is_measured_against_its_baselines(folder: Path, optc: Run) -> None:

@@ -1,0 +1,65 @@
+"""Batches of model inputs as callers give them, and calls in batches of the one size that a model may take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+if TYPE_CHECKING:
+    from optc.passmanager.contract import Calibration
+    from optc.program import Program
+
+
+class Batches:
+    """Any iterable of tensors or tuples of tensors as a :class:`~optc.Calibration`.
+
+    Where the program takes one batch size only, batches are cut to it; what is left over at the end of one is not used.
+    """
+
+    def __init__(self, batches: Iterable[Tensor | tuple[Tensor, ...]], program: Program) -> None:
+        self.description = getattr(batches, "description", "batches given by the caller")
+        self._batches = batches if hasattr(batches, "__len__") else list(batches)
+        self._size = fixed_batch(program)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        for batch in self._batches:
+            tensors = (batch,) if isinstance(batch, Tensor) else tuple(batch)
+            if self._size is None:
+                yield tensors
+            else:
+                for start in range(0, len(tensors[0]) - self._size + 1, self._size):
+                    yield tuple(tensor[start : start + self._size] for tensor in tensors)
+
+
+def as_calibration(
+    given: Calibration | Iterable[Tensor | tuple[Tensor, ...]] | None, program: Program
+) -> Calibration | None:
+    """What the caller gave, as calibration batches that the program takes."""
+    if given is None or (hasattr(given, "description") and program.dynamic_batch):
+        return given  # type: ignore[return-value]  # a Calibration is recognised by its description
+    return Batches(given, program)
+
+
+def fixed_batch(program: Program) -> int | None:
+    """The one batch size a program takes; ``None`` if it takes any."""
+    return None if program.dynamic_batch else program.example_inputs[0].shape[0]
+
+
+def in_batches_of(size: int | None, call: Callable[..., Any]) -> Callable[..., Any]:
+    """``call`` for any number of samples, though it takes ``size`` at a time: the last part is filled up by repeating
+    its last sample. ``None`` leaves it as it is. Outputs are tensors with the batch first.
+    """
+    if size is None:
+        return call
+
+    def batched(*inputs: Tensor) -> Any:
+        count = len(inputs[0])
+        indices = torch.arange(-(-count // size) * size).clamp(max=count - 1)
+        parts = [call(*(tensor[part] for tensor in inputs)) for part in indices.split(size)]
+        return pytree.tree_map(lambda *tensors: torch.cat(tensors)[:count], *parts)
+
+    return batched

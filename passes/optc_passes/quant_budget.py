@@ -1,0 +1,16 @@
+"""What quantization may cost: noise in the outputs, and the budget of whoever runs it."""
+
+from __future__ import annotations
+
+from optc import PassContext
+from optc_passes.quant_formats import Attempt
+
+MIN_SQNR_DB = 10.0
+"""Noise of a tenth of the signal's power: below it a network's outputs are no longer its own."""
+
+
+def over_budget(attempt: Attempt, context: PassContext) -> str | None:
+    """What is wrong with an attempt, in words that end a sentence, or ``None``."""
+    if not attempt.sqnr >= MIN_SQNR_DB:
+        return f"the model's outputs have {attempt.sqnr:.1f} dB, below {MIN_SQNR_DB:g} dB"
+    return context.over_budget(attempt.program)

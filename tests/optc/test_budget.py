@@ -1,0 +1,153 @@
+"""The accuracy budget: metrics, their drop, and what ``optimize`` gives up to keep it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import optc
+from optc.batches import in_batches_of
+from optc.budget import AGREEMENT, Budget, Metric, agreement
+
+IMAGES = [torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+OPTIONS: dict[str, Any] = {"backend": "onnxruntime", "calibration": IMAGES, "measure": False}
+
+
+class Mixed(nn.Module):
+    """Its middle layer loses everything in int8 (1e5 and ordinary values share its input), the others little."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(9, 8, 1), nn.Linear(8, 10)
+        with torch.no_grad():
+            self.b.weight[:, 8] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.gelu(self.a(x))
+        y = self.b(torch.cat([y, 1e5 * y[:, :1]], 1))
+        return self.c(y.mean((2, 3)))
+
+
+class Clean(nn.Sequential):
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+
+
+def same_as(model: nn.Module, tolerance: float) -> Callable[[Any], float]:
+    """A metric: share of images whose scores are the model's own within a tolerance."""
+    with torch.no_grad():
+        wanted = [model.eval()(images) for images in IMAGES]
+
+    def score(call: Any) -> float:
+        with torch.no_grad():
+            near = [(call(x) - y).abs().amax(1) <= tolerance for x, y in zip(IMAGES, wanted, strict=True)]
+        return float(torch.cat(near).float().mean())
+
+    return score
+
+
+def test_agreement_is_the_share_of_samples_whose_largest_output_stays() -> None:
+    one, other = torch.eye(4), torch.eye(4)[[0, 1, 3, 2]]
+    metric = agreement(lambda x: {"scores": one}, [(torch.zeros(4, 1),)])
+    assert metric.name == AGREEMENT
+    assert metric.data == "4 samples"
+    assert metric(lambda x: {"scores": one}) == 1.0
+    assert metric(lambda x: {"scores": other}) == 0.5
+
+
+def test_a_drop_of_just_the_budget_is_within_it() -> None:
+    budget = Budget(Metric("accuracy", lambda call: call(), "ten images"), 0.9, 10.0)
+    assert budget.excess(lambda: 0.8) is None
+    assert budget.excess(lambda: 0.95) is None
+    assert budget.excess(lambda: 0.7) == "accuracy falls by 20.00 points on ten images, more than 10"
+    assert budget.excess(lambda: float("nan")) is not None
+
+
+def test_calls_in_batches_of_the_size_a_model_takes() -> None:
+    sizes: list[int] = []
+
+    def call(x: Tensor) -> dict[str, Tensor]:
+        sizes.append(len(x))
+        return {"doubled": 2 * x}
+
+    x = torch.arange(7.0)
+    assert torch.equal(in_batches_of(3, call)(x)["doubled"], 2 * x)
+    assert sizes == [3, 3, 3]
+    assert in_batches_of(None, call) is call
+
+
+def test_layers_stay_in_float_until_the_budget_holds() -> None:
+    model = Mixed()
+    metric = agreement(model.eval(), [(images,) for images in IMAGES])
+    optimized = optc.optimize(model, IMAGES[0][:1], "quant", evaluate=metric, max_drop=0, **OPTIONS)
+    report = optimized.report
+    assert report.budget is not None
+    assert report.accuracy.metric == AGREEMENT
+    assert report.accuracy.drop == 0.0
+    assert report.budget.quantized
+    record = report.passes[-1]
+    assert "conv2d_1" in [skip.node for skip in record.skipped]
+    assert record.applied
+    assert "0.00 points of top-1 agreement lost, 0 allowed (32 samples)" in report.verdict
+
+
+def test_where_nothing_holds_only_exact_passes_are_kept_and_the_last_line_says_so() -> None:
+    model = Clean()
+    optimized = optc.optimize(
+        model, IMAGES[0][:1], "fuse,quant", evaluate=same_as(model, 1e-5), max_drop=1.0, **OPTIONS
+    )
+    report = optimized.report
+    assert report.precision == "float32"
+    assert report.accuracy.after == 1.0
+    assert report.verdict.split("Budget: ")[1].startswith("NOT quantized: nothing that quant can do keeps the budget")
+    reasons = [skip.reason for record in report.passes if record.name == "quant" for skip in record.skipped]
+    assert any("accuracy falls by 100.00 points" in reason for reason in reasons)
+
+
+def test_what_only_shows_in_the_end_is_mended_too() -> None:
+    model = Clean()
+    asked: list[object] = []
+
+    def blind(call: object) -> float:
+        asked.append(call)
+        return 1.0
+
+    optimized = optc.optimize(
+        model, IMAGES[0][:1], "quant", evaluate=same_as(model, 1e-5), validate=blind, max_drop=1.0, **OPTIONS
+    )
+    budget = optimized.report.budget
+    assert asked
+    assert budget is not None
+    assert budget.tried == ("the passes lost 100.00 points", "half the budget lost 100.00 points")
+    assert not budget.quantized
+    assert optimized.report.accuracy.after == 1.0
+    assert "half the budget lost 100.00 points" in optimized.report.verdict
+
+
+def test_without_a_metric_the_largest_output_must_stay() -> None:
+    optimized = optc.optimize(
+        Mixed(), IMAGES[0][:1], "quant", max_drop=0, verification=[(images,) for images in IMAGES], **OPTIONS
+    )
+    assert optimized.report.accuracy.metric == AGREEMENT
+    assert optimized.report.accuracy.after == 1.0
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_a_fixed_batch_has_a_metric_too(labels: bool) -> None:
+    class Fixed(Clean):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.reshape(2, 3, 16, 16))
+
+    model = Fixed().eval()
+    plain = Clean().eval()
+    metric = agreement(plain, [(images[:5],) for images in IMAGES]) if labels else None
+    optimized = optc.optimize(model, IMAGES[0][:2], "quant", evaluate=metric, max_drop=20, **OPTIONS)
+    assert not optimized.program.dynamic_batch
+    assert optimized.report.accuracy.after is not None
+    assert optimized.report.accuracy.after >= 0.8
