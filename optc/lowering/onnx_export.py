@@ -47,7 +47,8 @@ def export_onnx(
         external_data_bytes: weights beyond this many bytes are written beside it as ``<path>.data``.
 
     Returns:
-        Names of the files written, and what is worth knowing of them: opset, operator counts, decomposed composites.
+        Names of the files written, and what is worth knowing of them: opset, operator counts, decomposed composites,
+        and in ``"origins"`` by the name of each node of the file that of the program's node it was made from.
 
     Raises:
         BackendError: an operator has no ONNX form (names node, operator, module and reason), the batch cannot stay
@@ -65,6 +66,7 @@ def export_onnx(
         "opset": opset,
         "weight_bytes": size,
         "operators": dict(Counter(node.op_type for node in model.graph).most_common()),
+        "origins": dict(_origins(model, plain)),
         "decomposed": dict(Counter(str(n.target) for n in program.graph.nodes if n.target in COMPOSITES)),
     }
     return (path.name, data) if data else (path.name,), details
@@ -149,6 +151,18 @@ def _origin(exported: ExportedProgram, name: str, target: str) -> fx.Node | None
                     return nodes[source.name]
                 sources += source.from_node
     return None
+
+
+def _origins(model: ir.Model, plain: Program) -> Iterator[tuple[str, str]]:
+    """(name in the file, name in the program) of each node that the exporter made; ``plain`` is what was exported."""
+    parts = {node.name: str(node.meta.get("part_of", node.name)) for node in plain.graph.nodes}
+    for node in model.graph:
+        exported = node.meta.get("node")
+        sources = list(exported.meta.get("from_node") or ()) if isinstance(exported, fx.Node) else []
+        while sources and sources[0].from_node:
+            sources = list(sources[0].from_node)
+        if node.name and sources and sources[0].name in parts:
+            yield node.name, parts[sources[0].name]
 
 
 def _qualified(node: fx.Node) -> str:

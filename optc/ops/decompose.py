@@ -15,7 +15,8 @@ from optc.rewrite import argument, calls
 def decompose(program: Program) -> Program:
     """A program that computes the same with every ``optc::`` composite replaced by its ATen operators.
 
-    Nothing is executed; constants are shared with ``program``, which is left as it was.
+    Nothing is executed; constants are shared with ``program``, which is left as it was. Each node made has the name of
+    the composite it was a part of in ``meta["part_of"]``.
     """
     result = program.fork()
     for node in calls(result, *COMPOSITES):
@@ -27,7 +28,7 @@ def decompose(program: Program) -> Program:
 
 def _inline(node: fx.Node, composite: Composite) -> None:
     graph = node.graph
-    origin = {key: value for key, value in node.meta.items() if key != "val"}
+    origin = {key: value for key, value in node.meta.items() if key != "val"} | {"part_of": node.name}
 
     def call(target: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
         made = graph.call_function(target, args, kwargs)

@@ -104,6 +104,9 @@ def pareto_chart(points: Sequence[Point]) -> Chart:
         else:
             second.set_xlim(0, max(medians) * 1.12)
             second.set_xlabel("median latency (ms)")
+        if measured:
+            _label(first, measured, values)
+        _label(second, points, sizes)
         title = "Latency (ms), size (MB) and accuracy (%)" if measured else "Latency (ms) and size (MB)"
         told = "; ".join(_told(each) for each in sorted(points, key=lambda each: each.milliseconds))
         alt = f"Trade-off between candidates, fastest first: {told}."
@@ -112,7 +115,7 @@ def pareto_chart(points: Sequence[Point]) -> Chart:
         return Chart(title, alt, element(drawn, title, alt), f"{note}. {joined}")
 
 
-def steps_chart(title: str, unit: str, names: Sequence[str], values: Sequence[float]) -> Chart:
+def steps_chart(title: str, unit: str, names: Sequence[str], values: Sequence[float], note: str = "") -> Chart:
     """One horizontal bar for each step, the first at the top, labelled with its value; needs at least one."""
     with figure(0.6 + 0.3 * len(names)) as drawn:
         axes = drawn.add_subplot()
@@ -125,7 +128,7 @@ def steps_chart(title: str, unit: str, names: Sequence[str], values: Sequence[fl
         axes.set_xlabel(unit)
         told = ", ".join(f"{name} {value:.4g}" for name, value in zip(names, values, strict=True))
         alt = f"Bars of {unit}: {told}."
-        return Chart(f"{title} ({unit})", alt, element(drawn, title, alt))
+        return Chart(f"{title} ({unit})", alt, element(drawn, title, alt), note)
 
 
 def _told(point: Point) -> str:
@@ -152,10 +155,35 @@ def _scatter(axes: Axes, points: Sequence[Point], heights: Sequence[float], bett
             alpha=0.75,
             linewidths=0,
         )
-        axes.annotate(
-            each.name, (each.milliseconds, height), (0, 9), textcoords="offset points", fontsize=9, ha="center"
-        )
     axes.margins(0.15, 0.2)
+
+
+def _label(axes: Axes, points: Sequence[Point], heights: Sequence[float]) -> None:
+    """The points' names beside them, each at the first place around its point where no other name is.
+
+    Call it when the axes have their final limits. Sizes are in points of print; widths of names are estimates.
+    """
+    figure_ = axes.get_figure(root=True)
+    assert figure_ is not None
+    figure_.draw_without_rendering()
+    taken: list[tuple[float, float, float, float]] = []
+    for each, height in zip(points, heights, strict=True):
+        x, y = axes.transData.transform((each.milliseconds, height)) * 72 / figure_.dpi
+        width, tall = 5.2 * len(each.name), 10.0
+        places = [(0, 11, "center"), (0, -20, "center"), (11, -4, "left"), (-11, -4, "right"), (0, 22, "center")]
+        places += [(0, -31, "center"), (0, 33, "center"), (0, -42, "center")]
+        for place in places:
+            dx, dy, side = place
+            left = x + dx - {"center": width / 2, "left": 0, "right": width}[side]
+            box = (left, y + dy, left + width, y + dy + tall)
+            if not any(_overlap(box, other) for other in taken):
+                break
+        taken.append(box)
+        axes.annotate(each.name, (each.milliseconds, height), (dx, dy), textcoords="offset points", fontsize=9, ha=side)
+
+
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _logarithmic(axes: Axes, axis: str) -> None:

@@ -29,13 +29,14 @@ def measured_document(measurement: Measurement, commands: Sequence[str]) -> Docu
     ]
     summary += [f"{each.name} was not measured: {each.error}" for each in failed]
     sections = (
+        *([Section("Before you believe the numbers", told)] if (told := tuple(warnings(measurement))) else []),
         Section("Speed", (*latency_charts(measurement), candidates_table(measurement))),
         Section("Where it ran", environment(machine(), measurement)),
         Section("Measure it again", (Code("The same run", tuple(commands)),)),
     )
     made = f"Made by optc {optc.__version__}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC."
     title = f"Latency of {', '.join(each.name for each in measurement.results)}"
-    return Document(title, verdict, None, (*summary, *warnings(measurement)), sections, made)
+    return Document(title, verdict, None, tuple(summary), sections, made)
 
 
 def latency_charts(measurement: Measurement) -> list[Chart]:

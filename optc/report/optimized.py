@@ -19,10 +19,13 @@ from optc.report.document import Chart, Code, Document, Section, Table
 from optc.report.measured import candidates_table, environment, latency_charts, warnings
 from optc.report.report import Report
 from optc.report.terminal import REFERENCE
-from optc.report.words import distance, megabytes, what
+from optc.report.words import distance, megabytes, milliseconds, times, what
 
 _HALF = ("bfloat16", "float16")
 _ACCOUNT_COLUMNS = 10
+_EXPLICIT = (
+    "Quantize and dequantize operators are explicit in the graph and counted; runtimes fold them into their kernels."
+)
 
 
 def optimized_document(report: Report, artifact: Path, commands: Sequence[str]) -> Document:
@@ -34,6 +37,7 @@ def optimized_document(report: Report, artifact: Path, commands: Sequence[str]) 
     """
     here = machine()
     sections = [
+        Section("Before you believe the numbers", tuple(warnings(report.measurement))),
         Section("Speed", _speed(report)),
         Section("What each pass did and gained", _passes(report)),
         Section("Otherwise than asked", _deviations(report)),
@@ -56,13 +60,13 @@ def _headline(report: Report) -> str:
     subject = measurement[measurement.optimized] if measurement and measurement.optimized else None
     if measurement is None or subject is None or subject.percentiles is None:
         return f"{name} was optimized; its speed was not measured."
-    took = f"{name} answers in {_ms(subject.percentiles.p50_ns)}"
+    took = f"{name} answers in {milliseconds(subject.percentiles.p50_ns / 1e9)}"
     if measurement.ratio is None or measurement.baseline is None:
         return f"{took}; there was nothing to compare it with."
     ratio, baseline = measurement.ratio, measurement.baseline
     match ratio.outcome:
         case "faster":
-            return f"{took}, {1 / ratio.value:.2g} times as fast as the best unquantized candidate, {baseline}."
+            return f"{took}, {times(1 / ratio.value)} as fast as the best unquantized candidate, {baseline}."
         case "slower":
             return f"{took}, which is slower than {baseline}, the best unquantized candidate."
         case _:
@@ -81,7 +85,9 @@ def _summary(report: Report) -> list[str]:
     reference = _median(measurement, REFERENCE)
     subject = _median(measurement, measurement.optimized or "") if measurement else None
     if reference and subject and measurement and measurement.baseline != REFERENCE:
-        lines.append(f"Plain PyTorch in float32 takes {_ms(reference)}, {reference / subject:.2g} times as long.")
+        lines.append(
+            f"Plain PyTorch in float32 takes {milliseconds(reference / 1e9)}, {times(reference / subject)} as long."
+        )
     accuracy = report.accuracy
     if accuracy.before is not None and accuracy.after is not None:
         change = accuracy.after - accuracy.before
@@ -108,8 +114,7 @@ def _summary(report: Report) -> list[str]:
         )
     elif changed:
         lines.append("The outputs were not compared with the original's.")
-    lines += [*report.notes, *warnings(measurement)]
-    return lines
+    return [*lines, *report.notes]
 
 
 def _speed(report: Report) -> tuple[str | Chart | Table | Code, ...]:
@@ -155,7 +160,7 @@ def _passes(report: Report) -> tuple[str | Chart | Table | Code, ...]:
         statistics = [record.notes["statistics"] for record in changed]
         operators = [statistics[0]["operators"][0], *(each["operators"][1] for each in statistics)]
         sizes = [statistics[0]["constant_bytes"][0], *(each["constant_bytes"][1] for each in statistics)]
-        parts.append(steps_chart("The graph, pass by pass", "number of operators", stages, operators))
+        parts.append(steps_chart("The graph, pass by pass", "number of operators", stages, operators, _EXPLICIT))
         parts.append(steps_chart("Its weights, pass by pass", "MB", stages, [size / 1e6 for size in sizes]))
         parts.append(_pass_table(changed))
     idle = [record.name for record in report.passes if not record.modified]
@@ -245,7 +250,3 @@ def _median(measurement: Measurement | None, name: str) -> float | None:
         if result.name == name and result.percentiles is not None:
             return result.percentiles.p50_ns
     return None
-
-
-def _ms(nanoseconds: float) -> str:
-    return f"{nanoseconds / 1e6:.3g} ms"

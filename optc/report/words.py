@@ -30,3 +30,13 @@ def named(names: Sequence[str], every: bool) -> str:
 def megabytes(size: float) -> str:
     """A size in bytes as MB, or kB where it is small."""
     return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
+
+
+def times(ratio: float) -> str:
+    """A ratio as ``"2.4 times"``, with two digits, or as many as its whole part has."""
+    return f"{ratio:.2g} times" if ratio < 10 else f"{ratio:,.0f} times"
+
+
+def milliseconds(seconds: float) -> str:
+    """A time as ms with three digits."""
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds * 1e3:,.0f} ms"
