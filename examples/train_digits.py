@@ -161,6 +161,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Train a classifier on scikit-learn's handwritten digits.")
     parser.add_argument("--model", default="alexnet", help="timm or torchvision name (default: alexnet)")
     parser.add_argument("-o", "--output", type=Path, required=True, help="checkpoint to write, .safetensors")
+    parser.add_argument(
+        "--epochs", type=int, default=EPOCHS, help=f"passes over the training images (default: {EPOCHS}; a ViT needs 30)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seeds weights, order and random changes (default: 0)")
     options = parser.parse_args()
     if options.output.exists():
@@ -170,7 +173,7 @@ def main() -> int:
     dataset = open_dataset("digits")
     print(f"training {options.model} on {dataset.label}: {dataset.summary}", flush=True)
     try:
-        model, preprocessing = train(options.model, dataset, seed=options.seed)
+        model, preprocessing = train(options.model, dataset, options.epochs, seed=options.seed)
     except OptcError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

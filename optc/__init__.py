@@ -51,6 +51,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "optc.api": ("Optimized", "optimize"),
     "optc.lowering.artifact": ("load",),
+    "optc.budget": ("Budget", "Metric"),
     "optc.data.dataset": ("Dataset", "Split"),
     "optc.frontend.capture": ("capture",),
     "optc.frontend.source": ("BuiltModel", "ModelSource", "PretrainedUnavailable"),

@@ -126,9 +126,9 @@ def optimize(
             and keep the fastest. What was measured before on this machine with these versions is not measured again.
         calibration: input batches for passes that need activation ranges; must not be what ``evaluate`` uses.
         evaluate: given something callable like ``model``, returns the task metric, 0 to 1; called before and after.
-        max_drop: percentage points that ``evaluate`` may fall by at most. Passes that quantize give layers back to float
-            until it holds; if nothing holds, only passes that promise exact outputs are run. Without ``evaluate``, it
-            limits the share of verification samples whose largest output becomes another.
+        max_drop: percentage points that ``evaluate`` may fall by at most. Layers go back to float until it holds; if
+            nothing holds, only passes that promise exact outputs are run. Without ``evaluate``, it limits the share of
+            verification samples whose largest output becomes another.
         validate: the same metric on other data, for the search; ``evaluate`` then only confirms the result.
         verification: batches to compare outputs on after every pass; ``example_inputs`` if not given.
         verify: compare outputs after every pass, and the runtime's with the graph's.
@@ -169,12 +169,12 @@ def optimize(
     tried: list[str] = []
     for trial in _trials(pipeline, max_drop):
         with run.step(trial.title) as step:
-            over_budget = _over_budget(search, model, captured, trial.max_drop)
-            given = replace(context, progress=step.update, over_budget=over_budget)
+            budget = _budget(search, model, captured, trial.max_drop)
+            given = replace(context, progress=step.update, budget=budget)
             program = trial.passes(captured, given).program
             step.done(", ".join(record.name for record in program.history if record.modified) or "no changes")
         if max_drop is None:
-            del captured, watchers, batches, context, given  # frees the float weights
+            del captured, watchers, batches, context, given, budget  # frees the float weights
             gc.collect()
         lowered = _lower(run, model, inputs, program, chosen, refused, target, backend == AUTO, measure)
         optimized = Optimized(program, lowered.kept, lowered.folder)
@@ -329,16 +329,13 @@ def _after(run: _Run, metric: Metric | None, before: Accuracy, optimized: Optimi
     return replace(before, after=after)
 
 
-def _over_budget(
-    metric: Metric | None, model: nn.Module, captured: Program, max_drop: float | None
-) -> Callable[[Program], str | None]:
-    """What tells passes whether a program of theirs costs too much of the metric."""
+def _budget(metric: Metric | None, model: nn.Module, captured: Program, max_drop: float | None) -> Budget | None:
+    """What passes may lose of the metric; nothing is asked of them without one, or without a limit."""
     if metric is None or max_drop is None or _meaningless(metric, captured):
-        return lambda program: None
-    size = fixed_batch(captured)
+        return None
+    fitted = replace(metric, score=lambda call: metric(in_batches_of(fixed_batch(captured), call)))
     with torch.no_grad(), evaluation_mode(model):
-        budget = Budget(metric, metric(in_batches_of(size, model)), max_drop)
-    return lambda program: budget.excess(in_batches_of(size, program.call))
+        return Budget(fitted, fitted(model), max_drop)
 
 
 def _latency_on(backend: Backend, target: Target) -> Callable[[Sequence[Program]], list[float]]:

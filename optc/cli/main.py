@@ -15,6 +15,8 @@ from optc.errors import OptcError, UnknownNameError
 COMMANDS = {
     "optimize": "Run passes over a model, prove them, lower it, measure it, save an artifact.",
     "profile": "Measure models or artifacts with MLPerf LoadGen.",
+    "compare": "Say which of several models, artifacts or saved runs is faster, and how sure that is.",
+    "explain": "Show why each layer of an artifact has the format it has.",
     "passes": "List the passes, or describe one.",
     "backends": "List the backends and whether they run here.",
     "doctor": "Show what is installed, what works and what this machine can do.",

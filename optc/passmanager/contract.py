@@ -15,6 +15,7 @@ from optc.target import Target
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from optc.budget import Budget
     from optc.program import Program
 
 
@@ -130,8 +131,8 @@ class PassContext:
         calibration: batches for passes that need activation ranges; ``None`` if there are none.
         instruments: watchers called around every leaf pass, innermost first.
         progress: called with a short text while a pass works (``"calibrating 12/32"``).
-        over_budget: why a program costs more of the task's metric than the user allows, or ``None``. Approximate passes
-            ask it about what they make, on data that is neither calibration's nor what accuracy is reported on.
+        budget: what may be lost of the task's metric, if the user says. Approximate passes ask it about what they make;
+            its data is neither calibration's nor what accuracy is reported on.
         latency: by backend, measures programs on it: median seconds of a query each, NaN for what it cannot run. Empty
             where nobody measures.
     """
@@ -140,7 +141,7 @@ class PassContext:
     calibration: Calibration | None = None
     instruments: Sequence[Instrument] = ()
     progress: Callable[[str], None] = lambda text: None
-    over_budget: Callable[[Program], str | None] = lambda program: None
+    budget: Budget | None = None
     latency: Mapping[str, Callable[[Sequence[Program]], list[float]]] = field(default_factory=dict)
 
 

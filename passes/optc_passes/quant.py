@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field
 
 from optc import Numerics, OptcError, Pass, PassContext, PassOptions, PassResult, Program, Skip
 from optc_passes.observers import ActivationObserver, EntropyObserver, PercentileObserver
-from optc_passes.quant_auto import Choice, choose, table
+from optc_passes.quant_account import Entry, account, entries
+from optc_passes.quant_auto import Choice, choose, measured_table
 from optc_passes.quant_budget import MIN_SQNR_DB, over_budget
 from optc_passes.quant_formats import BLOCKS, FLOAT, Attempt, Formats, LayerFormats
 
@@ -67,21 +69,26 @@ class Quant(Pass):
         layers.calibrate(context)
         if self.options.formats == "auto":
             return self._auto(program, layers, context)
-        refused = {name: layers.refusal(name, self.options.formats) for name in layers.names}
-        formats = {name: self.options.formats for name, reason in refused.items() if reason is None}
+        form = self.options.formats
+        refused = {name: layers.refusal(name, form) for name in layers.names}
+        formats = {name: form for name, reason in refused.items() if reason is None}
         skipped = [*layers.plan.skipped]
-        skipped += [Skip(self.options.formats, name, reason) for name, reason in refused.items() if reason]
+        skipped += [Skip(form, name, reason) for name, reason in refused.items() if reason]
         if not formats:
             return PassResult(program, modified=False, skipped=tuple(skipped))
         best: Attempt | None
         best = layers.attempt(formats)
         problem = over_budget(best, context)
+        table = entries(layers, dict.fromkeys(formats, (form,)), context, whole_model=problem is not None)
         if problem:
-            best, given_back = self._give_back(layers, formats, problem, context)
+            best, given_back = self._give_back(layers, formats, table, problem, context)
             skipped += given_back
+        why = {skip.node: skip.reason for skip in skipped}
+        kept = {change.node: form for change in best.layers} if best else {}
+        rows = account(table, kept, why | dict.fromkeys(kept, "as asked, within the budget"))
         if best is None:
-            return PassResult(program, modified=False, skipped=tuple(skipped))
-        return PassResult(best.program, True, best.layers, tuple(skipped))
+            return PassResult(program, modified=False, skipped=tuple(skipped), account=rows)
+        return PassResult(best.program, True, best.layers, tuple(skipped), rows)
 
     def _auto(self, program: Program, layers: LayerFormats, context: PassContext) -> PassResult:
         """Each layer in the format that the table and the budget choose, on the backend where that is fastest."""
@@ -93,29 +100,37 @@ class Quant(Pass):
         best: Choice | None = None
         for backend, latency in context.latency.items():
             context.progress(f"measuring {len(layers.names)} layers on {backend}")
-            entries = table(layers, backend, latency, context)
-            choice = choose(layers, entries, context) if entries else None
+            table = measured_table(layers, backend, latency, context)
+            choice = choose(layers, table, context) if table else None
             if choice is not None and (best is None or choice.seconds < best.seconds):
                 best = choice
-        if best is None or not best.attempt.layers:
-            skips = tuple(Skip("auto", name, "no backend runs it faster quantized") for name in layers.names)
+        if best is None:
+            skips = tuple(Skip("auto", name, "no backend runs it by itself") for name in layers.names)
             return PassResult(program, modified=False, skipped=(*layers.plan.skipped, *skips))
+        rows = account(best.table, best.formats, {name: best.why(name) for name in layers.names})
         floats = [name for name, form in best.formats.items() if form == FLOAT]
-        skipped = (*layers.plan.skipped, *(Skip("auto", name, best.why_float(name)) for name in floats))
-        return PassResult(best.attempt.program, True, best.attempt.layers, skipped, best.account())
+        skipped = (*layers.plan.skipped, *(Skip("auto", name, best.why(name)) for name in floats))
+        if not best.attempt.layers:
+            return PassResult(program, modified=False, skipped=skipped, account=rows)
+        return PassResult(best.attempt.program, True, best.attempt.layers, skipped, rows)
 
     def _give_back(
-        self, layers: LayerFormats, formats: Formats, problem: str, context: PassContext
+        self,
+        layers: LayerFormats,
+        formats: Formats,
+        table: Sequence[Entry],
+        problem: str,
+        context: PassContext,
     ) -> tuple[Attempt | None, list[Skip]]:
-        """The attempt with the fewest layers in float that meets the budget, by bisection over layers ranked by noise.
+        """The attempt with the fewest layers in float that meets the budget, by bisection over layers ranked by harm.
 
         ``None`` if only the float program meets it.
 
         Args:
             problem: what is wrong with every layer in its format.
         """
-        noise = {name: db for (name, _), db in layers.noise({name: (form,) for name, form in formats.items()}).items()}
-        ranked = sorted(noise, key=lambda name: noise[name])
+        quantized = {entry.layer: entry for entry in table if entry.form == formats.get(entry.layer)}
+        ranked = sorted(quantized, key=lambda name: _harm(quantized[name]))
         too_few, enough, best = 0, len(ranked), None
         while enough - too_few > 1:
             middle = (too_few + enough) // 2
@@ -129,7 +144,7 @@ class Quant(Pass):
             Skip(
                 formats[name],
                 name,
-                f"given back to float: in {formats[name]} its own output has {noise[name]:.1f} dB SQNR, "
+                f"given back to float: in {formats[name]} its own output has {quantized[name].sqnr_db:.1f} dB SQNR, "
                 f"and with every layer in it {problem}",
             )
             for name in ranked[:enough]
@@ -139,3 +154,10 @@ class Quant(Pass):
         if self.options.observer == "percentile":
             return PercentileObserver.with_args(percentile=self.options.percentile)
         return {"minmax": ActivationObserver, "entropy": EntropyObserver}[self.options.observer]
+
+
+def _harm(entry: Entry) -> tuple[float, ...]:
+    """Sorts the most harmful first: by what they do to the whole model where that is known, then by their own noise."""
+    if entry.model_sqnr_db is None:
+        return 1, entry.sqnr_db
+    return 0, -(entry.drop or 0.0), entry.model_sqnr_db

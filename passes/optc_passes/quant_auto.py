@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor, fx
 
 from optc import PassContext, Program
+from optc_passes.quant_account import Entry, entries
 from optc_passes.quant_budget import MIN_SQNR_DB, over_budget
 from optc_passes.quant_formats import BLOCKS, FLOAT, INT8, Attempt, LayerFormats
 from optc_passes.quant_plan import Layer
@@ -21,57 +21,27 @@ _TRIES = 12
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One layer in one format on one backend.
-
-    Attributes:
-        sqnr_db: of the layer's output when it alone has the format; infinite in float.
-        seconds: median latency of the layer by itself; NaN where the backend cannot run it.
-        bytes: of weight and bias as stored.
-    """
-
-    backend: str
-    layer: str
-    form: str
-    sqnr_db: float
-    seconds: float
-    bytes: int
-
-
-@dataclass(frozen=True)
 class Choice:
     """The formats chosen from a table, the program with them, and its predicted latency: the sum over its layers."""
 
-    entries: Sequence[Entry]
+    table: Sequence[Entry]
     formats: Mapping[str, str]
     attempt: Attempt
     seconds: float
 
-    def why_float(self, name: str) -> str:
-        """Why a layer stays in float, with the numbers of the table."""
-        rows = {entry.form: entry for entry in self.entries if entry.layer == name}
-        quickest = min(rows.values(), key=lambda entry: _cost(entry))
-        if quickest.form == FLOAT:
-            return f"float is its fastest format on {quickest.backend}: {quickest.seconds * 1e6:.0f} µs"
+    def why(self, name: str) -> str:
+        """Why a layer has its format, with the numbers of the table."""
+        rows = {entry.form: entry for entry in self.table if entry.layer == name}
+        quickest, own = min(rows.values(), key=_cost), rows[self.formats[name]]
+        if own is quickest:
+            return f"its fastest format on {own.backend}: {own.seconds * 1e6:.0f} µs"
         return (
-            f"{quickest.form} would take {quickest.seconds * 1e6:.0f} µs instead of {rows[FLOAT].seconds * 1e6:.0f} µs,"
+            f"{quickest.form} would take {quickest.seconds * 1e6:.0f} µs instead of {own.seconds * 1e6:.0f} µs,"
             f" but at {quickest.sqnr_db:.1f} dB it adds more noise than the budget has left"
         )
 
-    def account(self) -> tuple[dict[str, Any], ...]:
-        """The table as JSON-ready rows, with what was chosen."""
-        return tuple(
-            {
-                **asdict(entry),
-                "sqnr_db": entry.sqnr_db if math.isfinite(entry.sqnr_db) else None,
-                "seconds": entry.seconds if math.isfinite(entry.seconds) else None,
-                "chosen": self.formats[entry.layer] == entry.form,
-            }
-            for entry in self.entries
-        )
 
-
-def table(
+def measured_table(
     layers: LayerFormats, backend: str, latency: Callable[[Sequence[Program]], list[float]], context: PassContext
 ) -> list[Entry]:
     """Noise, latency and size of every layer in every format it can have. Layers of the same kind are measured once.
@@ -79,45 +49,41 @@ def table(
     Empty if the backend cannot run some layer in float.
     """
     possible = {name: tuple(form for form in FORMATS if layers.refusal(name, form) is None) for name in layers.names}
-    noise = layers.noise({name: tuple(form for form in forms if form != FLOAT) for name, forms in possible.items()})
-    measured: dict[str, tuple[list[float], list[int]]] = {}
-    entries = []
+    measured: dict[str, list[float]] = {}
+    seconds: dict[tuple[str, str], float] = {}
     for number, layer in enumerate(layers.plan.layers, 1):
-        name = layer.node.name
-        kind = _kind(layer)
+        name, kind = layer.node.name, _kind(layer)
         if kind not in measured:
             context.progress(f"measuring layer {number}/{len(layers.names)} on {backend}")
-            programs = [layers.alone(layer, form, context.target.batch) for form in possible[name]]
-            measured[kind] = latency(programs), [_stored_bytes(program) for program in programs]
-        for form, seconds, size in zip(possible[name], *measured[kind], strict=True):
-            if form == FLOAT and math.isnan(seconds):
-                return []
-            entries.append(Entry(backend, name, form, noise.get((name, form), math.inf), seconds, size))
-    return entries
+            measured[kind] = latency([layers.alone(layer, form, context.target.batch) for form in possible[name]])
+        seconds.update({(name, form): taken for form, taken in zip(possible[name], measured[kind], strict=True)})
+        if math.isnan(seconds[name, FLOAT]):
+            return []
+    return entries(layers, possible, context, backend=backend, seconds=seconds, whole_model=True)
 
 
-def choose(layers: LayerFormats, entries: Sequence[Entry], context: PassContext) -> Choice:
+def choose(layers: LayerFormats, table: Sequence[Entry], context: PassContext) -> Choice:
     """Solve, make the program, and tighten the budget of noise until the program as a whole is within its budget."""
     noise_budget = 10 ** (-MIN_SQNR_DB / 10)
     for _ in range(_TRIES):
-        formats = solve(entries, noise_budget)
+        formats = solve(table, noise_budget)
         attempt = layers.attempt({name: form for name, form in formats.items() if form != FLOAT})
         context.progress(f"outputs at {attempt.sqnr:.1f} dB with {len(attempt.layers)} layers quantized")
         if over_budget(attempt, context) is None:
             break
-        own_noise = sum(10 ** (-entry.sqnr_db / 10) for entry in entries if formats[entry.layer] == entry.form)
+        own_noise = sum(entry.noise for entry in table if formats[entry.layer] == entry.form)
         noise_budget = min(noise_budget, own_noise) / 2
     else:
         formats = dict.fromkeys(layers.names, FLOAT)
         attempt = layers.attempt({})
-    seconds = sum(_cost(entry) for entry in entries if formats[entry.layer] == entry.form)
-    return Choice(entries, formats, attempt, seconds)
+    seconds = sum(_cost(entry) for entry in table if formats[entry.layer] == entry.form)
+    return Choice(table, formats, attempt, seconds)
 
 
-def solve(entries: Sequence[Entry], noise_budget: float) -> dict[str, str]:
+def solve(table: Sequence[Entry], noise_budget: float) -> dict[str, str]:
     """The format of each layer that minimises the sum of latencies while the sum of noise stays within the budget.
 
-    Noise is 10^(-SQNR/10), each layer's own; that of independent layers adds up. Solved exactly as a 0-1 program with
+    Solved exactly as a 0-1 program with
     HiGHS (Huangfu and Hall, "Parallelizing the dual revised simplex method", 2018) through ``scipy.optimize.milp``.
 
     Args:
@@ -125,35 +91,23 @@ def solve(entries: Sequence[Entry], noise_budget: float) -> dict[str, str]:
     """
     from scipy.optimize import Bounds, LinearConstraint, milp
 
-    names = list(dict.fromkeys(entry.layer for entry in entries))
-    one_each = np.array([[float(entry.layer == name) for entry in entries] for name in names])
-    noise = np.array([[10 ** (-entry.sqnr_db / 10) / noise_budget for entry in entries]])
-    cost = np.array([_cost(entry) for entry in entries])
+    names = list(dict.fromkeys(entry.layer for entry in table))
+    one_each = np.array([[float(entry.layer == name) for entry in table] for name in names])
+    noise = np.array([[entry.noise / noise_budget for entry in table]])
+    cost = np.array([_cost(entry) for entry in table])
     runs = np.isfinite(cost) & (noise[0] <= 1)
     result = milp(
         np.where(runs, cost, 0) / cost[runs].max(),
-        integrality=np.ones(len(entries), dtype=int),
+        integrality=np.ones(len(table), dtype=int),
         bounds=Bounds(0, runs.astype(float)),
         constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(np.where(runs, noise, 0), -np.inf, 1)],
     )
     assert result.x is not None, "all layers in float is a solution"
-    return {entry.layer: entry.form for entry, chosen in zip(entries, result.x, strict=True) if chosen > 0.5}
+    return {entry.layer: entry.form for entry, chosen in zip(table, result.x, strict=True) if chosen > 0.5}
 
 
 def _cost(entry: Entry) -> float:
     return entry.seconds if math.isfinite(entry.seconds) else math.inf
-
-
-def _stored_bytes(program: Program) -> int:
-    """Bytes of the constants; 4-bit integers, which the graph holds in bytes, as they are stored in files."""
-    blocks = {
-        str(node.args[0].target): node.args[4]
-        for node in program.graph.nodes
-        if "dequantize_per_channel_group" in str(node.target)
-    }
-    return sum(
-        tensor.nbytes // 2 if blocks.get(name, 127) <= 7 else tensor.nbytes for name, tensor in program.constants()
-    )
 
 
 def _kind(layer: Layer) -> str:

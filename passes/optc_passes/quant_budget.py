@@ -13,4 +13,9 @@ def over_budget(attempt: Attempt, context: PassContext) -> str | None:
     """What is wrong with an attempt, in words that end a sentence, or ``None``."""
     if not attempt.sqnr >= MIN_SQNR_DB:
         return f"the model's outputs have {attempt.sqnr:.1f} dB, below {MIN_SQNR_DB:g} dB"
-    return context.over_budget(attempt.program)
+    return context.budget.excess(attempt.program.call) if context.budget else None
+
+
+def drop(attempt: Attempt, context: PassContext) -> float | None:
+    """Percentage points of the task's metric that an attempt loses; ``None`` where there is no budget of it."""
+    return context.budget.drop(attempt.program.call) if context.budget else None

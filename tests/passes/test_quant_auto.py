@@ -11,12 +11,13 @@ from torch import nn
 
 import optc
 from optc_passes.quant import Quant
-from optc_passes.quant_auto import Entry, solve
+from optc_passes.quant_account import Entry
+from optc_passes.quant_auto import solve
 
 SECONDS = {"a": (5.0, 2.0, 1.0), "b": (3.0, 1.0, math.nan), "c": (4.0, 6.0, 2.0)}
 DECIBEL = {"float": math.inf, "int8": 40.0, "int4-weights": 18.0}
 ENTRIES = [
-    Entry("test", name, form, DECIBEL[form], seconds, 0)
+    Entry("test", name, "", form, DECIBEL[form], seconds, 0)
     for name, row in SECONDS.items()
     for form, seconds in zip(DECIBEL, row, strict=True)
 ]

@@ -1,0 +1,52 @@
+"""``optc explain``: why each layer of an artifact has the format it has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from optc.cli.options import json_option, print_json
+from optc.errors import ArtifactError, OptcError
+
+PLOTS = (".png", ".svg", ".pdf")
+
+
+@click.command("explain")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help=f"Draw it to a file: {', '.join(PLOTS)}.")
+@click.option("-v", "--verbose", is_flag=True, help="A row for every format that was looked at.")
+@json_option
+def command(artifact: Path, plot: Path | None, verbose: bool, as_json: bool) -> None:
+    """Show what each layer of ARTIFACT costs in noise, latency and bytes, and why it has its format.
+
+    Read from the artifact's manifest; nothing is loaded or run.
+    """
+    from optc.lowering.manifest import read_manifest
+    from optc.report.account import account_figure, account_summary, account_table, save_figure
+
+    if plot is not None and plot.suffix not in PLOTS:
+        raise OptcError(f"cannot draw to '{plot}'", f"end its name in {', '.join(PLOTS)}")
+    if plot is not None and not plot.parent.is_dir():
+        raise OptcError(f"cannot draw to '{plot}': there is no folder '{plot.parent}'", "make it first")
+    manifest = read_manifest(artifact)
+    found = [record for record in manifest.report.get("passes", ()) if record.get("notes", {}).get("account")]
+    if not found:
+        raise ArtifactError(
+            f"no pass of '{artifact}' kept an account of its choices", "make the artifact with --passes fuse,quant"
+        )
+    record = found[-1]
+    rows = record["notes"]["account"]
+    options = ", ".join(f"{name}={value}" for name, value in record["options"].items())
+    title = f"{manifest.model.get('name') or artifact.name}: {record['name']} ({options})"
+    if plot is not None:
+        save_figure(account_figure(rows, title), plot)
+    if as_json:
+        print_json({"pass": record["name"], "options": record["options"], "account": rows})
+        return
+    console = Console(highlight=False)
+    console.print(account_table(rows, title, verbose))
+    console.print(f"\n{account_summary(rows)}.")
+    if plot is not None:
+        console.print(f"Drawn to {plot}")

@@ -1,0 +1,148 @@
+"""The account a pass keeps of its choices: what each layer costs in each format, and why it has the one it has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FLOAT = "float"
+_BAR = 12
+"""Characters of the longest bar."""
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class LayerAccount:
+    """One layer: its row in float, in the format it has, and in every format that was looked at."""
+
+    name: str
+    module: str
+    chosen: Row
+    rows: Sequence[Row]
+
+    @property
+    def label(self) -> str:
+        """The module's path in the original model, or the node's name."""
+        return self.module or self.name
+
+    @property
+    def unquantized(self) -> Row:
+        """The row in float."""
+        return next(row for row in self.rows if row["form"] == FLOAT)
+
+
+def by_layer(account: Sequence[Row]) -> list[LayerAccount]:
+    """The rows of an account, layer by layer, in their order."""
+    layers: dict[str, list[Row]] = {}
+    for row in account:
+        layers.setdefault(row["layer"], []).append(row)
+    return [
+        LayerAccount(name, rows[0]["module"], next(row for row in rows if row["chosen"]), rows)
+        for name, rows in layers.items()
+    ]
+
+
+def account_table(account: Sequence[Row], title: str, every: bool = False) -> Table:
+    """One row a layer, with a bar for its latency in the format it has, or for its noise where latency is unknown.
+
+    Args:
+        every: a row for each format that was looked at.
+    """
+    layers = by_layer(account)
+    timed = any(row["seconds"] is not None for row in account)
+    whole = any(row["model_sqnr_db"] is not None for row in account)
+    metric = any(row["drop"] is not None for row in account)
+    columns = ["layer", "format", "own SQNR dB"]
+    columns += ["model SQNR dB"] * whole + ["points lost"] * metric + ["µs in float", "µs", ""] * timed
+    table = Table(
+        *columns, "MB in float", "MB", "why", title=title, title_justify="left", box=None, pad_edge=False,
+        header_style="bold",
+    )  # fmt: skip
+    for column in table.columns[2:-1]:
+        column.justify = "right" if column.header else "left"
+    longest = max((row["seconds"] or 0.0 for row in account if row["chosen"]), default=0.0)
+    for layer in layers:
+        shown = layer.rows if every else [layer.chosen]
+        for row in shown:
+            cells = [layer.label, row["form"], _cell(row["sqnr_db"], ".1f", "exact")]
+            cells += [_cell(row["model_sqnr_db"], ".1f")] * whole + [_cell(row["drop"], ".2f")] * metric
+            if timed:
+                bar = "█" * max(1, round(_BAR * row["seconds"] / longest)) if row["seconds"] and row["chosen"] else ""
+                cells += [_cell(_micro(layer.unquantized), ".0f"), _cell(_micro(row), ".0f"), bar]
+            cells += [f"{layer.unquantized['bytes'] / 1e6:.2f}", f"{row['bytes'] / 1e6:.2f}", row["why"]]
+            table.add_row(*map(Text, cells), style="bold" if every and row["chosen"] else None)
+    return table
+
+
+def account_summary(account: Sequence[Row]) -> str:
+    """How many layers have which format, and what they take together."""
+    layers = by_layer(account)
+    forms = [layer.chosen["form"] for layer in layers]
+    counts = ", ".join(f"{forms.count(form)} in {form}" for form in dict.fromkeys(forms))
+    megabytes = [sum(row["bytes"] for row in rows) / 1e6 for rows in _before_and_after(layers)]
+    text = f"{len(layers)} layers: {counts}; {megabytes[0]:.1f} MB in float, {megabytes[1]:.1f} MB as chosen"
+    if all(row["seconds"] for rows in _before_and_after(layers) for row in rows):
+        taken = [sum(row["seconds"] for row in rows) * 1e3 for rows in _before_and_after(layers)]
+        backend = layers[0].chosen["backend"]
+        text += f"; by themselves on {backend} {taken[0]:.2f} ms in float, {taken[1]:.2f} ms as chosen"
+    return text
+
+
+def account_figure(account: Sequence[Row], title: str) -> Figure:
+    """Bars per layer, float beside the chosen format: latency (where measured), size, and the layer's own SQNR."""
+    from matplotlib.figure import Figure
+
+    layers = by_layer(account)
+    timed = all(row["seconds"] for rows in _before_and_after(layers) for row in rows)
+    panels = ([("latency by itself (µs)", "seconds", 1e6)] if timed else []) + [("size (MB)", "bytes", 1e-6)]
+    figure = Figure(figsize=(4.0 * (len(panels) + 1) + 2, 1.4 + 0.34 * len(layers)), layout="constrained")
+    axes = figure.subplots(1, len(panels) + 1, sharey=True, squeeze=False)[0]
+    places = list(range(len(layers)))
+    for axis, (label, key, unit) in zip(axes, panels, strict=False):
+        for offset, colour, what, rows in zip(
+            (-0.19, 0.19), ("#9aa5b1", "#1f6fb2"), ("float", "as chosen"), _before_and_after(layers), strict=True
+        ):
+            widths = [row[key] * unit for row in rows]
+            axis.barh([place + offset for place in places], widths, 0.36, color=colour, label=what)
+        axis.set_xlabel(label)
+    axes[0].legend(loc="lower right")
+    noise = [layer.chosen["sqnr_db"] for layer in layers]
+    axes[-1].barh(places, [value or 0.0 for value in noise], 0.6, color="#c2662d")
+    for place, value in zip(places, noise, strict=True):
+        axes[-1].annotate("exact" if value is None else f"{value:.0f}", (value or 0.0, place), (3, 0),
+                          textcoords="offset points", va="center", fontsize=8)  # fmt: skip
+    axes[-1].set_xlabel("SQNR of the layer's own output (dB)")
+    axes[0].set_yticks(places, [f"{layer.label}  {layer.chosen['form']}" for layer in layers])
+    axes[0].invert_yaxis()
+    figure.suptitle(title)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure in the format its name ends in, whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial{path.suffix}")
+    try:
+        figure.savefig(partial, dpi=150)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _before_and_after(layers: Sequence[LayerAccount]) -> tuple[list[Row], list[Row]]:
+    return [layer.unquantized for layer in layers], [layer.chosen for layer in layers]
+
+
+def _micro(row: Row) -> float | None:
+    return None if row["seconds"] is None else row["seconds"] * 1e6
+
+
+def _cell(value: float | None, form: str, missing: str = "–") -> str:
+    return missing if value is None else format(value, form)

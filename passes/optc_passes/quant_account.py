@@ -1,0 +1,126 @@
+"""The account of quantization: what each layer costs in each format, and why it has the one it has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from optc import PassContext
+from optc.rewrite import argument, module_path, shape
+from optc_passes.quant_budget import drop
+from optc_passes.quant_formats import BLOCKS, FLOAT, INT8, LayerFormats
+from optc_passes.quant_plan import Layer
+
+DOUBTFUL = 8
+"""Pairs of layer and format whose effect on the whole model is looked at: those noisiest by themselves."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One layer in one format.
+
+    Attributes:
+        layer, module: name of its node, and path of its module in the original model.
+        sqnr_db: of the layer's output when it alone has the format; infinite in float.
+        model_sqnr_db: of the model's outputs likewise, where that was looked at; else ``None``.
+        drop: percentage points of the task's metric that are lost likewise; ``None`` without a budget.
+        seconds: median latency of the layer by itself on ``backend``; NaN where that was not measured or cannot run.
+        bytes: of weight and bias as stored.
+    """
+
+    backend: str
+    layer: str
+    module: str
+    form: str
+    sqnr_db: float
+    seconds: float
+    bytes: int
+    model_sqnr_db: float | None = None
+    drop: float | None = None
+
+    @property
+    def noise(self) -> float:
+        """Share of noise in the model's outputs, by the best estimate there is; that of independent layers adds up."""
+        return 10 ** (-(self.sqnr_db if self.model_sqnr_db is None else self.model_sqnr_db) / 10)
+
+
+def entries(
+    layers: LayerFormats,
+    forms: Mapping[str, Sequence[str]],
+    context: PassContext,
+    *,
+    backend: str = "",
+    seconds: Mapping[tuple[str, str], float] | None = None,
+    whole_model: bool = False,
+) -> list[Entry]:
+    """An entry for every layer in float and in each of its formats, in graph order.
+
+    Args:
+        forms: the formats, by name of the layer.
+        seconds: latencies by (layer, format).
+        whole_model: look at the effect of the noisiest ones on the model's outputs too; each takes a run of the model.
+    """
+    noise = layers.noise({name: tuple(form for form in each if form != FLOAT) for name, each in forms.items()})
+    wholes: dict[tuple[str, str], tuple[float, float | None]] = {}
+    if whole_model:
+        doubtful = sorted(noise, key=lambda pair: noise[pair])[:DOUBTFUL]
+        for number, (name, form) in enumerate(doubtful, 1):
+            context.progress(f"trying {name} alone in {form}, {number}/{len(doubtful)}")
+            attempt = layers.attempt({name: form})
+            wholes[name, form] = attempt.sqnr, drop(attempt, context)
+    found = []
+    for layer in layers.plan.layers:
+        name = layer.node.name
+        for form in dict.fromkeys((FLOAT, *forms.get(name, ()))):
+            own = (seconds or {}).get((name, form), math.nan)
+            model_sqnr, lost = wholes.get((name, form), (None, None))
+            found.append(
+                Entry(
+                    backend,
+                    name,
+                    module_path(layer.node),
+                    form,
+                    noise.get((name, form), math.inf),
+                    own,
+                    stored_bytes(layer, form),
+                    model_sqnr,
+                    lost,
+                )
+            )
+    return found
+
+
+def account(table: Sequence[Entry], formats: Mapping[str, str], why: Mapping[str, str]) -> tuple[dict[str, Any], ...]:
+    """The table as JSON-ready rows, with what was chosen and why (non-finite numbers as ``None``).
+
+    Args:
+        formats: the format of each layer that is not in float.
+        why: by layer, the reason for its format.
+    """
+
+    def known(value: Any) -> Any:
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    rows = []
+    for entry in table:
+        chosen = formats.get(entry.layer, FLOAT) == entry.form
+        row = {key: known(value) for key, value in asdict(entry).items()}
+        rows.append({**row, "chosen": chosen, "why": why.get(entry.layer, "") if chosen else ""})
+    return tuple(rows)
+
+
+def stored_bytes(layer: Layer, form: str) -> int:
+    """Bytes of a layer's weight and bias in a format, with the scales and zero points that it needs."""
+    weight = math.prod(shape(layer.weight))
+    channels = shape(layer.weight)[0]
+    bias = 4 * channels if layer.bias is not None else 0
+    if form in BLOCKS:
+        block = BLOCKS[form].block_of(shape(argument(layer.node, "weight"))[1])
+        assert block is not None, "callers check refusal()"
+        return weight * BLOCKS[form].bits // 8 + 4 * weight // block + bias
+    if form == INT8:
+        per_channel = 4 + 1  # scale and zero point of the weight; those of the bias follow from it
+        return weight + per_channel * channels + bias
+    return 4 * weight + bias

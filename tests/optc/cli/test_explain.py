@@ -1,0 +1,91 @@
+"""``optc explain``: the account of an artifact as a table, a picture and JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import optc
+from optc.cli.main import run
+from optc.report.account import account_summary, by_layer
+
+IMAGES = [torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders ``int8``, ``auto`` and ``fused`` of one small network."""
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten())
+    model = nn.Sequential(body, nn.Linear(256, 64), nn.Linear(64, 10))
+    folder = tmp_path_factory.mktemp("artifacts")
+    for name, passes, options in (
+        ("int8", "fuse,quant", {}),
+        ("auto", "fuse,quant", {"quant": {"formats": "auto"}}),
+        ("fused", "fuse", {}),
+    ):
+        made = optc.optimize(
+            model,
+            IMAGES[0][:1],
+            passes,
+            pass_options=options,
+            backend="onnxruntime",
+            calibration=IMAGES,
+            measure=False,
+            max_drop=50 if name == "auto" else None,
+            target=optc.Target(threads=1),
+        )
+        made.save(folder / name)
+    return folder
+
+
+def test_every_layer_has_a_row_that_says_why(artifacts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["explain", str(artifacts / "int8"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["pass"] == "quant"
+    layers = by_layer(told["account"])
+    assert [layer.label for layer in layers] == ["0.0", "1", "2"]
+    for layer in layers:
+        assert layer.chosen["form"] == "int8"
+        assert layer.chosen["sqnr_db"] > 15
+        assert layer.unquantized["sqnr_db"] is None
+        assert 3 < layer.unquantized["bytes"] / layer.chosen["bytes"] < 4
+        assert layer.chosen["why"] == "as asked, within the budget"
+    assert account_summary(told["account"]).startswith("3 layers: 3 in int8; 0.1 MB in float, 0.0 MB as chosen")
+
+
+def test_the_table_of_auto_has_latencies_and_the_whole_models_noise(
+    artifacts: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run(["explain", str(artifacts / "auto"), "-v", "--plot", str(tmp_path / "formats.svg")]) == 0
+    out = capsys.readouterr().out
+    for column in ("own SQNR dB", "model SQNR dB", "points lost", "µs in float", "MB in float", "why"):
+        assert column in out
+    assert "its fastest format on onnxruntime" in out or "adds more noise than the budget has left" in out
+    assert "int4-weights" in out
+    drawn = (tmp_path / "formats.svg").read_text()
+    assert "<svg" in drawn
+    assert [path.name for path in tmp_path.iterdir()] == ["formats.svg"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fused"], "kept an account of its choices"),
+        (["nothing"], "is no optc artifact"),
+        (["int8", "--plot", "formats.docx"], "end its name in .png"),
+        (["int8", "--plot", "nowhere/formats.png"], "there is no folder"),
+    ],
+)
+def test_bad_input_is_one_line(
+    artifacts: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert run(["explain", str(artifacts / arguments[0]), *arguments[1:]]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert len(captured.err.strip().splitlines()) == 1
