@@ -1,0 +1,194 @@
+"""What each node of a graph has to do: operations by PyTorch's counter, bytes as the graph stores its values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_flop_count
+
+from optc.ops.composites import COMPOSITES, Composite
+from optc.program import Program
+
+aten = torch.ops.aten
+_MOVES = frozenset(
+    ("cat", "clone", "constant_pad_nd", "copy", "index", "pad", "roll", "slice", "stack", "to", "_to_copy")
+)
+"""Operators that compute nothing, besides views."""
+
+
+def _attention(query: list[int], key: list[int], value: list[int], *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+_FORMULAS = {aten._scaled_dot_product_flash_attention_for_cpu: _attention}
+"""What PyTorch's counter lacks."""
+
+
+@dataclass(frozen=True)
+class NodeCost:
+    """What one operator has to do for a query.
+
+    Attributes:
+        node, operator, module: its name, what it calls, and the path of the module it came from (may be empty).
+        operations: multiplications and additions, a fused multiply-add counted as two.
+        constant_bytes: weights and other constants it reads, as they are stored.
+        reads: by the node that made the value, bytes of each value it reads; views and dequantizations are looked
+            through, so that what was quantized counts as integers. Inputs of the model are such nodes too.
+        writes: bytes of its result, as integers where only quantizations read it.
+        result: whether it is, or is viewed as, an output of the model.
+    """
+
+    node: str
+    operator: str
+    module: str
+    operations: float
+    constant_bytes: int
+    reads: Mapping[str, int]
+    writes: int
+    result: bool = False
+
+
+def node_costs(program: Program, batch: int) -> tuple[NodeCost, ...]:
+    """The cost of each operator at a batch size, in the order of the graph; views and dequantizations are left out.
+
+    Operations of convolutions, matrix products and attention are counted by :mod:`torch.utils.flop_counter`, which
+    lacks attention on CPUs: it is added here. Composites count as the layer in them, and any other operator that
+    computes counts one operation for each element of the largest tensor it reads or writes.
+    """
+    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+    scale = batch / len(program.example_inputs[0]) if program.dynamic_batch else 1.0
+    found = []
+    for node in program.graph.nodes:
+        if node.op != "call_function" or _is_transparent(node) or not isinstance(node.meta.get("val"), Tensor):
+            continue
+        operands = [operand for operand in node.all_input_nodes if isinstance(operand.meta.get("val"), Tensor)]
+        constants = {source: _bytes(source) for operand in operands for source in _constants(operand)}
+        values = [source for operand in operands if not _constants(operand) for source in [_source(operand)]]
+        found.append(
+            NodeCost(
+                node=node.name,
+                operator=str(node.target),
+                module=_module(node),
+                operations=_operations(node, counter) * scale,
+                constant_bytes=sum(constants.values()),
+                reads={source.name: round(_bytes(source) * scale) for source in values},
+                writes=round(_written(node) * scale),
+                result=_is_result(node),
+            )
+        )
+    return tuple(found)
+
+
+def traffic(costs: Iterable[NodeCost], nodes: Collection[str]) -> tuple[float, int, int]:
+    """What a kernel that runs several nodes at once has to do.
+
+    Args:
+        costs: those of the whole graph.
+        nodes: names of the nodes it runs; what they hand on to each other stays inside.
+
+    Returns:
+        Operations, bytes of constants, and bytes of the values that come in and go out.
+    """
+    costs = tuple(costs)
+    mine = [cost for cost in costs if cost.node in nodes]
+    incoming = {source: size for cost in mine for source, size in cost.reads.items() if source not in nodes}
+    wanted = {source for cost in costs if cost.node not in nodes for source in cost.reads}
+    outgoing = sum(cost.writes for cost in mine if cost.result or cost.node in wanted)
+    constants = sum(cost.constant_bytes for cost in mine)
+    return sum(cost.operations for cost in mine), constants, sum(incoming.values()) + outgoing
+
+
+def _operations(node: fx.Node, counter: FlopCounterMode) -> float:
+    target = node.target
+    if not isinstance(target, OpOverload):
+        return 0.0
+    name = target._schema.name.rpartition("::")[2]
+    if name in _MOVES:
+        return 0.0
+    if target not in COMPOSITES and torch.Tag.pointwise not in target.tags:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda operand: operand.meta["val"])
+        with torch.no_grad(), node.meta["val"].fake_mode, counter:  # entering it sets the counter to 0
+            target(*args, **kwargs)
+        counted = counter.get_total_flops()
+        if counted:
+            return float(counted)
+    if target in COMPOSITES:
+        return _composite_operations(COMPOSITES[target], node)
+    tensors = [node, *(operand for operand in node.all_input_nodes if not _constants(operand))]
+    return float(max(_elements(tensor) for tensor in tensors))
+
+
+def _composite_operations(row: Composite, node: fx.Node) -> float:
+    x, weight = (operand.meta["val"] for operand in node.args[:2] if isinstance(operand, fx.Node))
+    if row.is_conv:
+        return float(conv_flop_count(list(x.shape), list(weight.shape), list(node.meta["val"].shape)))
+    return 2.0 * int(x.numel()) * len(weight)
+
+
+def _schema_name(node: fx.Node) -> str:
+    return str(getattr(getattr(node.target, "_schema", None), "name", "")).rpartition("::")[2]
+
+
+def _is_quantize(node: fx.Node) -> bool:
+    return _schema_name(node).startswith("quantize_")
+
+
+def _is_transparent(node: fx.Node) -> bool:
+    """Whether a node changes how a value is looked at, not the value in memory."""
+    return bool(getattr(node.target, "is_view", False)) or _schema_name(node).startswith("dequantize_")
+
+
+def _source(node: fx.Node) -> fx.Node:
+    while node.op == "call_function" and _is_transparent(node):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _constants(node: fx.Node) -> list[fx.Node]:
+    """The constants that a value is a view or dequantization of; none if inputs of the model have a part in it."""
+    if node.op == "get_attr":
+        return [node]
+    if node.op != "call_function" or not _is_transparent(node):
+        return []
+    found = [_constants(operand) for operand in node.all_input_nodes]
+    return [constant for each in found for constant in each] if all(found) else []
+
+
+def _readers(node: fx.Node) -> Iterable[fx.Node]:
+    for user in node.users:
+        if user.op == "call_function" and _is_transparent(user):
+            yield from _readers(user)
+        else:
+            yield user
+
+
+def _written(node: fx.Node) -> int:
+    readers = list(_readers(node))
+    quantized = bool(readers) and all(map(_is_quantize, readers)) and not _is_quantize(node)
+    return _bytes(readers[0] if quantized else node)
+
+
+def _is_result(node: fx.Node) -> bool:
+    return any(reader.op == "output" for reader in _readers(node))
+
+
+def _elements(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return math.prod(map(int, value.shape)) if isinstance(value, Tensor) else 0
+
+
+def _bytes(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return _elements(node) * value.element_size() if isinstance(value, Tensor) else 0
+
+
+def _module(node: fx.Node) -> str:
+    """Dotted path of the innermost module of the original model that a node came from."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return next((path for path, _ in reversed(stack) if path and not path.startswith("_empty_")), "")

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import optc
+from optc import PassContext
+from optc.ops.costs import NodeCost, node_costs, traffic
+from optc.passmanager.manager import build_passes
+
+
+def costs_of(model: nn.Module, shape: tuple[int, ...], passes: str = "", batch: int = 1) -> dict[str, NodeCost]:
+    inputs = (torch.randn(2, *shape),)
+    program = optc.capture(model.eval(), inputs)
+    if passes:
+        program = build_passes(passes)(program, PassContext(calibration=Batches([inputs]))).program
+    return {cost.node: cost for cost in node_costs(program, batch)}
+
+
+class Batches(list[tuple[torch.Tensor, ...]]):
+    description = "random"
+
+
+def of(costs: dict[str, NodeCost], operator: str) -> list[NodeCost]:
+    return [cost for cost in costs.values() if operator in cost.operator]
+
+
+def test_a_convolution_counts_its_multiplications_and_additions() -> None:
+    costs = costs_of(nn.Conv2d(3, 8, 3, padding=1, bias=False), (3, 10, 10))
+    (conv,) = of(costs, "conv2d")
+    assert conv.operations == 2 * 8 * 3 * 3 * 3 * 10 * 10
+    assert conv.constant_bytes == 8 * 3 * 3 * 3 * 4
+    assert sum(conv.reads.values()) == 3 * 10 * 10 * 4
+    assert conv.writes == 8 * 10 * 10 * 4
+    assert conv.result
+
+
+def test_groups_divide_the_operations() -> None:
+    (conv,) = of(costs_of(nn.Conv2d(8, 8, 3, groups=8, bias=False), (8, 10, 10)), "conv2d")
+    assert conv.operations == 2 * 8 * 3 * 3 * 8 * 8
+
+
+def test_a_batch_scales_operations_and_values_but_not_weights() -> None:
+    one, four = (of(costs_of(nn.Linear(16, 32), (16,), batch=batch), "linear")[0] for batch in (1, 4))
+    assert one.operations == 2 * 16 * 32
+    assert four.operations == 4 * one.operations
+    assert four.writes == 4 * one.writes
+    assert four.constant_bytes == one.constant_bytes == (16 * 32 + 32) * 4
+
+
+def test_attention_on_the_cpu_counts_both_products() -> None:
+    class Attention(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.scaled_dot_product_attention(x, x, x)
+
+    (attention,) = of(costs_of(Attention(), (2, 5, 8)), "scaled_dot_product_attention")
+    assert attention.operations == 2 * (2 * 2 * 5 * 5 * 8)
+
+
+def test_a_composite_counts_as_the_layer_in_it() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 8 * 8, 4), nn.ReLU())
+    plain, fused = costs_of(model, (3, 10, 10)), costs_of(model, (3, 10, 10), "fuse")
+    for layer, composite in (("aten.conv2d", "optc.conv2d_relu"), ("aten.linear", "optc.linear_relu")):
+        assert of(fused, composite)[0].operations == of(plain, layer)[0].operations
+    assert of(fused, "optc.conv2d_relu")[0].module == "0"
+
+
+def test_quantized_values_count_as_the_integers_they_are_stored_as() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.ReLU(), nn.Conv2d(8, 4, 3, bias=False))
+    costs = costs_of(model, (3, 10, 10), "fuse,quant")
+    (first,) = of(costs, "conv2d_relu")
+    assert sum(first.reads.values()) == 3 * 10 * 10
+    assert first.writes == 8 * 8 * 8
+    scales = 8 * (4 + 1)  # a float32 scale and an int8 zero point for each output channel
+    assert first.constant_bytes == 8 * 3 * 3 * 3 + scales
+
+
+def test_what_a_kernel_hands_on_to_itself_is_no_traffic() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.Sigmoid(), nn.Conv2d(8, 4, 1, bias=False))
+    costs = costs_of(model, (3, 10, 10))
+    first, sigmoid, _ = costs
+    operations, constants, moved = traffic(costs.values(), {first, sigmoid})
+    assert operations == costs[first].operations + costs[sigmoid].operations
+    assert constants == 8 * 3 * 4
+    assert moved == (3 + 8) * 100 * 4
+    assert traffic(costs.values(), set(costs))[2] == (3 + 4) * 100 * 4
+
+
+@pytest.mark.parametrize("name", ["view", "permute"])
+def test_views_cost_nothing(name: str) -> None:
+    class Viewing(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(x.view(-1, 12) if name == "view" else x.permute(0, 2, 1))
+
+    costs = costs_of(Viewing(), (3, 4))
+    assert [cost.operator for cost in costs.values()] == ["aten.relu.default"]
+    assert sum(next(iter(costs.values())).reads.values()) == 3 * 4 * 4
