@@ -318,3 +318,48 @@ def test_settling_ends_with_the_time(log: list[tuple[str, str]], query: list[Arr
     candidates = [_candidate("twin", log, work), _candidate("other twin", log, work)]
     result = _short(candidates, query, optimized=("twin", "other twin"), limit_seconds=0.0, together=True)
     assert [len(each.blocks) for each in result.results] == [2, 2]
+
+
+def test_reopening_opens_for_every_block_and_runs_every_other_round_backwards(
+    log: list[tuple[str, str]], query: list[Arrays]
+) -> None:
+    result = _short([_candidate("a", log), _candidate("b", log)], query, blocks=3, reopen=True)
+    assert _turns(log) == ["a", "b", "a", "b"]  # a b, b a, a b
+    assert [name for event, name in log if event == "open"] == ["a", "b", "b", "a", "a", "b"]
+    assert [event for event, _ in log if event != "call"] == ["open", "close"] * 6  # never two at once
+    assert [len(each.blocks) for each in result.results] == [3, 3]
+    assert result.interleaved
+
+
+def test_reopening_leaves_open_what_takes_long_to_open_and_says_so(
+    log: list[tuple[str, str]], query: list[Arrays], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure_module, "REOPEN_SECONDS", -1.0)
+    result = _short([_candidate("a", log)], query, blocks=3, reopen=True)
+    assert [event for event, _ in log if event != "call"] == ["open", "close"]
+    assert any("opened once" in warning for warning in result["a"].warnings)
+    assert not any("opened once" in warning for warning in _short([_candidate("a", log)], query)["a"].warnings)
+
+
+def test_a_candidate_that_does_not_open_is_not_opened_again(log: list[tuple[str, str]], query: list[Arrays]) -> None:
+    opened = []
+
+    def refuse() -> Runner:
+        opened.append(1)
+        raise BackendError("no kernel")
+
+    result = _short([Candidate("a", "", False, refuse)], query, blocks=3, reopen=True)
+    assert len(opened) == 1
+    assert result["a"].error == "no kernel"
+
+
+def test_candidates_may_have_inputs_of_their_own(log: list[tuple[str, str]], query: list[Arrays]) -> None:
+    shapes: set[tuple[int, ...]] = set()
+
+    def note(x: np.ndarray) -> Arrays:
+        shapes.add(x.shape)
+        return (x,)
+
+    own = ((np.ones((2, 5), np.float32),),)
+    _short([Candidate("own", "", False, lambda: _Watched("own", note, log), 0, own)], query)
+    assert shapes == {(2, 5)}

@@ -1,0 +1,83 @@
+"""Measured runs as JSON files: what ``optc profile`` writes, to be compared with later."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import optc
+from optc.bench.results import Block, CandidateResult, Measurement
+from optc.bench.statistics import Percentiles
+from optc.bench.summary import LoadGenSummary
+from optc.errors import MeasurementError
+
+FORMAT, FORMAT_VERSION = "optc profile", 1
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run read back.
+
+    Attributes:
+        name: the file it was read from, or what else it is to be called.
+        results: raw latencies included.
+        surroundings: as :func:`optc.bench.surroundings.surroundings` said then.
+        created: when, ISO 8601, UTC.
+    """
+
+    name: str
+    results: tuple[CandidateResult, ...]
+    surroundings: Mapping[str, Any]
+    created: str
+
+
+def run_document(measurement: Measurement, surroundings: Mapping[str, Any]) -> dict[str, Any]:
+    """A measurement and where it was made, JSON-ready."""
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "optc": optc.__version__,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "surroundings": dict(surroundings),
+        **measurement.to_dict(),
+    }
+
+
+def read_run(path: Path) -> Run:
+    """Read a run back from a file.
+
+    Raises:
+        MeasurementError: it cannot be read, is no run, or was written by a newer optc.
+    """
+    hint = "give a file that 'optc profile --json' or 'optc profile -o' wrote"
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MeasurementError(f"cannot read '{path}': {error}", hint) from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise MeasurementError(f"'{path}' is no measured run", hint)
+    if int(document.get("format_version", 0)) > FORMAT_VERSION:
+        raise MeasurementError(f"'{path}' was written by a newer optc ({document.get('optc')})", "upgrade optc")
+    try:
+        results = tuple(_result(entry) for entry in document["results"])
+        return Run(str(path), results, dict(document["surroundings"]), str(document["created"]))
+    except (LookupError, TypeError, ValueError) as error:
+        raise MeasurementError(f"'{path}' is not valid: {type(error).__name__}: {error}", hint) from error
+
+
+def _result(entry: Mapping[str, Any]) -> CandidateResult:
+    blocks = tuple(
+        Block(tuple(block["latencies_ns"]), block["nonfinite_queries"], _summary(block["loadgen"]))
+        for block in entry["blocks"]
+    )
+    percentiles = Percentiles(**entry["percentiles"]) if entry["percentiles"] else None
+    changed = {"blocks": blocks, "percentiles": percentiles, "warnings": tuple(entry["warnings"])}
+    return CandidateResult(**{**entry, **changed})
+
+
+def _summary(entry: Mapping[str, Any]) -> LoadGenSummary:
+    return LoadGenSummary(**{**entry, "reasons": tuple(entry["reasons"])})

@@ -1,0 +1,117 @@
+"""``optc compare``: which target is faster, by how much, and how sure that is."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.console import Console
+from rich.text import Text
+
+from optc.cli.options import json_option, print_json, progress_for, target_options, verbosity_options
+
+if TYPE_CHECKING:
+    from optc.bench.compare import Contender
+    from optc.cli.targets import Subject
+    from optc.progress import Progress
+    from optc.target import Target
+
+ROUNDS = 10
+LIMIT_SECONDS = 120.0
+
+
+@click.command("compare")
+@click.argument("targets", nargs=-1, required=True)
+@click.option(
+    "--weights", default="pretrained", show_default=True, help="For model names: pretrained, random or a file."
+)
+@click.option("--force", is_flag=True, help="Compare runs of different machines, threads or versions all the same.")
+@target_options
+@json_option
+@verbosity_options
+def command(
+    targets: tuple[str, ...],
+    weights: str,
+    force: bool,
+    threads: int | None,
+    allow_fallback: bool,
+    as_json: bool,
+    verbose: bool,
+    quiet: bool,
+) -> None:
+    r"""Compare the latency of TARGETS with that of the first.
+
+    A target is an artifact folder, a folder of such, a model, or a run that 'optc profile' saved. Artifacts and models are measured now,
+    in blocks that take turns. Of a model and of a run with several candidates, the fastest is compared.
+
+    \b
+    Examples:
+      optc compare resnet50-int8 resnet50-fused
+      optc compare alexnet-int8 alexnet
+      optc compare monday.json friday.json
+    """
+    progress = progress_for(verbose, quiet)
+    with progress.step("Importing PyTorch"):
+        from optc.bench.compare import comparisons, contender, refuse_unless_alike
+        from optc.bench.run import Run, read_run
+        from optc.bench.surroundings import surroundings
+        from optc.cli.targets import subjects
+        from optc.report.report import jsonable
+        from optc.target import Target, available_threads
+
+    target = Target(threads=threads or available_threads(), allow_fallback=allow_fallback)
+    given: list[Run | Subject] = []
+    for name in targets:
+        given += [read_run(Path(name))] if _is_run(name) else subjects([name], weights, target, progress)
+    if len(given) < 2:
+        raise click.UsageError("compare needs two targets or more")
+    conditions = [(each.name, each.surroundings) for each in given if isinstance(each, Run)]
+    if len(conditions) < len(given):
+        conditions.append(("this run", surroundings(target)))
+    notes = refuse_unless_alike(conditions, force)
+    measured = iter(_measured([each for each in given if not isinstance(each, Run)], target, progress))
+    found = [
+        contender(each.name, each.results, saved=True) if isinstance(each, Run) else next(measured) for each in given
+    ]
+    compared = comparisons(found)
+    if any(not each.interleaved for each in compared):
+        notes.append("measured at different times: what changed on the machine in between is in the ratio as well")
+    if as_json:
+        document = {"surroundings": surroundings(target), "targets": [asdict(each) for each in found], "notes": notes}
+        print_json(jsonable({**document, "comparisons": [each.to_dict() for each in compared]}))
+        return
+    from optc.report.comparison import comparison_table
+
+    console = Console(highlight=False)
+    console.print(comparison_table(found, compared))
+    warnings = [f"{each.target}: {warning}" for each in found for warning in each.result.warnings]
+    for line in dict.fromkeys((*notes, *warnings)):
+        console.print(Text(f"! {line}", style="yellow"))
+    for each in compared:
+        console.print(Text(each.verdict, style="bold"))
+
+
+def _is_run(name: str) -> bool:
+    return name.endswith(".json") and Path(name).is_file()
+
+
+def _measured(subjects: list[Subject], target: Target, progress: Progress) -> list[Contender]:
+    """The subjects' fastest candidates, all candidates measured in turns, each opened anew for each of its blocks."""
+    from optc.bench.compare import contender
+    from optc.bench.measure import measure
+
+    if not subjects:
+        return []
+
+    groups = [subject.candidates(target.batch) for subject in subjects]
+    candidates = [candidate for group in groups for candidate in group]
+    with progress.step("Measuring in turns with MLPerf LoadGen") as step:
+        measurement = measure(
+            candidates, [], target, blocks=ROUNDS, limit_seconds=LIMIT_SECONDS, reopen=True, progress=step.update
+        )
+    results, found = iter(measurement.results), []
+    for subject, group in zip(subjects, groups, strict=True):
+        found.append(contender(subject.name, [next(results) for _ in group]))
+    return found

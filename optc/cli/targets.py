@@ -1,0 +1,115 @@
+"""What the user asks to measure: artifacts, folders of artifacts, models. Each becomes candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optc.lowering.manifest import NAME
+
+if TYPE_CHECKING:
+    from optc.bench.results import Candidate
+    from optc.program import Preprocessing
+    from optc.progress import Progress
+    from optc.target import Target
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One target.
+
+    Attributes:
+        name: as the user typed it, or the artifact's folder.
+        candidates: for a batch size, what to measure: one for an artifact, the baselines for a model. Their inputs are
+            one query of that batch.
+        weights: where its weights come from, such as ``"pretrained"`` or ``"random"``.
+        parameters: how many it has; of an artifact, how many the captured model had. ``None`` if unknown.
+        accuracy: top-1 as its manifest has it, 0 to 1; ``None`` if unknown.
+        preprocessing: how its images are made.
+    """
+
+    name: str
+    candidates: Callable[[int], list[Candidate]]
+    weights: str
+    parameters: int | None
+    accuracy: float | None
+    preprocessing: Preprocessing
+
+
+def subjects(names: Sequence[str], weights: str, target: Target, progress: Progress) -> list[Subject]:
+    """Everything the names stand for; of a folder of artifacts, each artifact.
+
+    Raises:
+        OptcError: a name is no model, a folder no artifact and without any.
+    """
+    found: list[Subject] = []
+    for name in names:
+        if not Path(name).is_dir():
+            found.append(_model(name, weights, target, progress))
+            continue
+        inside = sorted(path.parent for path in Path(name).glob(f"*/{NAME}"))
+        is_collection = inside and not (Path(name) / NAME).exists()
+        found += [_artifact(folder, target) for folder in (inside if is_collection else [Path(name)])]
+    return found
+
+
+def _artifact(folder: Path, target: Target) -> Subject:
+    from optc.bench.results import Candidate
+    from optc.lowering.artifact import load_artifact
+
+    artifact = load_artifact(folder)
+    manifest = artifact.manifest
+    name = str(folder)
+    quantized = "int8" in artifact.precision or "int4" in artifact.precision
+
+    def candidates(batch: int) -> list[Candidate]:
+        queries = (artifact.example_query(batch),)
+        return [
+            Candidate(name, artifact.precision, quantized, lambda: artifact.runner(target), artifact.bytes, queries)
+        ]
+
+    model_bytes = manifest.report.get("model_bytes")
+    accuracy = manifest.report.get("accuracy") or {}
+    return Subject(
+        name=name,
+        candidates=candidates,
+        weights=str(manifest.model.get("weights", "")),
+        parameters=model_bytes // 4 if model_bytes else None,
+        accuracy=accuracy.get("after"),
+        preprocessing=_preprocessing(manifest.model["preprocessing"]),
+    )
+
+
+def _model(name: str, weights: str, target: Target, progress: Progress) -> Subject:
+    import torch
+
+    from optc.bench.baselines import baselines
+    from optc.cli.model import load
+
+    loaded, _ = load(name, weights, None, 0, progress)
+
+    def candidates(batch: int) -> list[Candidate]:
+        query = tuple(torch.cat([tensor[:1]] * batch) for tensor in loaded.example_inputs)
+        arrays = (tuple(tensor.numpy() for tensor in query),)
+        return [
+            replace(each, name=f"{name} {each.name}", inputs=arrays) for each in baselines(loaded.module, query, target)
+        ]
+
+    return Subject(
+        name=name,
+        candidates=candidates,
+        weights=loaded.info.weights,
+        parameters=sum(parameter.numel() for parameter in loaded.module.parameters()),
+        accuracy=None,
+        preprocessing=loaded.info.preprocessing,
+    )
+
+
+def _preprocessing(entry: Mapping[str, Any]) -> Preprocessing:
+    """What a manifest says, whose lists were tuples."""
+    from optc.program import Preprocessing
+
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+    return Preprocessing(**fields)

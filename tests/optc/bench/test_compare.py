@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from optc.bench.compare import comparisons, contender, refuse_unless_alike
+from optc.bench.results import Block, Candidate, CandidateResult
+from optc.bench.summary import LoadGenSummary
+from optc.errors import MeasurementError
+from optc.lowering.backend import Runner
+
+SUMMARY = LoadGenSummary("SingleStream", True, (), {}, 1, 1, 1)
+
+
+def _never() -> Runner:
+    raise AssertionError
+
+
+def _result(name: str, scale: float, seed: int, *, blocks: int = 8, error: str | None = None) -> CandidateResult:
+    generator = np.random.default_rng(seed)
+    drifting = [
+        Block(tuple((1e6 * scale * (1 + 0.3 * i) * generator.uniform(0.99, 1.01, 50)).astype(int).tolist()), 0, SUMMARY)
+        for i in range(blocks)
+    ]
+    return CandidateResult.of(Candidate(name, "float32", False, _never), "p", "float32", 0.1, tuple(drifting), error)
+
+
+def test_blocks_that_took_turns_are_compared_in_pairs() -> None:
+    """The machine slowed to a third over the blocks; in pairs, a difference of 10 % shows all the same."""
+    first, other = contender("a", [_result("a", 1.0, 0)]), contender("b", [_result("b", 0.9, 1)])
+    (paired,) = comparisons([first, other])
+    assert paired.interleaved
+    assert paired.ratio.value == pytest.approx(0.9, abs=0.02)
+    assert paired.verdict.startswith("b: 0.9")
+    assert paired.verdict.endswith("the latency of a: faster")
+    saved = contender("a", [_result("a", 1.0, 0)], saved=True)
+    (unpaired,) = comparisons([saved, other])
+    assert not unpaired.interleaved
+    assert unpaired.ratio.low < 1 < unpaired.ratio.high
+    assert unpaired.verdict.endswith("no difference shown")
+
+
+def test_every_target_is_compared_with_the_first_and_warnings_stay_with_their_numbers() -> None:
+    found = [
+        contender(name, [_result(name, scale, i)]) for i, (name, scale) in enumerate([("a", 1), ("b", 2), ("c", 1)])
+    ]
+    slower, same = comparisons(found)
+    assert (slower.base, slower.target, slower.ratio.outcome) == ("a", "b", "slower")
+    assert (same.base, same.target, same.ratio.outcome) == ("a", "c", "no difference")
+    assert [warning.partition(":")[0] for warning in slower.warnings] == ["a", "b"]
+    assert "unsteady" in slower.warnings[0]
+    data = json.loads(json.dumps(slower.to_dict(), allow_nan=False))
+    assert data["outcome"] == "slower"
+    assert data["ratio"]["method"]
+
+
+def test_the_fastest_candidate_that_was_measured_to_the_end_stands_for_a_target() -> None:
+    results = [_result("slow", 2, 0), _result("died", 0.1, 1, error="out of memory"), _result("fast", 1, 2)]
+    assert contender("model", results).result.name == "fast"
+    with pytest.raises(MeasurementError, match="nothing of 'model' was measured: died: out of memory"):
+        contender("model", results[1:2])
+
+
+def test_other_conditions_are_refused_and_named_unless_forced() -> None:
+    here, there = {"cpu": "A", "threads": 2}, {"cpu": "B", "threads": 1}
+    assert refuse_unless_alike([("x", here), ("y", dict(here))], forced=False) == []
+    with pytest.raises(MeasurementError, match=r"'x' and 'y' .* CPU A and B; threads 2 and 1 — .* --force"):
+        refuse_unless_alike([("x", here), ("y", there)], forced=False)
+    (note,) = refuse_unless_alike([("x", here), ("y", there)], forced=True)
+    assert "CPU A and B" in note

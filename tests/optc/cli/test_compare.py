@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from optc import Target
+from optc.bench.measure import measure
+from optc.bench.results import Candidate
+from optc.bench.run import run_document
+from optc.bench.surroundings import surroundings
+from optc.cli import compare
+from optc.lowering.artifact import load_artifact
+
+Command = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "ROUNDS", 2)
+
+
+@pytest.fixture(scope="module")
+def run_file(artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short measurement as ``optc profile`` writes it."""
+    artifact, target = load_artifact(artifacts / "plain"), Target()
+    candidate = Candidate("plain", "", False, artifact.runner, 0, (artifact.example_query(),))
+    measured = measure([candidate], [], target, blocks=2, block_seconds=0.02)
+    path = tmp_path_factory.mktemp("runs") / "saved.json"
+    path.write_text(json.dumps(run_document(measured, surroundings(target))))
+    return path
+
+
+def test_artifacts_are_compared_with_the_first_in_turns(artifacts: Path, command: Command) -> None:
+    plain, fused = str(artifacts / "plain"), str(artifacts / "fused")
+    done = command("compare", plain, fused, "--json", "-q")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert [each["target"] for each in document["targets"]] == [plain, fused]
+    assert [len(each["result"]["blocks"]) for each in document["targets"]] == [2, 2]
+    (comparison,) = document["comparisons"]
+    assert (comparison["base"], comparison["target"], comparison["interleaved"]) == (plain, fused, True)
+    ratio = comparison["ratio"]
+    assert ratio["low"] <= ratio["value"] <= ratio["high"]
+    p50 = [each["result"]["percentiles"]["p50_ns"] for each in document["targets"]]
+    assert ratio["value"] == pytest.approx(p50[1] / p50[0])
+    assert comparison["outcome"] in comparison["verdict"]
+
+
+def test_a_folder_of_artifacts_stands_for_each_and_the_verdict_comes_last(artifacts: Path, command: Command) -> None:
+    done = command("compare", str(artifacts), "-q")
+    assert done.returncode == 0, done.stderr
+    words = " ".join(done.stdout.split())
+    assert "times the first" in words
+    assert words.endswith(("faster", "slower", "no difference shown"))
+
+
+def test_saved_runs_compare_without_measuring_and_say_so(run_file: Path, command: Command) -> None:
+    done = command("compare", str(run_file), str(run_file), "-q")
+    assert done.returncode == 0, done.stderr
+    assert "no difference shown" in " ".join(done.stdout.split())
+    assert "measured at different times" in " ".join(done.stdout.split())
+
+
+def test_a_saved_run_of_other_threads_is_refused_unless_forced(
+    run_file: Path, artifacts: Path, command: Command, tmp_path: Path
+) -> None:
+    document: dict[str, Any] = json.loads(run_file.read_text())
+    document["surroundings"]["threads"] = 77
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(document))
+    refused = command("compare", str(run_file), str(other), "-q")
+    assert refused.returncode == 2
+    assert "threads" in refused.stderr
+    assert "77" in refused.stderr
+    assert "--force" in refused.stderr
+    forced = command("compare", str(other), str(artifacts / "plain"), "--force", "-q")
+    assert forced.returncode == 0, forced.stderr
+    assert "not measured under the same conditions" in " ".join(forced.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run.json",), "two targets or more"),
+        (("run.json", "two.json"), "is no measured run"),
+        (("no-such-model", "run.json"), "unknown model 'no-such-model'"),
+    ],
+)
+def test_bad_input_is_one_line(
+    arguments: tuple[str, ...],
+    message: str,
+    run_file: Path,
+    command: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run.json").write_text(run_file.read_text())
+    Path("two.json").write_text("{}")
+    done = command("compare", *arguments, "-q")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
