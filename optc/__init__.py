@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from optc.lowering.backend import Backend as Backend
     from optc.lowering.backend import Lowered as Lowered
     from optc.lowering.backend import Runner as Runner
+    from optc.lowering.kernel_times import KernelTime as KernelTime
+    from optc.lowering.kernel_times import repeat_query as repeat_query
     from optc.lowering.layer_precision import layer_precision as layer_precision
     from optc.lowering.onnx_export import export_onnx as export_onnx
     from optc.lowering.tensorrt_onnx import export_tensorrt_onnx as export_tensorrt_onnx
@@ -58,6 +60,7 @@ _HOMES = {
     "optc.errors": ("BackendError", "DataError", "OptcError"),
     "optc.lowering.agreement": ("Agreement", "check_agreement"),
     "optc.lowering.backend": ("Backend", "Lowered", "Runner"),
+    "optc.lowering.kernel_times": ("KernelTime", "repeat_query"),
     "optc.lowering.layer_precision": ("layer_precision",),
     "optc.lowering.onnx_export": ("export_onnx",),
     "optc.lowering.tensorrt_onnx": ("export_tensorrt_onnx",),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from optc.errors import BackendError
+from optc.lowering.kernel_times import KernelTime
 from optc.target import Target
 
 if TYPE_CHECKING:
@@ -106,6 +108,16 @@ class Backend(ABC):
         Raises:
             BackendError: the runtime refuses the files.
         """
+
+    def profile(
+        self, folder: Path, files: tuple[str, ...], target: Target, inputs: Sequence[Array]
+    ) -> Sequence[KernelTime]:
+        """How long each operator takes for a query of ``inputs``, by the runtime's own profiler, in order.
+
+        Raises:
+            BackendError: the runtime has no such profiler, or refuses the files.
+        """
+        raise BackendError(f"the {self.name} backend cannot tell how long its operators take")
 
 
 __all__ = ["Array", "Backend", "Lowered", "Runner", "np"]

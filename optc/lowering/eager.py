@@ -7,6 +7,7 @@ composites run cuDNN's fused convolution where it has one.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from torch import Tensor, fx
 
 from optc.errors import BackendError
 from optc.lowering.backend import Array, Backend, Lowered, Runner
+from optc.lowering.eager_times import kernel_times
 from optc.lowering.graph_file import read_graph, refusal, write_graph
+from optc.lowering.kernel_times import KernelTime
 from optc.lowering.prepack import LAYERS, prepack
 from optc.ops import COMPOSITES
 from optc.program import Program, complete_meta
@@ -89,6 +92,18 @@ class EagerBackend(Backend):
             raise BackendError(reason)
         return EagerRunner(read_graph(folder, target.batch, target.device), target)
 
+    def profile(
+        self, folder: Path, files: tuple[str, ...], target: Target, inputs: Sequence[Array]
+    ) -> list[KernelTime]:
+        """How long each operator takes, by torch.profiler.
+
+        Raises:
+            BackendError: as :meth:`load`.
+        """
+        runner = self.load(folder, files, target)
+        assert isinstance(runner, EagerRunner)
+        return runner.profile(inputs)
+
 
 class EagerRunner(Runner):
     """A graph in eager PyTorch. Takes the program over: its weights are repacked in place.
@@ -121,6 +136,12 @@ class EagerRunner(Runner):
             tensors = [_tensor(array, dtype, self._device) for array, dtype in zip(inputs, self._dtypes, strict=True)]
             outputs: tuple[Tensor, ...] = self._module(*tensors)
             return tuple(_array(output) for output in outputs)
+
+    def profile(self, inputs: Sequence[Array]) -> list[KernelTime]:
+        """How long each operator takes for a query of ``inputs``, by torch.profiler."""
+        torch.set_num_threads(self._threads)
+        tensors = [_tensor(array, dtype, self._device) for array, dtype in zip(inputs, self._dtypes, strict=True)]
+        return kernel_times(self._module, tensors)
 
     def close(self) -> None:
         """Free the weights."""

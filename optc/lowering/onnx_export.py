@@ -48,7 +48,7 @@ def export_onnx(
 
     Returns:
         Names of the files written, and what is worth knowing of them: opset, operator counts, decomposed composites,
-        and in ``"origins"`` by the name of each node of the file that of the program's node it was made from.
+        and in ``"origins"`` by the name of each node and value of the file that of the program's node it was made from.
 
     Raises:
         BackendError: an operator has no ONNX form (names node, operator, module and reason), the batch cannot stay
@@ -154,15 +154,16 @@ def _origin(exported: ExportedProgram, name: str, target: str) -> fx.Node | None
 
 
 def _origins(model: ir.Model, plain: Program) -> Iterator[tuple[str, str]]:
-    """(name in the file, name in the program) of each node that the exporter made; ``plain`` is what was exported."""
+    """(name of a node or its value in the file, name in the program) of what the exporter made of ``plain``'s nodes."""
     parts = {node.name: str(node.meta.get("part_of", node.name)) for node in plain.graph.nodes}
     for node in model.graph:
         exported = node.meta.get("node")
         sources = list(exported.meta.get("from_node") or ()) if isinstance(exported, fx.Node) else []
         while sources and sources[0].from_node:
             sources = list(sources[0].from_node)
-        if node.name and sources and sources[0].name in parts:
-            yield node.name, parts[sources[0].name]
+        if sources and sources[0].name in parts:
+            names = (node.name, *(value.name for value in node.outputs))
+            yield from ((name, parts[sources[0].name]) for name in names if name)
 
 
 def _qualified(node: fx.Node) -> str:

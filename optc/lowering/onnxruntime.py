@@ -27,6 +27,7 @@ from optc.target import Target
 
 if TYPE_CHECKING:
     from optc.lowering.agreement import Agreement
+    from optc.lowering.kernel_times import KernelTime
     from optc.program import Program
 
 MODEL_FILE = "model.onnx"
@@ -100,6 +101,18 @@ class OnnxRuntimeBackend(Backend):
         """
         return OnnxRuntimeRunner(folder / files[0], self.providers(target.device), target)
 
+    def profile(
+        self, folder: Path, files: tuple[str, ...], target: Target, inputs: Sequence[Array]
+    ) -> list[KernelTime]:
+        """How long each node takes, by ONNX Runtime's profiler.
+
+        Raises:
+            BackendError: ONNX Runtime refuses the file or cannot run it.
+        """
+        from optc.lowering.onnxruntime_times import kernel_times
+
+        return kernel_times(folder / files[0], self.providers(target.device), target, inputs)
+
     def _check(self, program: Program, runner: OnnxRuntimeRunner, path: Path, target: Target) -> Agreement:
         """Compare ONNX Runtime's outputs with the graph's; if they differ, say whether integer kernels are to blame."""
         from optc.lowering.agreement import check_agreement
@@ -146,7 +159,7 @@ class OnnxRuntimeRunner(Runner):
             except Exception as error:
                 raise BackendError(f"onnxruntime cannot run {path.name}: {_first_line(error)}") from error
             ran = kernels(json.loads(Path(session.end_profiling()).read_bytes()))
-        self.kernels = _with_weight_types(ran, path)
+        self.kernels = with_weight_types(ran, path)
         self.fallback = fallback(self.kernels, providers[0])
         if not target.allow_fallback:
             refuse_fallback(self.fallback, self.kernels, providers[0])
@@ -165,13 +178,13 @@ class OnnxRuntimeRunner(Runner):
         self._session = None
 
 
-def _with_weight_types(ran: list[Kernel], path: Path) -> list[Kernel]:
+def with_weight_types(ran: list[Kernel], path: Path) -> list[Kernel]:
     """The kernels; the file is read only where it alone tells the type of weights."""
     if not any(kernel.operator in BLOCK_KERNELS for kernel in ran):
         return ran
-    from optc.lowering.onnxruntime_layers import with_weight_types
+    from optc.lowering import onnxruntime_layers
 
-    return with_weight_types(ran, path)
+    return onnxruntime_layers.with_weight_types(ran, path)
 
 
 def session_options(target: Target) -> ort.SessionOptions:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ import onnx
 import torch
 from onnx import TensorProto
 
-from optc.lowering.onnxruntime_profile import BLOCK_KERNELS, Kernel, inserted_casts
+from optc.lowering.onnxruntime_profile import BLOCK_KERNELS, Kernel, inserted_casts, plain_name
 from optc.rewrite import label
 
 if TYPE_CHECKING:
@@ -121,6 +120,19 @@ def with_weight_types(ran: Sequence[Kernel], path: Path) -> list[Kernel]:
     ]
 
 
+def fused(path: Path, ran: Sequence[Kernel]) -> dict[str, tuple[str, ...]]:
+    """By the kernel's name, for each layer that ran, the names in the file of what is known to be in its kernel.
+
+    ONNX Runtime names a kernel of several nodes after one of them: the layer and all up to that one are in it.
+    """
+    graph = onnx.load(path, load_external_data=False).graph
+    found = {}
+    for layer, kernel in match(layers(graph), ran):
+        if kernel is not None:
+            found[kernel.node] = layer.names[: layer.names.index(plain_name(kernel.node)) + 1]
+    return found
+
+
 def layers(graph: onnx.GraphProto) -> list[Layer]:
     """The layers of a file, in order."""
     constants = {tensor.name: tensor.data_type for tensor in graph.initializer}
@@ -179,14 +191,8 @@ def match(found: Sequence[Layer], ran: Sequence[Kernel]) -> list[tuple[Layer, Ke
     ONNX Runtime adds to names what it did to the node. Where several kernels could be meant, the layer's own name goes
     before those of what follows it.
     """
-    free = {_plain(kernel.node): kernel for kernel in ran if kernel.is_layer}
+    free = {plain_name(kernel.node): kernel for kernel in ran if kernel.is_layer}
     return [(layer, next((free.pop(name) for name in layer.names if name in free), None)) for layer in found]
-
-
-def _plain(node: str) -> str:
-    """A kernel's name without what ONNX Runtime's optimizers put around it."""
-    name = node.removeprefix("fused ").removeprefix("InsertedPrecisionFreeCast_").partition("/")[0]
-    return re.sub(r"(_nchwc|_token_\d+)+$", "", name)
 
 
 def _labels(program: Program) -> dict[str, Iterator[str]]:

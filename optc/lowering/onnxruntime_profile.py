@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -104,6 +105,12 @@ def kernels(events: Iterable[Mapping[str, Any]]) -> list[Kernel]:
             int(args["parameter_size"]),
         )
     return list(found.values())
+
+
+def plain_name(node: str) -> str:
+    """A kernel's name without what ONNX Runtime's optimizers put around it: that of a node of the file."""
+    name = node.removeprefix("fused ").removeprefix("InsertedPrecisionFreeCast_").partition("/")[0]
+    return re.sub(r"(_nchwc|_token_\d+)+$", "", name)
 
 
 def _tensors(values: Iterable[Mapping[str, Sequence[int]]]) -> tuple[Tensor, ...]:

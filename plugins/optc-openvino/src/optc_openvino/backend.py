@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from optc import Backend, BackendError, Lowered, Runner, Target
+from numpy.typing import NDArray
+
+from optc import Backend, BackendError, KernelTime, Lowered, Runner, Target
 from optc_openvino.execution import not_int8
 from optc_openvino.flatten import flatten_layers
 from optc_openvino.graph import (
@@ -19,6 +22,7 @@ from optc_openvino.graph import (
 )
 from optc_openvino.runner import OpenVinoRunner
 from optc_openvino.runtime import VERSION, errors, ov, read
+from optc_openvino.times import kernel_times
 
 if TYPE_CHECKING:
     from optc import Program
@@ -69,6 +73,7 @@ class OpenVinoBackend(Backend):
             "opset": exported["opset"],
             "weight_bytes": exported["weight_bytes"],
             "decomposed": exported["decomposed"],
+            "origins": exported["origins"],
             "operators": dict(operators.most_common()),
             "dropped_zero_points": dropped,
             "dropped_quantizations": not_rounded,
@@ -88,3 +93,13 @@ class OpenVinoBackend(Backend):
         if reason:
             raise BackendError(reason)
         return OpenVinoRunner(read(folder / files[0]), target)
+
+    def profile(
+        self, folder: Path, files: tuple[str, ...], target: Target, inputs: Sequence[NDArray[Any]]
+    ) -> list[KernelTime]:
+        """How long each node of the execution graph takes, by OpenVINO's performance counters.
+
+        Raises:
+            BackendError: OpenVINO refuses the files, or cannot run them on these inputs.
+        """
+        return kernel_times(read(folder / files[0]), target, inputs)

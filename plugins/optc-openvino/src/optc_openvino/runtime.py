@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -57,8 +57,11 @@ def read(path: Path) -> ov.Model:
         return core().read_model(path)
 
 
-def compile_model(model: ov.Model, target: Target) -> ov.CompiledModel:
+def compile_model(model: ov.Model, target: Target, further: Mapping[str, Any] | None = None) -> ov.CompiledModel:
     """Compile for the target's threads, in the types that are written in the model and no others.
+
+    Args:
+        further: options besides those that every model is compiled with.
 
     Raises:
         BackendError: OpenVINO's CPU plugin has no way to run the model.
@@ -76,7 +79,7 @@ def compile_model(model: ov.Model, target: Target) -> ov.CompiledModel:
         "ENABLE_CPU_PINNING": False,
     }
     with errors("openvino cannot compile the model"):
-        return core().compile_model(model, "CPU", options)
+        return core().compile_model(model, "CPU", options | dict(further or {}))
 
 
 @contextmanager

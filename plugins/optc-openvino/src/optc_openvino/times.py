@@ -1,0 +1,42 @@
+"""How long each node of OpenVINO's execution graph takes: from its performance counters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from optc import KernelTime, Target, repeat_query
+from optc_openvino.execution import kernels
+from optc_openvino.runtime import compile_model, errors, ov
+
+
+def kernel_times(model: ov.Model, target: Target, inputs: Sequence[NDArray[Any]]) -> list[KernelTime]:
+    """Run queries of ``inputs`` with OpenVINO's counters on: whole microseconds, the average over the queries.
+
+    Raises:
+        BackendError: OpenVINO cannot compile or run the model.
+    """
+    fixed = model.clone()
+    with errors("openvino cannot run the model"):
+        fixed.reshape({index: ov.PartialShape(list(array.shape)) for index, array in enumerate(inputs)})
+        compiled = compile_model(fixed, target, {"PERF_COUNT": True})
+        request = compiled.create_infer_request()
+        for index, array in enumerate(inputs):
+            request.set_input_tensor(index, ov.Tensor(np.ascontiguousarray(array)))
+        repeat_query(request.infer)
+        counters = request.get_profiling_info()
+    known = {kernel.name: kernel for kernel in kernels(compiled)}
+    found = []
+    for counter in counters:
+        seconds = counter.real_time.total_seconds()
+        kernel = known.get(counter.node_name)
+        # What took less than half a microsecond is said not to have been run.
+        if kernel is None and (counter.status.name != "EXECUTED" or counter.node_type in ("Input", "Output", "Const")):
+            continue
+        nodes = tuple(dict.fromkeys(name.partition("/")[0] for name in kernel.originals if name)) if kernel else ()
+        kind = kernel.kind if kernel else ""
+        found.append(KernelTime(counter.node_name, f"{counter.node_type} {counter.exec_type}", seconds, kind, nodes))
+    return found
