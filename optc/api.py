@@ -9,7 +9,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from optc.frontend.capture import capture
 from optc.lowering.artifact import write_artifact
 from optc.lowering.backend import Backend, Runner
 from optc.lowering.lowering import AUTO, Lowering, backends, has_own_process, lower_all
+from optc.machine import isa
+from optc.ops.costs import node_costs
 from optc.passmanager.contract import Calibration, Instrument, Pass, PassContext
 from optc.passmanager.instruments import Statistics, Timing, Verify
 from optc.passmanager.manager import PassManager, build_passes
@@ -91,6 +93,7 @@ class Optimized:
             ArtifactError: ``path`` exists or cannot be written; nothing is left behind then.
         """
         made, report = self._lowering, self.report.to_dict()
+        report["costs"] = [asdict(cost) for cost in node_costs(self.program, self.target.batch)]
         return write_artifact(
             Path(path), made.folder, made.lowered, self.program, made.backend.name, report, self.target
         )

@@ -41,11 +41,11 @@ class Peaks:
         return self.operations.get("int8" if kind == "int4" else kind, self.operations["float32"])
 
     def memory(self, size: float) -> float:
-        """Bytes a second when ``size`` bytes take turns in the caches: that of the next smaller size measured.
-
-        The smaller one is the faster one, so that a floor computed from it stays one.
+        """Bytes a second when ``size`` bytes take turns in the caches; between measured sizes on a straight line of
+        logarithms, beyond them the nearest.
         """
-        return max((each for each in self.bandwidth if each[0] <= size), default=self.bandwidth[0])[1]
+        sizes, rates = np.log(np.array(self.bandwidth, np.float64)).T
+        return float(np.exp(np.interp(np.log(max(size, 1.0)), sizes, rates)))
 
 
 def measure_peaks(threads: int, measured: str = "") -> Peaks:

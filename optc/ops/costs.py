@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -85,23 +86,28 @@ def node_costs(program: Program, batch: int) -> tuple[NodeCost, ...]:
     return tuple(found)
 
 
-def traffic(costs: Iterable[NodeCost], nodes: Collection[str]) -> tuple[float, int, int]:
-    """What a kernel that runs several nodes at once has to do.
+class CostGraph(dict[str, NodeCost]):
+    """The costs of a whole graph by node, to ask what several nodes run as one have to do."""
 
-    Args:
-        costs: those of the whole graph.
-        nodes: names of the nodes it runs; what they hand on to each other stays inside.
+    def __init__(self, costs: Iterable[NodeCost]) -> None:
+        super().__init__((cost.node, cost) for cost in costs)
+        self._readers: dict[str, set[str]] = defaultdict(set)
+        for cost in self.values():
+            for source in cost.reads:
+                self._readers[source].add(cost.node)
 
-    Returns:
-        Operations, bytes of constants, and bytes of the values that come in and go out.
-    """
-    costs = tuple(costs)
-    mine = [cost for cost in costs if cost.node in nodes]
-    incoming = {source: size for cost in mine for source, size in cost.reads.items() if source not in nodes}
-    wanted = {source for cost in costs if cost.node not in nodes for source in cost.reads}
-    outgoing = sum(cost.writes for cost in mine if cost.result or cost.node in wanted)
-    constants = sum(cost.constant_bytes for cost in mine)
-    return sum(cost.operations for cost in mine), constants, sum(incoming.values()) + outgoing
+    def traffic(self, nodes: Collection[str]) -> tuple[float, int, int]:
+        """What a kernel that runs these nodes at once has to do; what they hand on to each other stays inside.
+
+        Returns:
+            Operations, bytes of constants, and bytes of the values that come in and go out.
+        """
+        inside = set(nodes)
+        mine = [self[node] for node in inside]
+        incoming = {source: size for cost in mine for source, size in cost.reads.items() if source not in inside}
+        outgoing = sum(cost.writes for cost in mine if cost.result or not self._readers[cost.node] <= inside)
+        constants = sum(cost.constant_bytes for cost in mine)
+        return sum(cost.operations for cost in mine), constants, sum(incoming.values()) + outgoing
 
 
 def _operations(node: fx.Node, counter: FlopCounterMode) -> float:

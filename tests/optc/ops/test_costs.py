@@ -6,23 +6,23 @@ from torch import nn
 
 import optc
 from optc import PassContext
-from optc.ops.costs import NodeCost, node_costs, traffic
+from optc.ops.costs import CostGraph, NodeCost, node_costs
 from optc.passmanager.manager import build_passes
 
 
-def costs_of(model: nn.Module, shape: tuple[int, ...], passes: str = "", batch: int = 1) -> dict[str, NodeCost]:
+def costs_of(model: nn.Module, shape: tuple[int, ...], passes: str = "", batch: int = 1) -> CostGraph:
     inputs = (torch.randn(2, *shape),)
     program = optc.capture(model.eval(), inputs)
     if passes:
         program = build_passes(passes)(program, PassContext(calibration=Batches([inputs]))).program
-    return {cost.node: cost for cost in node_costs(program, batch)}
+    return CostGraph(node_costs(program, batch))
 
 
 class Batches(list[tuple[torch.Tensor, ...]]):
     description = "random"
 
 
-def of(costs: dict[str, NodeCost], operator: str) -> list[NodeCost]:
+def of(costs: CostGraph, operator: str) -> list[NodeCost]:
     return [cost for cost in costs.values() if operator in cost.operator]
 
 
@@ -80,11 +80,11 @@ def test_what_a_kernel_hands_on_to_itself_is_no_traffic() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.Sigmoid(), nn.Conv2d(8, 4, 1, bias=False))
     costs = costs_of(model, (3, 10, 10))
     first, sigmoid, _ = costs
-    operations, constants, moved = traffic(costs.values(), {first, sigmoid})
+    operations, constants, moved = costs.traffic({first, sigmoid})
     assert operations == costs[first].operations + costs[sigmoid].operations
     assert constants == 8 * 3 * 4
     assert moved == (3 + 8) * 100 * 4
-    assert traffic(costs.values(), set(costs))[2] == (3 + 4) * 100 * 4
+    assert costs.traffic(set(costs))[2] == (3 + 4) * 100 * 4
 
 
 @pytest.mark.parametrize("name", ["view", "permute"])
