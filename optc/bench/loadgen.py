@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any, Protocol
 
-import mlperf_loadgen
 import numpy as np
 from numpy.typing import NDArray
 
@@ -61,9 +61,9 @@ def single_stream(
     """
     if queries < 1 or not samples:
         raise MeasurementError(f"nothing to measure: {queries} queries over {len(samples)} samples")
-    with _folder(log_folder) as folder:
+    with log_files(log_folder) as folder:
         sut = _SystemUnderTest(runner, samples, name)
-        _start_test(sut, queries, len(samples), folder)
+        start_test(sut, _single_stream_settings(queries), len(samples), folder)
         sut.raise_failure(queries)
         return SingleStreamRun(
             latencies_ns=np.asarray(sut.latencies, dtype=np.int64),
@@ -88,6 +88,7 @@ class _SystemUnderTest:
     def _issuer(
         self, runner: Runner, samples: Sequence[tuple[Array, ...]]
     ) -> Callable[[Sequence[int], Sequence[int]], None]:
+        mlperf_loadgen = library()
         complete, response = mlperf_loadgen.QuerySamplesComplete, mlperf_loadgen.QuerySampleResponse
         clock, record = time.perf_counter_ns, self.latencies.append
 
@@ -119,6 +120,9 @@ class _SystemUnderTest:
 
         return issue
 
+    def flush(self) -> None:
+        """Every query was answered when it was issued."""
+
     def interrupt(self, signum: int, frame: FrameType | None) -> None:
         """SIGINT: raise where :meth:`issue` catches it, else only leave a note, for LoadGen would not survive it."""
         if self.interruptible:
@@ -137,33 +141,68 @@ class _SystemUnderTest:
         ) from self.failure
 
 
-def _start_test(sut: _SystemUnderTest, queries: int, samples: int, folder: Path) -> None:
+def library() -> Any:
+    """The ``mlperf_loadgen`` module.
+
+    Raises:
+        MeasurementError: it is not installed; with the line that installs it.
+    """
+    try:
+        import mlperf_loadgen
+    except ImportError as error:
+        raise MeasurementError(
+            f"MLPerf LoadGen cannot be imported ({error})", "run: pip install mlcommons-loadgen"
+        ) from error
+    return mlperf_loadgen
+
+
+class SystemUnderTest(Protocol):
+    """What LoadGen calls back."""
+
+    def issue(self, query_ids: Sequence[int], sample_indices: Sequence[int]) -> None:
+        """A query of one sample or more; each is answered by ``QuerySamplesComplete``, now or later. May not raise."""
+
+    def flush(self) -> None:
+        """No more queries come. May not raise."""
+
+    def interrupt(self, signum: int, frame: FrameType | None) -> None:
+        """SIGINT arrived while Python code ran."""
+
+
+def start_test(sut: SystemUnderTest, settings: Any, samples: int, folder: Path) -> None:
+    """Run a test of LoadGen's over ``samples`` samples that are in memory; its logs are in ``folder`` afterwards."""
+    mlperf_loadgen = library()
+    logs = mlperf_loadgen.LogSettings()
+    logs.log_output.outdir = str(folder)
+    logs.log_output.copy_summary_to_stdout = False
+    logs.enable_trace = False
+    system = mlperf_loadgen.ConstructFastSUT(sut.issue, sut.flush)
+    queries = mlperf_loadgen.ConstructQSL(samples, samples, _nothing, _nothing)
+    try:
+        with _deferred_interrupt(sut):
+            # By default LoadGen reads audit.config from the working directory, whoever put it there.
+            mlperf_loadgen.StartTestWithLogSettings(system, queries, settings, logs, str(folder / "audit.config"))
+    finally:
+        mlperf_loadgen.DestroyQSL(queries)
+        mlperf_loadgen.DestroyFastSUT(system)
+
+
+def _single_stream_settings(queries: int) -> Any:
+    mlperf_loadgen = library()
     settings = mlperf_loadgen.TestSettings()
     settings.scenario = mlperf_loadgen.TestScenario.SingleStream
     settings.mode = mlperf_loadgen.TestMode.PerformanceOnly
     settings.min_query_count = settings.max_query_count = queries
     settings.min_duration_ms = 0
-    logs = mlperf_loadgen.LogSettings()
-    logs.log_output.outdir = str(folder)
-    logs.log_output.copy_summary_to_stdout = False
-    logs.enable_trace = False
-    system = mlperf_loadgen.ConstructFastSUT(sut.issue, _nothing)
-    library = mlperf_loadgen.ConstructQSL(samples, samples, _nothing, _nothing)
-    try:
-        with _deferred_interrupt(sut):
-            # By default LoadGen reads audit.config from the working directory, whoever put it there.
-            mlperf_loadgen.StartTestWithLogSettings(system, library, settings, logs, str(folder / "audit.config"))
-    finally:
-        mlperf_loadgen.DestroyQSL(library)
-        mlperf_loadgen.DestroyFastSUT(system)
+    return settings
 
 
 def _nothing(*arguments: object) -> None:
-    """LoadGen's flush, load and unload callbacks: the samples are in memory already."""
+    """LoadGen's load and unload callbacks: the samples are in memory already."""
 
 
 @contextmanager
-def _deferred_interrupt(sut: _SystemUnderTest) -> Iterator[None]:
+def _deferred_interrupt(sut: SystemUnderTest) -> Iterator[None]:
     """Take SIGINT away from Python's default handler, which could raise on the threshold of a C++ callback."""
     installed = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(installed):
@@ -177,7 +216,8 @@ def _deferred_interrupt(sut: _SystemUnderTest) -> Iterator[None]:
 
 
 @contextmanager
-def _folder(keep: Path | None) -> Iterator[Path]:
+def log_files(keep: Path | None) -> Iterator[Path]:
+    """The folder for LoadGen's logs: ``keep``, or one that goes afterwards."""
     if keep is None:
         with tempfile.TemporaryDirectory(prefix="optc-loadgen-", ignore_cleanup_errors=True) as folder:
             yield Path(folder)

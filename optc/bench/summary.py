@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from optc.errors import MeasurementError
 
 _PERCENTILE = re.compile(r"^(\d+\.\d+) percentile latency \(ns\)\s*:\s*(\d+)$", re.MULTILINE)
 _STATISTIC = re.compile(r"^(Min|Max|Mean) latency \(ns\)\s*:\s*(\d+)$", re.MULTILINE)
+_RATE = re.compile(r"^(?:Completed samples|Samples) per second\s*: (\S+)$", re.MULTILINE)
+_PARAMETER = re.compile(r"^(\w+(?: \(\w+\))?)\s*: (\d[\d.e+]*)$", re.MULTILINE)
+PARAMETERS = ("target_qps", "target_latency (ns)", "min_duration (ms)", "min_query_count", "samples_per_query")
 _REQUIREMENT = re.compile(r"^\s+(.+?) satisfied\s*: NO$", re.MULTILINE)
 
 
@@ -18,11 +22,13 @@ class LoadGenSummary:
     """LoadGen's verdict and latency statistics, harness included.
 
     Attributes:
-        scenario: ``"SingleStream"``.
+        scenario: ``"SingleStream"``, ``"MultiStream"``, ``"Server"`` or ``"Offline"``.
         valid: LoadGen's own verdict.
         reasons: why it is not valid, in LoadGen's words; empty if it is.
         percentiles_ns: by percentile as LoadGen writes it (``"50.00"``, ``"90.00"``, … ``"99.90"``).
         min_ns, mean_ns, max_ns: over all queries.
+        samples_per_second: throughput, in the scenarios that have one (Offline, Server).
+        parameters: what LoadGen says it ran with, such as ``"min_query_count"`` and ``"target_latency (ns)"``.
     """
 
     scenario: str
@@ -32,6 +38,8 @@ class LoadGenSummary:
     min_ns: int
     mean_ns: int
     max_ns: int
+    samples_per_second: float | None = None
+    parameters: Mapping[str, float] = field(default_factory=dict)
 
 
 def read_summary(path: Path) -> LoadGenSummary:
@@ -58,6 +66,8 @@ def read_summary(path: Path) -> LoadGenSummary:
         min_ns=statistics["Min"],
         mean_ns=statistics["Mean"],
         max_ns=statistics["Max"],
+        samples_per_second=float(rate[1]) if (rate := _RATE.search(text)) else None,
+        parameters={name: float(value) for name, value in _PARAMETER.findall(text) if name in PARAMETERS},
     )
 
 
