@@ -46,8 +46,8 @@ def latency_chart(candidates: Sequence[Latencies]) -> Chart:
     marks = [np.percentile(each, (50, 90, 99)) for each in values]
     low, high = min(float(each.min()) for each in values), max(float(each[2]) for each in marks) * 1.02
     medians = [float(each[0]) for each in marks]
-    logarithmic = max(medians) / min(medians) > _LOG_FROM
-    edges = np.geomspace(low, high, _BINS + 1) if logarithmic else np.linspace(low, high, _BINS + 1)
+    wide = max(medians) / min(medians) > _LOG_FROM
+    edges = np.geomspace(low, high, _BINS + 1) if wide else np.linspace(low, high, _BINS + 1)
     with figure(0.9 + 0.55 * len(candidates)) as drawn:
         axes = drawn.add_subplot()
         for row, (each, taken, mark) in enumerate(zip(candidates, values, marks, strict=True)):
@@ -63,9 +63,9 @@ def latency_chart(candidates: Sequence[Latencies]) -> Chart:
         axes.set_yticks(range(len(candidates)), [each.name for each in candidates])
         axes.set_ylim(len(candidates) - 0.8, -0.95)
         axes.grid(visible=False, axis="y")
-        if logarithmic:
-            _logarithmic(axes, "x")
-        axes.set_xlabel("latency of a query (ms)" + (", logarithmic" if logarithmic else ""))
+        if wide:
+            logarithmic(axes, "x")
+        axes.set_xlabel("latency of a query (ms)" + (", logarithmic" if wide else ""))
         title = "How long queries took (ms)"
         told = "; ".join(
             f"{each.name} {mark[0]:.3g} ms at the median, {mark[1]:.3g} at p90, {mark[2]:.3g} at p99"
@@ -99,7 +99,7 @@ def pareto_chart(points: Sequence[Point]) -> Chart:
         second.set_ylim(0, max(sizes) * 1.15)
         medians = [each.milliseconds for each in points]
         if max(medians) / min(medians) > _LOG_FROM:
-            _logarithmic(second, "x")
+            logarithmic(second, "x")
             second.set_xlabel("median latency (ms), logarithmic")
         else:
             second.set_xlim(0, max(medians) * 1.12)
@@ -186,12 +186,12 @@ def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float,
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def _logarithmic(axes: Axes, axis: str) -> None:
-    """A logarithmic axis with plain numbers at 1, 2 and 5."""
+def logarithmic(axes: Axes, axis: str, subs: tuple[float, ...] = (1.0, 2.0, 5.0)) -> None:
+    """Make an axis (``"x"`` or ``"y"``) logarithmic, with plain numbers at ``subs`` of each power of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     getattr(axes, f"set_{axis}scale")("log")
     ticks = getattr(axes, f"{axis}axis")
-    ticks.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    ticks.set_major_locator(LogLocator(subs=subs))
     ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ticks.set_minor_formatter(NullFormatter())

@@ -1,0 +1,118 @@
+"""Where the time goes, for people: in words, charts and a table."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from rich.table import Table as TerminalTable
+
+from optc.bench.layers import LayerProfile
+from optc.report.document import Chart, Section, Table
+from optc.report.layer_charts import bars_chart, roofline_chart
+from optc.report.words import megabytes, milliseconds
+
+BOUNDS = {
+    "compute": "compute",
+    "memory": "memory",
+    "overhead": "neither (overhead)",
+    "": "not in the graph",
+}
+"""What an operator's time is said to be bound by."""
+_HEADER = (
+    "layer",
+    "runs",
+    "type",
+    "time (ms)",
+    "share of time",
+    "MFLOP",
+    "MB",
+    "least (ms)",
+    "of its roof",
+    "bound by",
+)
+_NUMBERS = (3, 4, 5, 6, 7, 8)
+
+
+def where_section(after: LayerProfile, before: LayerProfile | None = None) -> Section:
+    """Where the time of a model goes; ``before`` is what it is shown beside."""
+    profiles = {"before": before, "after": after} if before is not None else {after.what: after}
+    parts: list[str | Chart | Table] = [*in_words(after)]
+    roofline = roofline_chart(after)
+    parts += [roofline] if roofline else []
+    if all(profile.layers for profile in profiles.values()):
+        parts.append(bars_chart(profiles))
+    parts.append(Table(f"Operators of {after.what}, as they ran", _HEADER, _rows(after), _NUMBERS, folded=True))
+    if before is not None:
+        parts.append(Table(f"Operators before ({before.what})", _HEADER, _rows(before), _NUMBERS, folded=True))
+    parts.append(_peaks_table(after))
+    return Section("Where the time goes", tuple(parts))
+
+
+def in_words(profile: LayerProfile) -> list[str]:
+    """The sum, the floor of the whole model, and what the time is bound by."""
+    lines = [f"The operators of {profile.what} take {milliseconds(profile.seconds)} together."]
+    if profile.operations:
+        what = {
+            "compute": f"for its {profile.operations / 1e9:.3g} billion operations",
+            "memory": f"to read {megabytes(profile.bytes)} of weights and inputs once",
+        }[profile.bound]
+        share = profile.floor_seconds / profile.seconds if profile.seconds else 0.0
+        lines.append(
+            f"The machine needs at least {milliseconds(profile.floor_seconds)} {what}, as fast as it was seen to go: "
+            f"{share:.0%} of the time the operators take."
+        )
+    shares: dict[str, float] = defaultdict(float)
+    for layer in profile.layers:
+        shares[layer.bound] += layer.seconds / (profile.seconds or 1.0)
+    words = {
+        "compute": "in operators bound by compute",
+        "memory": "in operators bound by memory",
+        "overhead": "in operators bound by neither, where calls, copies or an unfit kernel cost more than the work",
+        "": "in operators that the runtime added, such as changes of layout",
+    }
+    told = [f"{shares[bound]:.0%} {text}" for bound, text in words.items() if round(shares[bound], 2)]
+    if told:
+        lines.append(f"Of the time, {'; '.join(told)}.")
+    return lines
+
+
+def where_table(profile: LayerProfile) -> TerminalTable:
+    """The operators of a profile for a terminal, in the order they ran."""
+    table = TerminalTable(
+        *_HEADER, title=f"Where the time of {profile.what} goes", title_justify="left", box=None, pad_edge=False,
+        header_style="bold", caption="\n".join(in_words(profile)), caption_justify="left",
+    )  # fmt: skip
+    for column in _NUMBERS:
+        table.columns[column].justify = "right"
+    for row in _rows(profile):
+        table.add_row(*row)
+    return table
+
+
+def _rows(profile: LayerProfile) -> tuple[tuple[str, ...], ...]:
+    return tuple(
+        (
+            layer.label,
+            layer.operator,
+            layer.kind,
+            f"{layer.seconds * 1e3:.3f}",
+            f"{layer.seconds / (profile.seconds or 1.0):.1%}",
+            f"{layer.operations / 1e6:.3g}" if layer.nodes else "",
+            f"{layer.bytes / 1e6:.3g}" if layer.nodes else "",
+            f"{layer.floor_seconds * 1e3:.3f}" if layer.nodes else "",
+            f"{layer.share:.0%}" if layer.nodes and layer.seconds else "",
+            BOUNDS[layer.bound],
+        )
+        for layer in profile.layers
+    )
+
+
+def _peaks_table(profile: LayerProfile) -> Table:
+    peaks = profile.peaks
+    rows = [
+        (f"matrix products in {kind}", f"{rate / 1e9:,.0f}", "billion operations/s")
+        for kind, rate in peaks.operations.items()
+    ]
+    rows += [(f"memory, {megabytes(size)} in turns", f"{rate / 1e9:,.0f}", "GB/s") for size, rate in peaks.bandwidth]
+    title = f"What this machine reached at best with {peaks.threads} threads ({peaks.measured})"
+    return Table(title, ("what", "peak", "unit"), tuple(rows), (1,), folded=True)
