@@ -167,7 +167,8 @@ def optimize(
     search = _metric(validate, captured, None) or metric
     ranges = as_calibration(calibration, captured)
     measures = {each.name: _latency_on(each, target) for each in chosen if not has_own_process(each)}
-    context = PassContext(target, ranges, (*watchers, *instruments), latency=measures)
+    flags = isa() if target.device == "cpu" else None
+    context = PassContext(target, ranges, (*watchers, *instruments), isa=flags, note=run.note, latency=measures)
 
     tried: list[str] = []
     for trial in _trials(pipeline, max_drop):
@@ -200,7 +201,7 @@ def optimize(
         calibration=ranges.description if ranges is not None else "",
         lowering=optimized.details,
         seconds=run.seconds,
-        notes=(*program.info.notes, *lowered.notes),
+        notes=tuple(dict.fromkeys((*program.info.notes, *run.notes, *lowered.notes))),
     )
     return optimized
 
@@ -285,7 +286,14 @@ class _Run:
 
     def __init__(self, progress: Progress) -> None:
         self.seconds: dict[str, float] = {}
+        self.notes: list[str] = []
         self._progress = progress
+
+    def note(self, text: str) -> None:
+        """Show a line at once and keep it for the report."""
+        if text not in self.notes:
+            self._progress.note(text, important=True)
+            self.notes.append(text)
 
     @contextmanager
     def step(self, title: str) -> Iterator[Step]:

@@ -133,6 +133,9 @@ class PassContext:
         progress: called with a short text while a pass works (``"calibrating 12/32"``).
         budget: what may be lost of the task's metric, if the user says. Approximate passes ask it about what they make;
             its data is neither calibration's nor what accuracy is reported on.
+        isa: instruction sets of the target's CPU that decide how fast int8 and bf16 run, as Linux spells them
+            (``avx2``, ``avx512_vnni``, ``amx_int8`` …); ``None`` where nobody knows.
+        note: called with a line that the user must see before the work goes on; kept in the report.
         latency: by backend, measures programs on it: median seconds of a query each, NaN for what it cannot run. Empty
             where nobody measures.
     """
@@ -142,6 +145,8 @@ class PassContext:
     instruments: Sequence[Instrument] = ()
     progress: Callable[[str], None] = lambda text: None
     budget: Budget | None = None
+    isa: tuple[str, ...] | None = None
+    note: Callable[[str], None] = lambda text: None
     latency: Mapping[str, Callable[[Sequence[Program]], list[float]]] = field(default_factory=dict)
 
 

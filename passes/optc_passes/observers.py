@@ -85,6 +85,17 @@ class HistogramRangeObserver(ActivationObserver):
         self.counts[self.BINS // 2] -= zeros
         return x_orig
 
+    def quantiles(self, percentile: float) -> tuple[Tensor, Tensor]:
+        """The ends of the range that holds ``percentile`` percent of the values, as many outside on either side."""
+        counts = self.counts.clone()
+        counts[self.BINS // 2] += self.zeros
+        share = counts.cumsum(0) / counts.sum().clamp(min=1.0)
+        outside = (1.0 - percentile / 100.0) / 2
+        edges = torch.linspace(-self.limit, self.limit, self.BINS + 1, dtype=torch.float64)
+        low = edges[int((share <= outside).sum())]
+        high = edges[int((share < 1.0 - outside).sum()) + 1]
+        return torch.maximum(low.float(), self.min_val), torch.minimum(high.float(), self.max_val)
+
     def _double(self) -> None:
         self.limit *= 2
         quarter = self.BINS // 4
@@ -102,14 +113,7 @@ class PercentileObserver(HistogramRangeObserver):
 
     def choose(self) -> tuple[Tensor, Tensor]:
         """The two quantiles that leave (100 - percentile) / 2 percent outside on each side."""
-        counts = self.counts.clone()
-        counts[self.BINS // 2] += self.zeros
-        share = counts.cumsum(0) / counts.sum().clamp(min=1.0)
-        outside = (1.0 - self.percentile / 100.0) / 2
-        edges = torch.linspace(-self.limit, self.limit, self.BINS + 1, dtype=torch.float64)
-        low = edges[int((share <= outside).sum())]
-        high = edges[int((share < 1.0 - outside).sum()) + 1]
-        return torch.maximum(low.float(), self.min_val), torch.minimum(high.float(), self.max_val)
+        return self.quantiles(self.percentile)
 
 
 class EntropyObserver(HistogramRangeObserver):
@@ -149,6 +153,36 @@ class EntropyObserver(HistogramRangeObserver):
         p = reference[held] / reference.sum()
         q = np.where(filled, spread, 0.0)[held] / mass.sum()
         return float(np.sum(p * np.log(p / np.maximum(q, _LEAST_SHARE))))
+
+
+class MseObserver(EntropyObserver):
+    """Range of least squared error: of the smallest and largest value's, the 99.99th percentile's, the entropy
+    observer's, and both ends clipped alike to shares of their own.
+
+    So each tensor gets the method that suits it; the error is that of the histogram rounded to 256 levels.
+    """
+
+    PERCENTILE = 99.99
+
+    def choose(self) -> tuple[Tensor, Tensor]:
+        """The candidate of least squared error."""
+        if self.limit == 0.0:
+            return self.min_val, self.max_val
+        candidates = [(self.min_val * share, self.max_val * share) for share in self.SHARES.tolist()]
+        candidates += [self.quantiles(self.PERCENTILE), super().choose()]
+        centers = (np.arange(self.BINS) + 0.5) * (2 * self.limit / self.BINS) - self.limit
+        counts = self.counts.numpy()
+        held = counts > 0
+        return min(candidates, key=lambda ends: self._error(centers[held], counts[held], *map(float, ends)))
+
+    def _error(self, values: NDArray[np.float64], counts: NDArray[np.float64], low: float, high: float) -> float:
+        low, high = min(low, 0.0), max(high, 0.0)
+        step = (high - low) / (self.LEVELS - 1)
+        if step == 0.0:
+            return float("inf")
+        zero = round(-low / step)
+        rounded = (np.clip(np.rint(values / step) + zero, 0, self.LEVELS - 1) - zero) * step
+        return float(np.sum(counts * np.square(values - rounded)))
 
 
 class PerChannelWeightObserver(PerChannelMinMaxObserver):

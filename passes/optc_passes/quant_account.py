@@ -46,30 +46,39 @@ class Entry:
         return 10 ** (-(self.sqnr_db if self.model_sqnr_db is None else self.model_sqnr_db) / 10)
 
 
+Pair = tuple[str, str]
+"""A layer's name and a format."""
+
+
+def noisiest(
+    layers: LayerFormats, noise: Mapping[Pair, float], context: PassContext
+) -> dict[Pair, tuple[float, float | None]]:
+    """What the doubtful pairs do to the whole model, each alone: SQNR of its outputs, and points lost of the metric."""
+    found = {}
+    doubtful = sorted(noise, key=lambda pair: noise[pair])[:DOUBTFUL]
+    for number, (name, form) in enumerate(doubtful, 1):
+        context.progress(f"trying {name} alone in {form}, {number}/{len(doubtful)}")
+        attempt = layers.attempt({name: form})
+        found[name, form] = attempt.sqnr, drop(attempt, context)
+    return found
+
+
 def entries(
     layers: LayerFormats,
     forms: Mapping[str, Sequence[str]],
-    context: PassContext,
-    *,
+    noise: Mapping[Pair, float],
+    wholes: Mapping[Pair, tuple[float, float | None]],
     backend: str = "",
-    seconds: Mapping[tuple[str, str], float] | None = None,
-    whole_model: bool = False,
+    seconds: Mapping[Pair, float] | None = None,
 ) -> list[Entry]:
     """An entry for every layer in float and in each of its formats, in graph order.
 
     Args:
         forms: the formats, by name of the layer.
-        seconds: latencies by (layer, format).
-        whole_model: look at the effect of the noisiest ones on the model's outputs too; each takes a run of the model.
+        noise: SQNR in dB of the layer's own output.
+        wholes: what :func:`noisiest` found.
+        seconds: latencies on ``backend``.
     """
-    noise = layers.noise({name: tuple(form for form in each if form != FLOAT) for name, each in forms.items()})
-    wholes: dict[tuple[str, str], tuple[float, float | None]] = {}
-    if whole_model:
-        doubtful = sorted(noise, key=lambda pair: noise[pair])[:DOUBTFUL]
-        for number, (name, form) in enumerate(doubtful, 1):
-            context.progress(f"trying {name} alone in {form}, {number}/{len(doubtful)}")
-            attempt = layers.attempt({name: form})
-            wholes[name, form] = attempt.sqnr, drop(attempt, context)
     found = []
     for layer in layers.plan.layers:
         name = layer.node.name

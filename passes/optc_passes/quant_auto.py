@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor, fx
 
 from optc import PassContext, Program
-from optc_passes.quant_account import Entry, entries
+from optc_passes.quant_account import Entry, entries, noisiest
 from optc_passes.quant_budget import MIN_SQNR_DB, over_budget
 from optc_passes.quant_formats import BLOCKS, FLOAT, INT8, Attempt, LayerFormats
 from optc_passes.quant_plan import Layer
@@ -59,7 +59,8 @@ def measured_table(
         seconds.update({(name, form): taken for form, taken in zip(possible[name], measured[kind], strict=True)})
         if math.isnan(seconds[name, FLOAT]):
             return []
-    return entries(layers, possible, context, backend=backend, seconds=seconds, whole_model=True)
+    noise = layers.noise({name: tuple(form for form in forms if form != FLOAT) for name, forms in possible.items()})
+    return entries(layers, possible, noise, noisiest(layers, noise, context), backend, seconds)
 
 
 def choose(layers: LayerFormats, table: Sequence[Entry], context: PassContext) -> Choice:
@@ -67,10 +68,15 @@ def choose(layers: LayerFormats, table: Sequence[Entry], context: PassContext) -
     noise_budget = 10 ** (-MIN_SQNR_DB / 10)
     for _ in range(_TRIES):
         formats = solve(table, noise_budget)
-        attempt = layers.attempt({name: form for name, form in formats.items() if form != FLOAT})
+        attempt = layers.attempt(_quantized(formats))
         context.progress(f"outputs at {attempt.sqnr:.1f} dB with {len(attempt.layers)} layers quantized")
         if over_budget(attempt, context) is None:
             break
+        if not layers.corrects_bias and INT8 in formats.values():
+            corrected = layers.with_better_bias(_quantized(formats), attempt)
+            if corrected is not attempt and over_budget(corrected, context) is None:
+                attempt = corrected
+                break
         own_noise = sum(entry.noise for entry in table if formats[entry.layer] == entry.form)
         noise_budget = min(noise_budget, own_noise) / 2
     else:
@@ -78,6 +84,10 @@ def choose(layers: LayerFormats, table: Sequence[Entry], context: PassContext) -
         attempt = layers.attempt({})
     seconds = sum(_cost(entry) for entry in table if formats[entry.layer] == entry.form)
     return Choice(table, formats, attempt, seconds)
+
+
+def _quantized(formats: Mapping[str, str]) -> dict[str, str]:
+    return {name: form for name, form in formats.items() if form != FLOAT}
 
 
 def solve(table: Sequence[Entry], noise_budget: float) -> dict[str, str]:

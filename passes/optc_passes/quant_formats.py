@@ -11,11 +11,13 @@ from torch import Tensor, fx
 
 from optc import Change, ModelInfo, PassContext, Program
 from optc.rewrite import argument, calls, complete_meta, constant_of, is_call, shape
+from optc_passes.quant_bias import correct_bias
 from optc_passes.quant_blocks import BlockFormat, refusal, store_blocks
 from optc_passes.quant_noise import Batch, NoiseMeter, output_sqnr
 from optc_passes.quant_plan import CONVS, DEQUANTIZERS, LINEARS, RULE, Layer, Plan, make_plan
 from optc_passes.quant_pt2e import calibrate, convert, prepare
 from optc_passes.quant_split import split_composites
+from optc_passes.quantizer import Int8Kernels
 from optc_passes.torchao_pt2e import ObserverBase
 
 INT8, FLOAT = RULE, "float"
@@ -45,16 +47,20 @@ class LayerFormats:
 
     Attributes:
         plan: every layer in int8; the names of its layers are those of :data:`Formats`.
+        kernels: what the target's int8 kernels take.
+        corrects_bias: whether static int8 layers get their bias corrected; layers with weights in blocks always do.
     """
 
     def __init__(self, program: Program, context: PassContext, observer: Any) -> None:
         self._program, self._observer = program, observer
-        self._symmetric = context.target.device == "cuda"
+        self.kernels = Int8Kernels.of(context)
+        self.corrects_bias = False
         self._observers: dict[str, ObserverBase] = {}
         self._work = split_composites(program.fork())
         self.plan: Plan = make_plan(self._work)
         self.batches: list[Batch] = []
         self._references: list[Batch] = []
+        self._meter: NoiseMeter | None = None
 
     @property
     def names(self) -> list[str]:
@@ -73,7 +79,7 @@ class LayerFormats:
             self._references = [self._program.run(*batch) for batch in self.batches]
             return
         work = split_composites(self._program.fork())
-        prepared, self._observers = prepare(work, make_plan(work), self._observer, self._symmetric)
+        prepared, self._observers = prepare(work, make_plan(work), self._observer, self.kernels)
         self.batches, self._references = calibrate(prepared, context.calibration, context)
 
     def refusal(self, name: str, form: str) -> str | None:
@@ -85,12 +91,13 @@ class LayerFormats:
         """SQNR in dB of each layer's output when that layer alone has a format, by (name, format).
 
         One forward pass of the float program, in which every layer is computed once more for each format asked for.
+        Attempts that follow know from it how to round weights in blocks and by how much means move.
         """
         work = split_composites(self._program.fork())
-        meter = NoiseMeter(work.module, make_plan(work), self._observers, formats, BLOCKS)
+        self._meter = NoiseMeter(work.module, make_plan(work), self._observers, formats, BLOCKS)
         with torch.no_grad():
-            meter.run(*self.batches[0])
-        return meter.sqnr
+            self._meter.run(*self.batches[0])
+        return self._meter.sqnr
 
     def attempt(self, formats: Formats) -> Attempt:
         """The program with each layer in its format (in float if it has none), and how far its outputs move."""
@@ -99,18 +106,31 @@ class LayerFormats:
         work = self._program.fork()
         if static:
             split_composites(work)
-        changes = [
-            store_blocks(work, node, blocked[node.name])
-            for node in calls(work, *CONVS, *LINEARS)
-            if node.name in blocked
-        ]
+        rounded, shifts = (self._meter.rounded, self._meter.shifts) if self._meter else ({}, {})
+        changes = []
+        for node in calls(work, *CONVS, *LINEARS):
+            form = formats.get(node.name, FLOAT)
+            if (node.name, form) in shifts and (form in BLOCKS or self.corrects_bias):
+                correct_bias(work, node, shifts[node.name, form])
+            if node.name in blocked:
+                changes.append(store_blocks(work, node, blocked[node.name], rounded.get((node.name, form))))
         work.module.recompile()
         if static:
             plan = make_plan(work, in_float=set(self.names) - static)
-            prepared, _ = prepare(work, plan, self._observer, self._symmetric, self._observers)
+            prepared, _ = prepare(work, plan, self._observer, self.kernels, self._observers)
             changes += [Change(INT8, layer.node.name, str(layer.weight.target)) for layer in plan.layers]
             work = convert(prepared, plan, self._program)
         return Attempt(work, tuple(changes), output_sqnr(work, self.batches, self._references))
+
+    def with_better_bias(self, formats: Formats, plain: Attempt) -> Attempt:
+        """``plain`` or the same with corrected biases, whichever moves the outputs less; later attempts do likewise.
+
+        Correction helps most networks by a decibel or so and harms some (MobileNetV3), so that it has to be tried.
+        """
+        self.corrects_bias = True
+        corrected = self.attempt(formats)
+        self.corrects_bias = corrected.sqnr > plain.sqnr
+        return corrected if self.corrects_bias else plain
 
     def alone(self, layer: Layer, form: str, batch: int) -> Program:
         """A program of one layer and its rectifier in a format, to be measured.
@@ -139,7 +159,7 @@ class LayerFormats:
             complete_meta(program)
         elif form == INT8:
             plan = make_plan(program)
-            prepared, _ = prepare(program, plan, self._observer, self._symmetric)
+            prepared, _ = prepare(program, plan, self._observer, self.kernels)
             prepared(example)
             program = convert(prepared, plan, program)
             if layer.is_conv:

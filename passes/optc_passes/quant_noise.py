@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, fx
 
 from optc import Program
+from optc_passes.quant_bias import mean_shift
 from optc_passes.quant_blocks import BlockFormat, dequantized, round_blocks
+from optc_passes.quant_gptq import enough_samples, round_gptq
 from optc_passes.quant_plan import Layer, Plan
 from optc_passes.torchao_pt2e import ObserverBase
 
@@ -49,6 +51,8 @@ class NoiseMeter(fx.Interpreter):
 
     Attributes:
         sqnr: SQNR in dB of the layer's output when that layer alone has the format, by (name, format).
+        shifts: by how much rounding its weight moves the mean of its output, channel by channel, likewise.
+        rounded: weights in blocks that later attempts use again, likewise: integers and scales.
     """
 
     def __init__(
@@ -63,23 +67,39 @@ class NoiseMeter(fx.Interpreter):
         self._layers = {layer.node: layer for layer in plan.layers}
         self._observers, self._formats, self._blocks = observers, formats, blocks
         self.sqnr: dict[tuple[str, str], float] = {}
+        self.shifts: dict[tuple[str, str], Tensor] = {}
+        self.rounded: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
 
     def run_node(self, node: fx.Node) -> Any:
         value = super().run_node(node)
         layer = self._layers.get(node)
         for form in self._formats.get(node.name, ()) if layer is not None else ():
             assert layer is not None
-            args, kwargs = self.fetch_args_kwargs_from_env(node)
+            (x, exact, *rest), kwargs = self.fetch_args_kwargs_from_env(node)
             wanted = _behind(layer, value)
             if form in self._blocks:
-                weight = dequantized(*round_blocks(args[1], self._blocks[form]))
-                got = _behind(layer, node.target(args[0], weight, *args[2:], **kwargs))  # type: ignore[operator]
+                weight, given = self._in_blocks(node, exact, x, form), x
             else:
-                rounded = [self._round(source, given) for source, given in zip(node.args[:2], args[:2], strict=True)]
-                got = _behind(layer, node.target(*rounded, *args[2:], **kwargs))  # type: ignore[operator]
-                got = self._round(layer.tail, got) if layer.is_conv else got
+                given, weight = (self._round(node.args[i], each) for i, each in enumerate((x, exact)))
+            shift = mean_shift(node, x, weight - exact)
+            if rest and rest[0] is not None:
+                rest[0] = rest[0] - shift
+                self.shifts[node.name, form] = shift
+            got = _behind(layer, node.target(given, weight, *rest, **kwargs))  # type: ignore[operator]
+            if layer.is_conv and form not in self._blocks:
+                got = self._round(layer.tail, got)
             self.sqnr[node.name, form] = sqnr_db(wanted, got)
         return value
+
+    def _in_blocks(self, node: fx.Node, weight: Tensor, x: Tensor, form: str) -> Tensor:
+        """The weight that its blocks stand for; 4 bits are rounded by GPTQ where it has samples enough."""
+        block = self._blocks[form]
+        if block.bits < 8 and enough_samples(x):
+            rounded = round_gptq(weight, x, block)
+        else:
+            rounded = round_blocks(weight, block)
+        self.rounded[node.name, form] = rounded
+        return dequantized(*rounded)
 
     def _round(self, source: Any, value: Tensor) -> Tensor:
         observer: Any = self._observers[source.name]

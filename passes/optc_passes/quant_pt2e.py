@@ -14,7 +14,7 @@ from optc import Calibration, DataError, OptcError, PassContext, Program
 from optc.rewrite import constant_of, is_call
 from optc_passes.quant_noise import Batch
 from optc_passes.quant_plan import DEQUANTIZERS, QUANTIZERS, Plan, aten
-from optc_passes.quantizer import ANNOTATION, Int8Quantizer
+from optc_passes.quantizer import ANNOTATION, Int8Kernels, Int8Quantizer
 from optc_passes.torchao_pt2e import ObserverBase, convert_pt2e, insert_observers, quiet
 
 BATCH_NORM = aten._native_batch_norm_legit_no_training.default
@@ -27,7 +27,7 @@ def prepare(
     program: Program,
     plan: Plan,
     observer: Any,
-    symmetric: bool = False,
+    kernels: Int8Kernels,
     observed: Mapping[str, ObserverBase] | None = None,
 ) -> tuple[fx.GraphModule, dict[str, ObserverBase]]:
     """The program with observers in place, and those observers by the name of the value each looks at.
@@ -38,10 +38,10 @@ def prepare(
     Args:
         program: used up: its graph gets the annotations and observers.
         observer: constructor of the activation observer.
-        symmetric: whether activations are symmetric int8 instead of affine uint8.
+        kernels: what the target's int8 kernels take.
         observed: observers of an earlier preparation, used again by name of the value.
     """
-    quantizer = Int8Quantizer(program, plan, observer, symmetric, observed)
+    quantizer = Int8Quantizer(program, plan, observer, kernels, observed)
     with quiet():
         quantizer.annotate(program.module)
         prepared = insert_observers(program.module, {}, False, quantizer.prepare_obs_or_fq_callback)

@@ -6,12 +6,13 @@ Annotating nodes of the flat graph, and not source partitions, does not depend o
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from optc import Program
+from optc import PassContext, Program
 from optc.rewrite import constant_of
 from optc_passes.observers import PerChannelWeightObserver
 from optc_passes.quant_plan import Layer, Plan, operands
@@ -27,30 +28,63 @@ from optc_passes.torchao_pt2e import (
 ANNOTATION = "quantization_annotation"
 INT32 = torch.iinfo(torch.int32)
 
-# Weights leave out -128: symmetric, and what the VNNI and AMX kernels of oneDNN and MLAS are written for.
-WEIGHT = QuantizationSpec(
-    dtype=torch.int8,
-    observer_or_fake_quant_ctr=PerChannelWeightObserver,
-    quant_min=-127,
-    quant_max=127,
-    qscheme=torch.per_channel_symmetric,
-    ch_axis=0,
+_DOT_PRODUCT = {"avx_vnni", "avx512_vnni", "amx_int8"}
+"""Instruction sets with 8-bit dot products that add up in 32 bits."""
+SATURATES = (
+    "this CPU has no int8 dot-product instructions (VNNI, AMX): int8 may be slower than float32, and its kernels add"
+    " pairs of products in 16 bits, so weights are quantized to 7 bits, which cannot overflow there"
 )
 
 
-def activation_spec(observer: Any, symmetric: bool) -> QuantizationSpec:
-    """Per-tensor affine uint8, or symmetric int8.
+@dataclass(frozen=True)
+class Int8Kernels:
+    """What the int8 kernels of a target take.
 
-    On x86 the int8 dot-product instructions take an unsigned and a signed operand; tensor cores take two signed ones,
-    and TensorRT no zero point.
+    Attributes:
+        symmetric: activations symmetric int8 instead of affine uint8. On x86 the int8 dot-product instructions take an
+            unsigned and a signed operand; tensor cores take two signed ones, and TensorRT no zero point.
+        weight_limit: largest magnitude of a weight. 127 leaves out -128: symmetric, and what the VNNI and AMX kernels
+            of oneDNN and MLAS are written for. Before VNNI, ``vpmaddubsw`` adds two products of 8 bits and saturates at
+            16: 2 · 255 · 64 is the most that fits (oneDNN, "Nuances of int8 computations").
     """
-    return QuantizationSpec(
-        dtype=torch.int8 if symmetric else torch.uint8,
-        observer_or_fake_quant_ctr=observer,
-        quant_min=-128 if symmetric else 0,
-        quant_max=127 if symmetric else 255,
-        qscheme=torch.per_tensor_symmetric if symmetric else torch.per_tensor_affine,
-    )
+
+    symmetric: bool = False
+    weight_limit: int = 127
+
+    @classmethod
+    def of(cls, context: PassContext) -> Int8Kernels:
+        """Those of the context's target."""
+        if context.target.device == "cuda":
+            return cls(symmetric=True)
+        saturates = context.isa is not None and not _DOT_PRODUCT & set(context.isa)
+        return cls(weight_limit=64 if saturates else 127)
+
+    @property
+    def saturates(self) -> bool:
+        """Whether full 8-bit weights would overflow."""
+        return self.weight_limit < 127
+
+    @property
+    def weight(self) -> QuantizationSpec:
+        """Per-channel symmetric int8."""
+        return QuantizationSpec(
+            dtype=torch.int8,
+            observer_or_fake_quant_ctr=PerChannelWeightObserver,
+            quant_min=-self.weight_limit,
+            quant_max=self.weight_limit,
+            qscheme=torch.per_channel_symmetric,
+            ch_axis=0,
+        )
+
+    def activation(self, observer: Any) -> QuantizationSpec:
+        """Per-tensor affine uint8, or symmetric int8, whose range ``observer`` (a constructor) finds."""
+        return QuantizationSpec(
+            dtype=torch.int8 if self.symmetric else torch.uint8,
+            observer_or_fake_quant_ctr=observer,
+            quant_min=-128 if self.symmetric else 0,
+            quant_max=127 if self.symmetric else 255,
+            qscheme=torch.per_tensor_symmetric if self.symmetric else torch.per_tensor_affine,
+        )
 
 
 class Int8Quantizer(Quantizer):
@@ -59,7 +93,7 @@ class Int8Quantizer(Quantizer):
     Args:
         program: the program the plan was made for.
         observer: constructor of the activation observer.
-        symmetric: whether activations are symmetric int8 instead of affine uint8.
+        kernels: what the target's int8 kernels take.
         observed: observers by the name of the value they saw, from an earlier preparation of the same program; used
             instead of new ones.
     """
@@ -69,12 +103,12 @@ class Int8Quantizer(Quantizer):
         program: Program,
         plan: Plan,
         observer: Any,
-        symmetric: bool = False,
+        kernels: Int8Kernels,
         observed: Mapping[str, ObserverBase] | None = None,
     ) -> None:
         self._program = program
         self._plan = plan
-        self._activation = activation_spec(observer, symmetric)
+        self._activation, self._weight = kernels.activation(observer), kernels.weight
         self._observed = observed or {}
         self.observers: dict[str, ObserverBase] = {}
 
@@ -93,7 +127,7 @@ class Int8Quantizer(Quantizer):
         return model
 
     def _annotate_layer(self, layer: Layer) -> None:
-        inputs: dict[fx.Node, Any] = {layer.activation: self._activation, layer.weight: WEIGHT}
+        inputs: dict[fx.Node, Any] = {layer.activation: self._activation, layer.weight: self._weight}
         if layer.bias is not None:
             # Runtimes add the bias to the int32 products, so it needs their scale and is exact to half a step.
             inputs[layer.bias] = DerivedQuantizationSpec(
@@ -117,7 +151,7 @@ class Int8Quantizer(Quantizer):
         observers = edge_or_node_to_obs_or_fq
         for place in observers:
             value = place[0] if isinstance(place, tuple) else place
-            if self._observed:
+            if value.name in self._observed:
                 observers[place] = self._observed[value.name]
             self.observers[value.name] = observers[place]
         for layer in self._plan.layers:

@@ -14,6 +14,7 @@ from optc_passes.quant_formats import BLOCKS
 from optc_passes.quant_noise import NoiseMeter, output_sqnr, sqnr_db
 from optc_passes.quant_plan import make_plan
 from optc_passes.quant_pt2e import prepare
+from optc_passes.quantizer import Int8Kernels
 
 
 def test_sqnr_is_the_ratio_of_powers_in_decibel() -> None:
@@ -51,7 +52,7 @@ def test_each_layer_is_measured_alone() -> None:
     x = torch.randn(2, 3, 8, 32)
     program = optc.capture(Outlier(), (x,))
     work = program.fork()
-    prepared, observers = prepare(work, make_plan(work), ActivationObserver)
+    prepared, observers = prepare(work, make_plan(work), ActivationObserver, Int8Kernels())
     prepared(x)
     formats = {"conv2d": ("int8",), "conv2d_1": ("int8",), "linear": ("int8", "int8-weights", "int4-weights")}
     meter = NoiseMeter(program.module, make_plan(program), observers, formats, BLOCKS)

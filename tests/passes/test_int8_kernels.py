@@ -1,0 +1,97 @@
+"""What a target's int8 kernels take: 7-bit weights where 8 bits would overflow, and a line that says so beforehand."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import optc
+from optc import machine
+from optc_passes.quant import Quant
+from optc_passes.quantizer import SATURATES, Int8Kernels
+
+PRODUCT = """
+import sys, torch
+limit = int(sys.argv[1])
+x, w = torch.full((4, 64), 255, dtype=torch.uint8), torch.full((64, 64), limit, dtype=torch.int8)
+packed = torch.ops.onednn.qlinear_prepack(w, None)
+scales, zeros = torch.ones(64), torch.zeros(64, dtype=torch.int64)
+y = torch.ops.onednn.qlinear_pointwise(x, 1.0, 0, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+print(int(y[0, 0]))
+"""
+
+
+class Batches:
+    description = "test batches"
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        return iter([(torch.randn(8, 3, 8, 8),)])
+
+
+def _product(limit: int) -> int:
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    ran = subprocess.run(
+        [sys.executable, "-c", PRODUCT, str(limit)], env=environment, capture_output=True, text=True, check=True
+    )
+    return int(ran.stdout)
+
+
+@pytest.mark.skipif("avx2" not in (machine.isa() or ()), reason="needs an x86 CPU with AVX2, whose kernels saturate")
+def test_avx2_kernels_overflow_with_8_bits_and_not_with_7() -> None:
+    full, reduced = Int8Kernels(), Int8Kernels.of(optc.PassContext(isa=("avx2",)))
+    assert _product(full.weight_limit) < 255 * full.weight_limit * 64
+    assert _product(reduced.weight_limit) == 255 * reduced.weight_limit * 64
+
+
+@pytest.mark.parametrize(
+    ("isa", "limit"),
+    [
+        (("avx2",), 64),
+        (("avx2", "avx512f"), 64),
+        (("avx2", "avx_vnni"), 127),
+        (("avx2", "avx512f", "avx512_vnni"), 127),
+        (("amx_int8",), 127),
+        (None, 127),
+    ],
+)
+def test_weights_fit_the_instruction_set(isa: tuple[str, ...] | None, limit: int) -> None:
+    torch.manual_seed(0)
+    program = optc.capture(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 4)), (torch.randn(2, 3, 8, 8),)
+    )
+    notes: list[str] = []
+    result = Quant()(program, optc.PassContext(calibration=Batches(), isa=isa, note=notes.append))
+    weights = [tensor for _, tensor in result.program.constants() if tensor.dtype == torch.int8 and tensor.ndim > 1]
+    assert len(weights) == 2
+    assert all(int(weight.abs().max()) == limit for weight in weights)
+    assert notes == ([SATURATES] if limit == 64 else [])
+
+
+def test_a_gpu_has_no_such_kernels() -> None:
+    kernels = Int8Kernels.of(optc.PassContext(optc.Target(device="cuda"), isa=("avx2",)))
+    assert kernels == Int8Kernels(symmetric=True)
+
+
+def test_weights_alone_need_no_int8_kernels() -> None:
+    notes: list[str] = []
+    program = optc.capture(nn.Linear(64, 4), (torch.randn(2, 64),))
+    Quant(formats="int8-weights")(program, optc.PassContext(isa=("avx2",), note=notes.append))
+    assert notes == []
+
+
+def test_the_line_is_shown_and_kept_in_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optc.api.isa", lambda: ("avx2",))
+    optimized = optc.optimize(
+        nn.Sequential(nn.Flatten(), nn.Linear(192, 4)),
+        torch.randn(2, 3, 8, 8),
+        "quant",
+        calibration=[torch.randn(8, 3, 8, 8)],
+        backend="eager",
+        measure=False,
+    )
+    assert SATURATES in optimized.report.notes
