@@ -7,15 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
 
 from optc.bench.peaks import Peaks
-from optc.frontend.capture import capture
 from optc.lowering.artifact import Artifact
 from optc.lowering.eager_times import kernel_times
 from optc.lowering.kernel_times import KernelTime
 from optc.ops.costs import CostGraph, NodeCost, node_costs
 from optc.plugins.registry import registry
+from optc.program import Program
 from optc.target import Target
 
 OVERHEAD_SHARE = 0.25
@@ -85,24 +84,16 @@ class LayerProfile:
         return sum(layer.seconds for layer in self.layers)
 
 
-def module_layers(module: nn.Module, inputs: Sequence[Tensor], target: Target, peaks: Peaks) -> LayerProfile:
-    """Profile a PyTorch module as it is, in eager float32 on the CPU.
-
-    Args:
-        inputs: a query's, batch first.
-
-    Raises:
-        CaptureError: the model cannot be captured.
-    """
-    query = [tensor[: target.batch].contiguous() for tensor in inputs]
-    program = capture(module, tuple(inputs))
+def program_layers(program: Program, target: Target, peaks: Peaks) -> LayerProfile:
+    """Profile a captured model as it is, in eager PyTorch on the CPU, on its example inputs."""
+    query = [tensor[: target.batch].contiguous() for tensor in program.example_inputs]
     before = torch.get_num_threads()
     torch.set_num_threads(target.threads)
     try:
         times = kernel_times(program.module, query)
     finally:
         torch.set_num_threads(before)
-    return profiled("eager float32", times, node_costs(program, target.batch), {}, peaks)
+    return profiled("eager float32", times, node_costs(program, len(query[0])), {}, peaks)
 
 
 def artifact_layers(artifact: Artifact, target: Target, peaks: Peaks) -> LayerProfile:

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import optc
 from optc.bench.choice import rows
+from optc.bench.inside import Inside
 from optc.bench.results import Measurement
 from optc.machine import Machine, machine
 from optc.passmanager.contract import PassRecord
 from optc.report.charts import Point, pareto_chart, steps_chart
 from optc.report.deviations import deviations
 from optc.report.document import Chart, Code, Document, Section, Table
+from optc.report.inside import inside_sections
 from optc.report.measured import candidates_table, environment, latency_charts, warnings
 from optc.report.report import Report
 from optc.report.terminal import REFERENCE
@@ -28,17 +30,21 @@ _EXPLICIT = (
 )
 
 
-def optimized_document(report: Report, artifact: Path, commands: Sequence[str]) -> Document:
+def optimized_document(
+    report: Report, artifact: Path, commands: Sequence[str], inside: Inside | None = None
+) -> Document:
     """What a run found out, for people.
 
     Args:
         artifact: the folder that the run wrote.
         commands: lines that make the same again.
+        inside: time by layer and memory, where they were looked at.
     """
     here = machine()
     sections = [
         Section("Before you believe the numbers", tuple(warnings(report.measurement))),
         Section("Speed", _speed(report)),
+        *(inside_sections(inside) if inside else ()),
         Section("What each pass did and gained", _passes(report)),
         Section("Otherwise than asked", _deviations(report)),
         Section("Where it ran", environment(here, report.measurement)),

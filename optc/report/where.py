@@ -7,6 +7,7 @@ from collections import defaultdict
 from rich.table import Table as TerminalTable
 
 from optc.bench.layers import LayerProfile
+from optc.bench.peaks_cache import peaks_file
 from optc.report.document import Chart, Section, Table
 from optc.report.layer_charts import bars_chart, roofline_chart
 from optc.report.words import megabytes, milliseconds
@@ -18,6 +19,8 @@ BOUNDS = {
     "": "not in the graph",
 }
 """What an operator's time is said to be bound by."""
+_BEYOND, _TICK = 1.1, 5e-5
+"""Shares and times that no rounding of a profiler's microseconds explains."""
 _HEADER = (
     "layer",
     "runs",
@@ -33,8 +36,12 @@ _HEADER = (
 _NUMBERS = (3, 4, 5, 6, 7, 8)
 
 
-def where_section(after: LayerProfile, before: LayerProfile | None = None) -> Section:
-    """Where the time of a model goes; ``before`` is what it is shown beside."""
+def where_section(after: LayerProfile | None, before: LayerProfile | None = None) -> Section:
+    """Where the time of a model goes; ``before`` is what it is shown beside, or alone."""
+    if after is None:
+        if before is None:
+            return Section("Where the time goes", ())
+        after, before = before, None
     profiles = {"before": before, "after": after} if before is not None else {after.what: after}
     parts: list[str | Chart | Table] = [*in_words(after)]
     roofline = roofline_chart(after)
@@ -73,6 +80,11 @@ def in_words(profile: LayerProfile) -> list[str]:
     told = [f"{shares[bound]:.0%} {text}" for bound, text in words.items() if round(shares[bound], 2)]
     if told:
         lines.append(f"Of the time, {'; '.join(told)}.")
+    if any(layer.share > _BEYOND and layer.seconds > _TICK for layer in profile.layers):
+        lines.append(
+            "Some operators go beyond their roof: the machine was busy when its peaks were measured. They are measured"
+            f" again once {peaks_file(profile.peaks.threads)} is deleted."
+        )
     return lines
 
 
