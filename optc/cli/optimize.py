@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -131,12 +132,18 @@ def command(
     )
     path = optimized.save(output or free_name(model))
     if report is not None:
+        from optc.bench.inside import look_inside
+        from optc.lowering.artifact import load_artifact
         from optc.report.optimized import optimized_document
+        from optc.report.report import jsonable
         from optc.report.write import write_report
 
-        with progress.step(f"Writing the report to {report}"):
-            document = optimized_document(optimized.report, path, [command_line()])
-            write_report(report, document, {"artifact": str(path), **optimized.report.to_dict()})
+        with progress.step(f"Writing the report to {report}") as step:
+            inputs = loaded.example_inputs
+            inside = look_inside(load_artifact(path), loaded.module, inputs, optimized.target, step.update)
+            document = optimized_document(optimized.report, path, [command_line()], inside)
+            found = {"artifact": str(path), **optimized.report.to_dict(), "inside": jsonable(asdict(inside))}
+            write_report(report, document, found)
     if as_json:
         print_json({"artifact": str(path), **optimized.report.to_dict()})
         return
