@@ -68,6 +68,11 @@ def optc_passes() -> Iterable[Entry]:
             "optc_passes.dead_code:RemoveDeadCode",
         ),
         Entry(
+            "equalize",
+            "Even out channels between layers (SmoothQuant, cross-layer equalization), before quant.",
+            "optc_passes.equalize:Equalize",
+        ),
+        Entry(
             "quant",
             "Quantize convolutions, linear layers and what lies between them to int8.",
             "optc_passes.quant:Quant",

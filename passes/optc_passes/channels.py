@@ -13,7 +13,7 @@ from torch import fx
 
 from optc import Program
 from optc.rewrite import argument, dims, is_call, label, used_by
-from optc_passes.layers import Layer, as_layer
+from optc_passes.layers import Layer, as_layer, as_reader
 
 aten = torch.ops.aten
 _SAME_AXES = (aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default)
@@ -134,7 +134,7 @@ def layers_after(program: Program, value: fx.Node, axis: int, shifted: bool) -> 
     while pending:
         value, axis = pending.pop()
         for user in value.users:
-            layer = as_layer(user)
+            layer = as_reader(user)
             if layer is not None and layer.input is value:
                 reason = layer.not_constant(program)
                 if layer.input_axis != axis:

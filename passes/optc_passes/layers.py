@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from optc import Program
+from optc.ops import COMPOSITES
 from optc.rewrite import add_constant, argument, constant_of, erase_unused, is_call, set_argument, shape
 
 aten = torch.ops.aten
@@ -27,13 +28,19 @@ TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.c
 
 @dataclass(frozen=True)
 class Layer:
-    """A node that applies ``weight·x + bias`` along a channel axis."""
+    """A node that applies ``weight·x + bias`` along a channel axis, and what a composite operator does after that."""
 
     node: fx.Node
 
     @property
     def input(self) -> fx.Node:
         return self.node.args[0]  # type: ignore[return-value]
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is fully connected."""
+        row = COMPOSITES.get(self.node.target)  # type: ignore[call-overload]
+        return is_call(self.node, *LINEARS) if row is None else not row.is_conv
 
     @cached_property
     def transposed(self) -> bool:
@@ -43,10 +50,10 @@ class Layer:
 
     @property
     def groups(self) -> int:
-        return 1 if is_call(self.node, *LINEARS) else int(argument(self.node, "groups"))
+        return 1 if self.is_linear else int(argument(self.node, "groups"))
 
     def _channel_axis(self, value: fx.Node) -> int:
-        if is_call(self.node, *LINEARS):
+        if self.is_linear:
             return len(shape(value)) - 1
         spatial = len(shape(argument(self.node, "weight"))) - 2
         return len(shape(value)) - spatial - 1
@@ -68,7 +75,7 @@ class Layer:
     @property
     def pads(self) -> bool:
         """Whether borders see zeros that are not the input's: adding to the input is not adding to those."""
-        if is_call(self.node, *LINEARS):
+        if self.is_linear:
             return False
         padding = argument(self.node, "padding")
         return self.transposed or (padding != "valid" if isinstance(padding, str) else any(p != 0 for p in padding))
@@ -87,8 +94,15 @@ class Layer:
         return None
 
 
+def as_reader(node: object) -> Layer | None:
+    """The layer at a node, which may have an activation or a residual fused to it: what it reads can be scaled."""
+    if isinstance(node, fx.Node) and is_call(node, *COMPOSITES):
+        return Layer(node)
+    return as_layer(node)
+
+
 def as_layer(node: object) -> Layer | None:
-    """The layer at a node, or ``None`` if the node is anything else."""
+    """The layer at a node, or ``None`` if the node is anything else, a layer with something fused to it included."""
     return Layer(node) if isinstance(node, fx.Node) and is_call(node, *LINEARS, *CONVOLUTIONS, *TRANSPOSED) else None
 
 
