@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -66,11 +67,11 @@ def node_costs(program: Program, batch: int) -> tuple[NodeCost, ...]:
     scale = batch / len(program.example_inputs[0]) if program.dynamic_batch else 1.0
     found = []
     for node in program.graph.nodes:
-        if node.op != "call_function" or _is_transparent(node) or not isinstance(node.meta.get("val"), Tensor):
+        if node.op != "call_function" or _is_transparent(node) or _value(node) is None:
             continue
-        operands = [operand for operand in node.all_input_nodes if isinstance(operand.meta.get("val"), Tensor)]
+        operands = [operand for operand in node.all_input_nodes if _value(operand) is not None]
         constants = {source: _bytes(source) for operand in operands for source in _constants(operand)}
-        values = [source for operand in operands if not _constants(operand) for source in [_source(operand)]]
+        values = [(operand, _source(operand)) for operand in operands if not _constants(operand)]
         found.append(
             NodeCost(
                 node=node.name,
@@ -78,7 +79,7 @@ def node_costs(program: Program, batch: int) -> tuple[NodeCost, ...]:
                 module=_module(node),
                 operations=_operations(node, counter) * scale,
                 constant_bytes=sum(constants.values()),
-                reads={source.name: round(_bytes(source) * scale) for source in values},
+                reads={source.name: round(_elements(operand) * _item(source) * scale) for operand, source in values},
                 writes=round(_written(node) * scale),
                 result=_is_result(node),
             )
@@ -119,7 +120,8 @@ def _operations(node: fx.Node, counter: FlopCounterMode) -> float:
         return 0.0
     if target not in COMPOSITES and torch.Tag.pointwise not in target.tags:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda operand: operand.meta["val"])
-        with torch.no_grad(), node.meta["val"].fake_mode, counter:  # entering it sets the counter to 0
+        fake: Any = _value(node)
+        with torch.no_grad(), fake.fake_mode, counter:  # entering it sets the counter to 0
             target(*args, **kwargs)
         counted = counter.get_total_flops()
         if counted:
@@ -146,8 +148,12 @@ def _is_quantize(node: fx.Node) -> bool:
 
 
 def _is_transparent(node: fx.Node) -> bool:
-    """Whether a node changes how a value is looked at, not the value in memory."""
-    return bool(getattr(node.target, "is_view", False)) or _schema_name(node).startswith("dequantize_")
+    """Whether a node changes how a value is looked at, or picks one of several, not the value in memory."""
+    return (
+        node.target is operator.getitem
+        or bool(getattr(node.target, "is_view", False))
+        or _schema_name(node).startswith("dequantize_")
+    )
 
 
 def _source(node: fx.Node) -> fx.Node:
@@ -184,14 +190,25 @@ def _is_result(node: fx.Node) -> bool:
     return any(reader.op == "output" for reader in _readers(node))
 
 
-def _elements(node: fx.Node) -> int:
+def _value(node: fx.Node) -> Tensor | None:
+    """A node's value as the fake tensor it is, or the first one of a tuple, of which the others are statistics."""
     value = node.meta.get("val")
-    return math.prod(map(int, value.shape)) if isinstance(value, Tensor) else 0
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    return next((each for each in values if isinstance(each, Tensor)), None)
+
+
+def _elements(node: fx.Node) -> int:
+    value = _value(node)
+    return 0 if value is None else math.prod(map(int, value.shape))
+
+
+def _item(node: fx.Node) -> int:
+    value = _value(node)
+    return 0 if value is None else value.element_size()
 
 
 def _bytes(node: fx.Node) -> int:
-    value = node.meta.get("val")
-    return _elements(node) * value.element_size() if isinstance(value, Tensor) else 0
+    return _elements(node) * _item(node)
 
 
 def _module(node: fx.Node) -> str:

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 
 from optc.report.document import Chart
 from optc.report.svg import INK, MUTED, SERIES, element, figure
+from optc.report.words import short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 _BINS = 60
 _LOG_FROM = 4.0
 """From which ratio between the slowest and the fastest candidate on an axis of latencies is logarithmic."""
+_FEW_DECADES = 1000.0
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def latency_chart(candidates: Sequence[Latencies]) -> Chart:
             for value, length in zip(mark, (0.7, 0.4, 0.25), strict=True):
                 axes.plot([value, value], [row, row - length], color=INK, linewidth=1.6, solid_capstyle="butt")
             axes.annotate(
-                f"{mark[0]:.3g}", (mark[0], row - 0.7), (3, -3), textcoords="offset points", va="center", fontsize=9
+                short(mark[0]), (mark[0], row - 0.7), (3, -3), textcoords="offset points", va="center", fontsize=9
             )
         axes.set_yticks(range(len(candidates)), [each.name for each in candidates])
         axes.set_ylim(len(candidates) - 0.8, -0.95)
@@ -68,7 +70,7 @@ def latency_chart(candidates: Sequence[Latencies]) -> Chart:
         axes.set_xlabel("latency of a query (ms)" + (", logarithmic" if wide else ""))
         title = "How long queries took (ms)"
         told = "; ".join(
-            f"{each.name} {mark[0]:.3g} ms at the median, {mark[1]:.3g} at p90, {mark[2]:.3g} at p99"
+            f"{each.name} {short(mark[0])} ms at the median, {short(mark[1])} at p90, {short(mark[2])} at p99"
             for each, mark in zip(candidates, marks, strict=True)
         )
         alt = f"Distribution of the latencies of {len(candidates)} candidates: {told}."
@@ -83,7 +85,7 @@ def pareto_chart(points: Sequence[Point]) -> Chart:
     """
     measured = [each for each in points if each.accuracy is not None]
     panels = 2 if measured else 1
-    with figure(0.5 + 2.6 * panels) as drawn:
+    with figure(0.5 + 2.3 * panels) as drawn:
         first = drawn.add_subplot(panels, 1, 1)
         if measured:
             values = [each.accuracy * 100 for each in measured if each.accuracy is not None]
@@ -120,20 +122,20 @@ def steps_chart(title: str, unit: str, names: Sequence[str], values: Sequence[fl
     with figure(0.6 + 0.3 * len(names)) as drawn:
         axes = drawn.add_subplot()
         bars = axes.barh(range(len(names)), values, color=SERIES[0], height=0.68)
-        axes.bar_label(bars, [f"{value:.4g}" for value in values], padding=3, fontsize=9)
+        axes.bar_label(bars, [short(value) for value in values], padding=3, fontsize=9)
         axes.set_yticks(range(len(names)), list(names))
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
         axes.set_xlim(0, max(values) * 1.12 or 1)
         axes.set_xlabel(unit)
-        told = ", ".join(f"{name} {value:.4g}" for name, value in zip(names, values, strict=True))
+        told = ", ".join(f"{name} {short(value)}" for name, value in zip(names, values, strict=True))
         alt = f"Bars of {unit}: {told}."
         return Chart(f"{title} ({unit})", alt, element(drawn, title, alt), note)
 
 
 def _told(point: Point) -> str:
     accuracy = f", {point.accuracy:.1%} accurate" if point.accuracy is not None else ""
-    return f"{point.name} {point.milliseconds:.3g} ms, {point.megabytes:.3g} MB{accuracy}"
+    return f"{point.name} {short(point.milliseconds)} ms, {short(point.megabytes)} MB{accuracy}"
 
 
 def _scatter(axes: Axes, points: Sequence[Point], heights: Sequence[float], better: int) -> None:
@@ -166,9 +168,12 @@ def _label(axes: Axes, points: Sequence[Point], heights: Sequence[float]) -> Non
     figure_ = axes.get_figure(root=True)
     assert figure_ is not None
     figure_.draw_without_rendering()
-    taken: list[tuple[float, float, float, float]] = []
-    for each, height in zip(points, heights, strict=True):
-        x, y = axes.transData.transform((each.milliseconds, height)) * 72 / figure_.dpi
+    places_of = [
+        axes.transData.transform((each.milliseconds, height)) * 72 / figure_.dpi
+        for each, height in zip(points, heights, strict=True)
+    ]
+    taken: list[tuple[float, float, float, float]] = [(x - 5, y - 5, x + 5, y + 5) for x, y in places_of]
+    for each, height, (x, y) in zip(points, heights, places_of, strict=True):
         width, tall = 5.2 * len(each.name), 10.0
         places = [(0, 11, "center"), (0, -20, "center"), (11, -4, "left"), (-11, -4, "right"), (0, 22, "center")]
         places += [(0, -31, "center"), (0, 33, "center"), (0, -42, "center")]
@@ -186,12 +191,14 @@ def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float,
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def logarithmic(axes: Axes, axis: str, subs: tuple[float, ...] = (1.0, 2.0, 5.0)) -> None:
-    """Make an axis (``"x"`` or ``"y"``) logarithmic, with plain numbers at ``subs`` of each power of ten."""
+def logarithmic(axes: Axes, axis: str) -> None:
+    """Make an axis (``"x"`` or ``"y"``) logarithmic, with plain numbers at powers of ten, and at 2 and 5 if few."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     getattr(axes, f"set_{axis}scale")("log")
     ticks = getattr(axes, f"{axis}axis")
+    low, high = getattr(axes, f"get_{axis}lim")()
+    subs = (1.0, 2.0, 5.0) if high < _FEW_DECADES * low else (1.0,)
     ticks.set_major_locator(LogLocator(subs=subs))
-    ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ticks.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     ticks.set_minor_formatter(NullFormatter())

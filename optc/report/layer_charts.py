@@ -11,6 +11,7 @@ from optc.bench.layers import Layer, LayerProfile
 from optc.report.charts import logarithmic
 from optc.report.document import Chart
 from optc.report.svg import INK, MUTED, SERIES, element, figure
+from optc.report.words import short
 
 BARS = 14
 """Most layers shown as bars; the others are added up in one."""
@@ -32,7 +33,7 @@ def roofline_chart(profile: LayerProfile) -> Chart | None:
     memory, cache = peaks.memory(profile.bytes) / 1e9, peaks.bandwidth[0][1] / 1e9
     ridge = max(peaks.compute(kind) for kind in kinds) / 1e9 / memory
     x = np.geomspace(intensity.min() / 2, max(intensity.max(), ridge) * 2, 200)
-    with figure(4.2) as drawn:
+    with figure(3.8) as drawn:
         axes = drawn.add_subplot()
         for kind in kinds:
             peak = peaks.compute(kind) / 1e9
@@ -49,8 +50,8 @@ def roofline_chart(profile: LayerProfile) -> Chart | None:
             axes.scatter(
                 intensity[mine], rate[mine], s=sizes, color=colour, alpha=0.6, linewidths=0, label=kind or "other"
             )
-        logarithmic(axes, "x", subs=(1.0,))
-        logarithmic(axes, "y", subs=(1.0,))
+        logarithmic(axes, "x")
+        logarithmic(axes, "y")
         axes.set_ylim(bottom=max(rate.min() / 2, top / 1e5))
         axes.set_xlabel("operations per byte moved, logarithmic")
         axes.set_ylabel("billion operations per second, logarithmic")
@@ -92,7 +93,7 @@ def bars_chart(profiles: Mapping[str, LayerProfile]) -> Chart:
             offsets = np.arange(len(labels)) + (number - (len(times) - 1) / 2) * height
             colour = SERIES[1] if number == len(times) - 1 else SERIES[0]
             bars = axes.barh(offsets, values, height * 0.92, color=colour, label=name)
-            axes.bar_label(bars, [f"{value:.2g}" if value else "" for value in values], padding=2, fontsize=8)
+            axes.bar_label(bars, [short(value, 2) if value else "" for value in values], padding=2, fontsize=8)
         axes.set_yticks(range(len(labels)), [_shortened(label) for label in labels], fontsize=9)
         axes.set_ylim(len(labels) - 0.4, -0.6)
         axes.grid(visible=False, axis="y")
@@ -101,7 +102,8 @@ def bars_chart(profiles: Mapping[str, LayerProfile]) -> Chart:
         axes.legend(loc="lower right")
         title = "Time by layer (ms)" + (", before and after" if len(times) > 1 else "")
         told = "; ".join(
-            f"{label} " + ", ".join(f"{each.get(label, 0.0) * 1e3:.2g} ms in {name}" for name, each in times.items())
+            f"{label} "
+            + ", ".join(f"{short(each.get(label, 0.0) * 1e3, 2)} ms in {name}" for name, each in times.items())
             for label in shown[:5]
         )
         alt = f"Bars of the time that each source module takes. The largest shares: {told}."
@@ -118,4 +120,4 @@ def by_module(layers: tuple[Layer, ...]) -> dict[str, float]:
 
 
 def _shortened(name: str) -> str:
-    return name if len(name) <= 28 else f"…{name[-27:]}"
+    return name if len(name) <= 24 else f"…{name[-23:]}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 
 import numpy as np
@@ -29,14 +30,14 @@ def measured_document(measurement: Measurement, commands: Sequence[str]) -> Docu
     ]
     summary += [f"{each.name} was not measured: {each.error}" for each in failed]
     sections = (
-        *([Section("Before you believe the numbers", told)] if (told := tuple(warnings(measurement))) else []),
+        warnings_section(measurement),
         Section("Speed", (*latency_charts(measurement), candidates_table(measurement))),
         Section("Where it ran", environment(machine(), measurement)),
         Section("Measure it again", (Code("The same run", tuple(commands)),)),
     )
     made = f"Made by optc {optc.__version__}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC."
     title = f"Latency of {', '.join(each.name for each in measurement.results)}"
-    return Document(title, verdict, None, tuple(summary), sections, made)
+    return Document(title, verdict, None, tuple(summary), tuple(each for each in sections if each.parts), made)
 
 
 def latency_charts(measurement: Measurement) -> list[Chart]:
@@ -72,13 +73,28 @@ def _row(result: CandidateResult) -> tuple[str, ...]:
 
 
 def warnings(measurement: Measurement | None) -> list[str]:
-    """What to know before believing the numbers."""
+    """What to know before believing the numbers, a line each."""
+    return [f"{name}: {text}" if name else text for name, text in _warnings(measurement)]
+
+
+def warnings_section(measurement: Measurement | None) -> Section:
+    """What to know before believing the numbers; without parts if there is nothing."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for name, text in _warnings(measurement):
+        found[name or "all"].append(text)
+    rows = tuple((name, "; ".join(texts)) for name, texts in found.items())
+    parts = (Table("What was not as it should be", ("candidate", "what"), rows),) if rows else ()
+    return Section("Before you believe the numbers", parts)
+
+
+def _warnings(measurement: Measurement | None) -> Iterator[tuple[str, str]]:
     if measurement is None:
-        return []
-    found = [*measurement.warnings, *(f"{r.name}: {warning}" for r in measurement.results for warning in r.warnings)]
+        return
+    yield from (("", warning) for warning in measurement.warnings)
     if measurement.sequential_reason:
-        found.append(f"candidates were measured one after another, not in turns: {measurement.sequential_reason}")
-    return found
+        yield "", f"candidates were measured one after another, not in turns: {measurement.sequential_reason}"
+    for result in measurement.results:
+        yield from ((result.name, warning) for warning in result.warnings)
 
 
 def environment(here: Machine, measurement: Measurement | None) -> tuple[str | Table, ...]:

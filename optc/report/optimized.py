@@ -18,7 +18,7 @@ from optc.report.charts import Point, pareto_chart, steps_chart
 from optc.report.deviations import deviations
 from optc.report.document import Chart, Code, Document, Section, Table
 from optc.report.inside import inside_sections
-from optc.report.measured import candidates_table, environment, latency_charts, warnings
+from optc.report.measured import candidates_table, environment, latency_charts, warnings_section
 from optc.report.report import Report
 from optc.report.terminal import REFERENCE
 from optc.report.words import distance, megabytes, milliseconds, times, what
@@ -42,7 +42,7 @@ def optimized_document(
     """
     here = machine()
     sections = [
-        Section("Before you believe the numbers", tuple(warnings(report.measurement))),
+        warnings_section(report.measurement),
         Section("Speed", _speed(report)),
         *(inside_sections(inside) if inside else ()),
         Section("What each pass did and gained", _passes(report)),

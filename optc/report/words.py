@@ -32,11 +32,16 @@ def megabytes(size: float) -> str:
     return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
 
 
+def short(value: float, digits: int = 3) -> str:
+    """A number with so many digits, or as many as its whole part has, and never an exponent above 1."""
+    return f"{value:,.0f}" if abs(value) >= 10**digits - 0.5 else f"{value:.{digits}g}"
+
+
 def times(ratio: float) -> str:
-    """A ratio as ``"2.4 times"``, with two digits, or as many as its whole part has."""
-    return f"{ratio:.2g} times" if ratio < 10 else f"{ratio:,.0f} times"
+    """A ratio as ``"2.4 times"``."""
+    return f"{short(ratio, 2)} times"
 
 
 def milliseconds(seconds: float) -> str:
     """A time as ms with three digits."""
-    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds * 1e3:,.0f} ms"
+    return f"{short(seconds * 1e3)} ms"

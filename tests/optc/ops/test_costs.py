@@ -96,3 +96,11 @@ def test_views_cost_nothing(name: str) -> None:
     costs = costs_of(Viewing(), (3, 4))
     assert [cost.operator for cost in costs.values()] == ["aten.relu.default"]
     assert sum(next(iter(costs.values())).reads.values()) == 3 * 4 * 4
+
+
+def test_an_operator_of_several_results_counts_by_its_first() -> None:
+    (norm,) = costs_of(nn.BatchNorm2d(8), (8, 10, 10)).values()
+    assert "batch_norm" in norm.operator
+    assert norm.operations == norm.writes / 4 == 8 * 10 * 10
+    assert norm.constant_bytes == 4 * 8 * 4
+    assert norm.result
