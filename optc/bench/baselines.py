@@ -46,7 +46,8 @@ def baselines(module: nn.Module, example_inputs: Sequence[Tensor], target: Targe
         open_ = _open_eager if kind == "eager" else _open_compiled
         name = f"{kind}-{_NAMES[source.dtype]}"
         opener = _opener(open_, source, tuple(example_inputs))
-        return Candidate(name, str(source.dtype).removeprefix("torch."), False, opener, copies)
+        precision = str(source.dtype).removeprefix("torch.")
+        return Candidate(name, precision, False, opener, copies, specialised=kind == "compile")
 
     candidates = [
         candidate("eager", fulls, full_copies),

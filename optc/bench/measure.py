@@ -7,6 +7,7 @@ import statistics as plain
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -25,6 +26,10 @@ MAX_QUERIES = 10_000
 """Most queries in a block, so that a model of microseconds does not fill the manifest."""
 SETTLING_BLOCKS = 10
 """Most further blocks for optimized candidates that are not told apart from the fastest one."""
+STRETCH = 5
+"""How much longer than asked for a block may take to hold as many queries as asked for."""
+STEADYING_BLOCKS = 20
+"""Most blocks where a measurement goes on until it is steady."""
 REOPEN_SECONDS = 2.0
 """Longest opening that is repeated for every block where candidates are opened anew."""
 _MEMORY_SHARE = 0.2
@@ -40,9 +45,12 @@ def measure(
     optimized: str | Sequence[str] = (),
     blocks: int = 5,
     block_seconds: float = 0.3,
+    block_queries: int = 1,
     limit_seconds: float = 90.0,
     together: bool | None = None,
     reopen: bool = False,
+    steady: float | None = None,
+    logs: Callable[[str, int], Path] | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Measurement:
     """Measure the latency of candidates so that they can be compared.
@@ -59,6 +67,7 @@ def measure(
         inputs: queries to draw from, one array per model input each, for candidates without inputs of their own.
         optimized: name or names of candidates; the fastest is compared with the best unquantized one of the others.
         blocks: rounds; fewer than five give intervals that are too narrow.
+        block_queries: fewest queries in a block, where they take at most :data:`STRETCH` times ``block_seconds``.
         limit_seconds: after the first round the number of rounds is cut (to no fewer than two) to fit this; opening
             candidates does not count.
         together: keep all candidates open and interleave them. ``None`` decides by whether their weights fit into
@@ -66,6 +75,9 @@ def measure(
         reopen: open each candidate anew for each of its blocks, and let every other round run backwards. How a model
             happens to lie in memory changes its latency by more than blocks of one opening show, so that a model would
             differ from itself. A candidate that takes over :data:`REOPEN_SECONDS` to open stays open, and is warned of.
+        steady: go on beyond ``blocks`` rounds, to :data:`STEADYING_BLOCKS` at most, until each candidate's median is
+            known to this share of it at 95 % confidence, or the time is up.
+        logs: where LoadGen's logs of a candidate's block go, by its name and the block's number from 1.
         progress: called with a short text before each step.
 
     Raises:
@@ -75,8 +87,8 @@ def measure(
     warnings = [warning] if (warning := machine.load_warning()) else []
     names = (optimized,) if isinstance(optimized, str) else tuple(optimized)
     with _threads(target.threads):
-        states = [_State(candidate) for candidate in candidates]
-        plan = _Plan(inputs, blocks, block_seconds, limit_seconds, progress)
+        states = [_State(candidate, logs) for candidate in candidates]
+        plan = _Plan(inputs, blocks, block_seconds, block_queries, limit_seconds, steady, progress)
         try:
             if reopen:
                 plan.run(states, share=1, reopen=True)
@@ -100,8 +112,8 @@ def measure(
 class _State:
     """One candidate on its way: opened, measured block by block, closed."""
 
-    def __init__(self, candidate: Candidate) -> None:
-        self.candidate = candidate
+    def __init__(self, candidate: Candidate, logs: Callable[[str, int], Path] | None) -> None:
+        self.candidate, self.logs = candidate, logs
         self.runner: Runner | None = None
         self.provider, self.precision = "", candidate.precision
         self.open_seconds = 0.0
@@ -117,7 +129,7 @@ class _State:
         try:
             self.runner = self.candidate.open()
         except Exception as error:
-            self.error = _one_line(error)
+            self.error = one_line(error)
             return
         self.open_seconds = max(self.open_seconds, time.perf_counter() - start)
         self.provider, self.precision = self.runner.provider, self.runner.precision
@@ -129,7 +141,7 @@ class _State:
         del runner
         gc.collect()
 
-    def block(self, inputs: Sequence[tuple[Array, ...]], seconds: float) -> None:
+    def block(self, inputs: Sequence[tuple[Array, ...]], seconds: float, least: int) -> None:
         """Warm up, then one LoadGen run of about ``seconds``; a failure closes the candidate and is kept."""
         if self.runner is None:
             return
@@ -138,10 +150,13 @@ class _State:
             with _quiet_machine():
                 self._warm_up(self.runner, inputs[0], seconds)
                 queries = min(MAX_QUERIES, max(1, round(seconds / self.call_seconds)))
+                if least * self.call_seconds <= STRETCH * seconds:
+                    queries = max(queries, least)
+                folder = self.logs(self.candidate.name, len(self.blocks) + 1) if self.logs else None
                 with self.watch:
-                    run = single_stream(self.runner, inputs, queries, name=self.candidate.name)
+                    run = single_stream(self.runner, inputs, queries, name=self.candidate.name, log_folder=folder)
         except Exception as error:
-            self.error = _one_line(error)
+            self.error = one_line(error)
             self.close()
             return
         self.blocks.append(Block(tuple(run.latencies_ns.tolist()), run.nonfinite_queries, run.summary))
@@ -175,18 +190,22 @@ class _Plan:
         inputs: Sequence[tuple[Array, ...]],
         blocks: int,
         block_seconds: float,
+        block_queries: int,
         limit_seconds: float,
+        steady: float | None,
         progress: Callable[[str], None],
     ) -> None:
-        self.inputs, self.blocks, self.block_seconds = inputs, blocks, block_seconds
-        self.limit_seconds, self.progress = limit_seconds, progress
+        self.inputs, self.blocks = inputs, blocks
+        self.block_seconds, self.block_queries = block_seconds, block_queries
+        self.limit_seconds, self.steady, self.progress = limit_seconds, steady, progress
         self.deadline = float("inf")
 
     def run(self, states: Sequence[_State], share: int, reopen: bool = False) -> None:
         """All rounds over ``states``, which may take one ``share``-th of the time limit."""
         start = time.perf_counter()
         self.deadline = start + self.limit_seconds
-        rounds, done = self.blocks, 0
+        rounds = wanted = self.blocks
+        done = 0
         while done < rounds:
             what = f"block {done + 1} of {rounds}"
             if reopen:
@@ -196,7 +215,12 @@ class _Plan:
             done += 1
             per_round = (time.perf_counter() - start) / done
             affordable = int(self.limit_seconds / share / per_round)
-            rounds = min(self.blocks, max(2, done, affordable))
+            if done == wanted < STEADYING_BLOCKS and not self._is_steady(states):
+                wanted += 1
+            rounds = min(wanted, max(2, done, affordable))
+
+    def _is_steady(self, states: Sequence[_State]) -> bool:
+        return self.steady is None or all(_uncertainty(state) <= self.steady for state in states if not state.error)
 
     def settle(self, states: Sequence[_State]) -> None:
         """Further rounds over the fastest state and those that nothing tells from it yet."""
@@ -210,7 +234,7 @@ class _Plan:
     def _round(self, states: Sequence[_State], what: str) -> None:
         for state in states:
             self.progress(f"measuring {state.candidate.name}, {what}")
-            state.block(self.inputs, self.block_seconds)
+            state.block(self.inputs, self.block_seconds, self.block_queries)
 
     def _reopening_round(self, states: Sequence[_State], what: str) -> None:
         for state in states:
@@ -240,6 +264,17 @@ def _contest(states: Sequence[_State]) -> list[_State]:
     ]
 
 
+def _uncertainty(state: _State) -> float:
+    """Half the width of the median's 95 % interval as a share of it: Student's, over the blocks' medians."""
+    from scipy import stats
+
+    medians = [plain.median(block.latencies_ns) for block in state.blocks]
+    if len(medians) < 2:
+        return float("inf")
+    quantile = float(stats.t.ppf(0.975, len(medians) - 1))
+    return float(quantile * plain.stdev(medians) / len(medians) ** 0.5 / plain.mean(medians))
+
+
 def _why_not_together(candidates: Sequence[Candidate], target: Target) -> str:
     """Why the candidates cannot all be open at once; empty if they can."""
     need = sum(candidate.bytes for candidate in candidates)
@@ -254,7 +289,8 @@ def _why_not_together(candidates: Sequence[Candidate], target: Target) -> str:
     )
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """An error as a reason: its first line, with its type unless it was meant for people."""
     if isinstance(error, OptcError):
         return str(error)
     text = str(error).strip()

@@ -29,6 +29,7 @@ class Candidate:
         open: makes it ready to run; called once, and may raise (the reason is kept).
         bytes: memory its weights take while open, besides what is held anyway.
         inputs: queries to draw from, one array per model input each; empty for those given to the measurement.
+        specialised: whether it is compiled for the batch size of ``inputs`` when it is opened.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Candidate:
     open: Callable[[], Runner]
     bytes: int = 0
     inputs: tuple[tuple[Array, ...], ...] = ()
+    specialised: bool = False
 
 
 @dataclass(frozen=True)

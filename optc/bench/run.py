@@ -16,6 +16,7 @@ from optc.bench.summary import LoadGenSummary
 from optc.errors import MeasurementError
 
 FORMAT, FORMAT_VERSION = "optc profile", 1
+_HINT = "give a file that 'optc profile --json' or 'optc profile -o' wrote"
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,14 @@ class Run:
         results: raw latencies included.
         surroundings: as :func:`optc.bench.surroundings.surroundings` said then.
         created: when, ISO 8601, UTC.
+        targets: what is known of each target, by ``"name"``: parameters, accuracy, where its weights come from.
     """
 
     name: str
     results: tuple[CandidateResult, ...]
     surroundings: Mapping[str, Any]
     created: str
+    targets: tuple[Mapping[str, Any], ...] = ()
 
 
 def run_document(measurement: Measurement, surroundings: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,20 +56,29 @@ def read_run(path: Path) -> Run:
     Raises:
         MeasurementError: it cannot be read, is no run, or was written by a newer optc.
     """
-    hint = "give a file that 'optc profile --json' or 'optc profile -o' wrote"
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise MeasurementError(f"cannot read '{path}': {error}", hint) from error
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MeasurementError(f"cannot read '{path}': {error}", _HINT) from error
+    return parse_run(text, str(path))
+
+
+def parse_run(text: str, name: str) -> Run:
+    """Read a run back from its text; raises as :func:`read_run` does, calling it ``name``."""
+    try:
+        document = json.loads(text)
+    except ValueError as error:
+        raise MeasurementError(f"cannot read '{name}': {error}", _HINT) from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise MeasurementError(f"'{path}' is no measured run", hint)
+        raise MeasurementError(f"'{name}' is no measured run", _HINT)
     if int(document.get("format_version", 0)) > FORMAT_VERSION:
-        raise MeasurementError(f"'{path}' was written by a newer optc ({document.get('optc')})", "upgrade optc")
+        raise MeasurementError(f"'{name}' was written by a newer optc ({document.get('optc')})", "upgrade optc")
     try:
         results = tuple(_result(entry) for entry in document["results"])
-        return Run(str(path), results, dict(document["surroundings"]), str(document["created"]))
+        known = tuple(document.get("targets", ()))
+        return Run(name, results, dict(document["surroundings"]), str(document["created"]), known)
     except (LookupError, TypeError, ValueError) as error:
-        raise MeasurementError(f"'{path}' is not valid: {type(error).__name__}: {error}", hint) from error
+        raise MeasurementError(f"'{name}' is not valid: {type(error).__name__}: {error}", _HINT) from error
 
 
 def _result(entry: Mapping[str, Any]) -> CandidateResult:

@@ -28,7 +28,7 @@ SECONDS = 8.0
 PERCENTILE_QUERIES = 662
 """What LoadGen wants to vouch for a 99th percentile with no query over the bound."""
 _PROBES, _PROBE_SECONDS = 7, 2.0
-_HEADROOM = 0.95
+_HEADROOM, _ATTEMPTS = 0.85, 8
 _LEAST_EXPECTED_NS = 50_000
 """LoadGen makes all queries beforehand, twice as many as fit into the run: for less, they would fill the memory."""
 _MOST_SAMPLES = 100_000
@@ -108,18 +108,21 @@ def run_scenario(
     samples: Samples,
     name: str,
     plan: Plan,
+    *,
+    batch: int | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> ScenarioResult:
     """Run one scenario on an open runner.
 
     Args:
         samples: inputs of one sample each, batch dimension 1.
+        batch: the only batch size to run at; ``None`` for the scenario's own, of Offline the best of several.
 
     Raises:
         MeasurementError: the runner raised (names the sample), ``user_conf`` is not valid, or LoadGen could not run.
         KeyboardInterrupt: SIGINT arrived; the run ended first.
     """
-    run = _Run(scenario, runner, samples, name, plan, progress)
+    run = _Run(scenario, runner, samples, name, plan, batch, progress)
     return run.server() if scenario == "Server" else run.batches()
 
 
@@ -136,10 +139,11 @@ class _Run:
         samples: Samples,
         name: str,
         plan: Plan,
+        batch: int | None,
         progress: Callable[[str], None],
     ) -> None:
         self.scenario, self.runner, self.samples, self.name = scenario, runner, samples, name
-        self.plan, self.progress = plan, progress
+        self.plan, self.only_batch, self.progress = plan, batch, progress
         self.notes: list[str] = []
 
     def batches(self) -> ScenarioResult:
@@ -179,7 +183,7 @@ class _Run:
             mend = "raise *.Server.target_latency in --user-conf"
             return self._result(reasons=(reason,), mends=(mend,))
         rate = given if asked else self._search(1 / seconds, bound_ns)
-        for _ in range(5):
+        for _ in range(_ATTEMPTS):
             self.progress(f"{self.name}, Server at {rate:.4g} queries/s")
             summary, system = self._serve(rate, bound_ns, self.plan.logs("Server"), final=True)
             if asked or _within(summary):
@@ -227,6 +231,8 @@ class _Run:
 
     def _batch(self) -> tuple[int, float]:
         """How many samples to run at once, and the seconds a batch takes."""
+        if self.only_batch is not None:
+            return self._time(self.only_batch)
         if self.scenario == "SingleStream":
             return self._time(1)
         if self.scenario == "MultiStream":

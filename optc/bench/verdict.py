@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from optc.bench.results import CandidateResult
 from optc.bench.summary import LoadGenSummary
 
 OFFICIAL = "--official"
@@ -20,6 +23,7 @@ def explain(summary: LoadGenSummary, queries: int) -> tuple[tuple[str, ...], tup
         bound = asked.get("target_latency (ns)", 0) / 1e6
         reasons.append(f"its latency exceeds the bound of {bound:g} ms more often than it may")
         mends.append(f"lower *.{scenario}.target_qps or raise *.{scenario}.target_latency in --user-conf")
+        return tuple(reasons), tuple(mends)  # what else is unmet follows from it
     if "Min duration" in unmet:
         seconds = asked.get("min_duration (ms)", 0) / 1000
         key = "target_qps" if scenario in ("Server", "Offline") else "target_latency"
@@ -39,6 +43,26 @@ def explain(summary: LoadGenSummary, queries: int) -> tuple[tuple[str, ...], tup
         reasons.append(unmet or "LoadGen gave no reason")
         mends.append("see mlperf_log_detail.txt")
     return tuple(reasons), tuple(mends)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """LoadGen's word on a candidate: ``reason`` and ``mend`` are empty where all is VALID."""
+
+    valid: bool
+    reason: str = ""
+    mend: str = ""
+
+
+def of_blocks(result: CandidateResult) -> Verdict:
+    """The verdict on a candidate measured in blocks, each a run of LoadGen's: VALID if all of them are."""
+    if result.error is not None:
+        return Verdict(False, result.error)
+    bad = [block for block in result.blocks if not block.loadgen.valid]
+    if not bad:
+        return Verdict(bool(result.blocks))
+    reasons, mends = explain(bad[0].loadgen, len(bad[0].latencies_ns))
+    return Verdict(False, f"{len(bad)} of {len(result.blocks)} runs: {'; '.join(reasons)}", "; ".join(mends))
 
 
 def _number_after(words: str, text: str) -> int | None:

@@ -43,8 +43,8 @@ def command(
 ) -> None:
     r"""Compare the latency of TARGETS with that of the first.
 
-    A target is an artifact folder, a folder of such, a model, or a run that 'optc profile' saved. Artifacts and models are measured now,
-    in blocks that take turns. Of a model and of a run with several candidates, the fastest is compared.
+    A target is an artifact folder, a folder of such, a model, or a run that 'optc profile' saved. Artifacts and models
+    are measured now, in blocks that take turns. Of a model, and of a run with several candidates, the fastest counts.
 
     \b
     Examples:

@@ -39,6 +39,14 @@ def target_options(command: Command) -> Command:
     )(command)
 
 
+def limit_options(command: Command) -> Command:
+    """``--cpu-affinity`` and ``--memory-limit``: measure as on a smaller machine."""
+    command = click.option("--memory-limit", metavar="SIZE", help="Most memory to allocate, such as 512MB or 2GiB.")(
+        command
+    )
+    return click.option("--cpu-affinity", metavar="CPUS", help="CPUs to run on, such as 0,2 or 0-3.")(command)
+
+
 def report_option(command: Command) -> Command:
     """``--report``: what was found out, as a file to look at or to send."""
     return click.option(

@@ -1,53 +1,183 @@
-"""``optc profile``: the latency of models and artifacts, measured side by side with MLPerf LoadGen."""
+"""``optc profile``: the speed of models and artifacts in MLPerf's scenarios, side by side."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import click
 from rich.console import Console
+from rich.text import Text
 
-from optc.cli.options import json_option, print_json, progress_for, target_options, verbosity_options
+from optc.cli.options import (
+    command_line,
+    json_option,
+    limit_options,
+    print_json,
+    progress_for,
+    target_options,
+    verbosity_options,
+)
+from optc.errors import MeasurementError
+
+if TYPE_CHECKING:
+    from optc.bench.settings import Scenario
+    from optc.cli.profiling import Profile
+    from optc.target import Target
+
+PROFILE_FILE = "profile.json"
 
 
 @click.command("profile")
 @click.argument("targets", nargs=-1, required=True)
 @click.option(
+    "--scenario",
+    type=click.Choice(["SingleStream", "MultiStream", "Server", "Offline", "all"], case_sensitive=False),
+    default="SingleStream",
+    show_default=True,
+    help="MLPerf's scenario.",
+)
+@click.option(
+    "--against",
+    default="vit_huge_patch14_224",
+    show_default=True,
+    metavar="MODEL",
+    help="Model to compare with, measured once and remembered; or none.",
+)
+@click.option("--data", help="Measure accuracy, too: digits, or a folder of images.")
+@click.option(
     "--weights", default="pretrained", show_default=True, help="For model names: pretrained, random or a file."
 )
+@click.option("--official", is_flag=True, help="MLPerf's full durations: ten minutes or more for each scenario.")
+@click.option(
+    "--user-conf",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Settings of the scenarios, as MLPerf's user.conf.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder for profile.json and LoadGen's logs, laid out as an MLPerf submission; must not exist.",
+)
+@limit_options
 @target_options
 @json_option
 @verbosity_options
 def command(
     targets: tuple[str, ...],
+    scenario: str,
+    against: str,
+    data: str | None,
     weights: str,
+    official: bool,
+    user_conf: Path | None,
+    output: Path | None,
+    cpu_affinity: str | None,
+    memory_limit: str | None,
     threads: int | None,
     allow_fallback: bool,
     as_json: bool,
     verbose: bool,
     quiet: bool,
 ) -> None:
-    """Measure TARGETS in LoadGen's SingleStream scenario, in turns, at batch 1.
+    r"""Measure TARGETS with MLPerf LoadGen, in turns.
 
-    A target is an artifact folder, or a model: a model is measured in eager float32, eager half precision and compiled.
+    A target is an artifact folder, a folder of such, or a model: a model is measured in eager float32, eager half
+    precision and compiled. A scenario takes seconds, as blocks end when the median is known to 1 %; --official takes
+    what MLPerf asks for.
+
+    \b
+    Examples:
+      optc profile resnet50-int8
+      optc profile alexnet --scenario all --against none
+      optc profile alexnet-int8 --data digits --scenario Offline -o runs/alexnet
     """
-    progress = progress_for(verbose, quiet)
-    with progress.step("Importing PyTorch"):
-        from optc.bench.measure import measure
-        from optc.bench.run import run_document
-        from optc.bench.surroundings import surroundings
-        from optc.cli.targets import subjects
-        from optc.report.report import jsonable
-        from optc.report.terminal import measurement_table
-        from optc.target import Target, available_threads
+    from optc.bench.limits import limited, parse_bytes, parse_cpus
 
-    target = Target(threads=threads or available_threads(), allow_fallback=allow_fallback)
-    candidates = [
-        candidate
-        for subject in subjects(targets, weights, target, progress)
-        for candidate in subject.candidates(target.batch)
-    ]
-    with progress.step("Measuring with MLPerf LoadGen") as step:
-        measurement = measure(candidates, [], target, progress=step.update)
+    if output is not None and output.exists():
+        raise MeasurementError(f"output folder '{output}' exists", "choose another -o or remove it")
+    cpus = parse_cpus(cpu_affinity) if cpu_affinity else None
+    memory = parse_bytes(memory_limit) if memory_limit else None
+    progress = progress_for(verbose, quiet)
+    with limited(cpus=cpus):
+        with progress.step("Importing PyTorch"):
+            from optc.bench.settings import SCENARIOS
+            from optc.cli.profiling import Request, profile
+            from optc.cli.targets import subjects
+            from optc.data.dataset import open_dataset
+            from optc.report.report import jsonable
+            from optc.target import Target, available_threads
+
+        target = Target(threads=threads or available_threads(), allow_fallback=allow_fallback)
+        every = scenario.lower() == "all"
+        asked: tuple[Scenario, ...] = tuple(each for each in SCENARIOS if every or each.lower() == scenario.lower())
+        limits: tuple[str, ...] = ("--threads", str(target.threads))
+        limits += ("--cpu-affinity", cpu_affinity) if cpu_affinity else ()
+        limits += ("--memory-limit", memory_limit) if memory_limit else ()
+        request = Request(
+            target=target,
+            scenarios=asked,
+            against=against,
+            dataset=open_dataset(data) if data else None,
+            official=official,
+            user_conf=user_conf,
+            output=output,
+            commands=(command_line(),),
+            limits=limits,
+        )
+        with limited(memory_bytes=memory):
+            found = profile(subjects(targets, weights, target, progress), request, progress)
+    document = jsonable(found.to_dict())
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / PROFILE_FILE).write_text(json.dumps(document, indent=1), encoding="utf-8")
     if as_json:
-        print_json(jsonable(run_document(measurement, surroundings(target))))
+        print_json(document)
         return
-    Console(highlight=False).print(measurement_table(measurement))
+    _print(found, target, output)
+
+
+def _print(found: Profile, target: Target, output: Path | None) -> None:
+    from optc.report.profiled import latency_table, problems, scenario_table
+
+    console, reference = Console(highlight=False), found.reference
+    if found.measurement.results:
+        accuracies = {each.name: each.top1 for each in found.accuracies}
+        subjects = {result.name: found.subject_of(result.name) for result in found.measurement.results}
+        table = latency_table(
+            found.measurement,
+            {name: subject.parameters for name, subject in subjects.items()},
+            {name: accuracies.get(name, subject.accuracy) for name, subject in subjects.items()},
+            (reference.name, reference.result, reference.parameters) if reference else None,
+            reference.ratio if reference else None,
+        )
+        console.print(table)
+    if found.scenarios:
+        console.print("", scenario_table(found.scenarios), sep="\n")
+    notes = [*found.notes, *problems(found.measurement, found.scenarios)]
+    if reference is not None:
+        notes += [f"the reference, {reference.name}: {warning}" for warning in reference.result.warnings]
+    for line in dict.fromkeys(notes):
+        console.print(Text(f"! {line}", style="yellow"))
+    if reference is not None:
+        when = reference.run.created.partition("T")[0]
+        console.print(
+            f"{reference.name} was measured on {when} with random weights, which its latency does not depend on; to"
+            f" measure it again, delete {reference.file}"
+        )
+    console.print(_conditions(found, target))
+    if output is not None:
+        console.print(f"Written to {output}")
+
+
+def _conditions(found: Profile, target: Target) -> str:
+    """What was in force, and what the harness costs."""
+    cpus, memory = found.surroundings["cpus"], found.surroundings["memory_limit_bytes"]
+    words = [f"{target.threads} thread{'s' if target.threads > 1 else ''}"]
+    words += [f"on CPU {', '.join(map(str, cpus))}"] if cpus else []
+    words += [f"at most {memory / 1e6:.0f} MB of memory"] if memory else []
+    if found.overhead is None:
+        return " ".join(words)
+    return f"{', '.join(words)}. Harness: {found.overhead.loadgen_ns / 1000:.1f} µs of each latency (null backend)."

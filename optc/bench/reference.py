@@ -1,0 +1,88 @@
+"""A reference model that every profile is compared with: measured once for a machine, its versions and its limits."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from optc.bench import statistics
+from optc.bench.cache import cache_file, cache_folder, write_cache
+from optc.bench.compare import contender
+from optc.bench.results import CandidateResult
+from optc.bench.run import Run, parse_run, read_run
+from optc.bench.statistics import Ratio
+from optc.errors import MeasurementError
+from optc.progress import Progress
+
+DEFAULT = "vit_huge_patch14_224"
+NONE = "none"
+MEMORY_BYTES = {DEFAULT: 8 * 10**9}
+"""What measuring takes at its peak; with less free memory it is not tried."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The reference as it was measured.
+
+    Attributes:
+        result: the fastest of its baselines.
+        run: all of them, with raw latencies.
+        parameters: how many it has; ``None`` if unknown.
+        file: where it is remembered.
+    """
+
+    name: str
+    result: CandidateResult
+    run: Run
+    parameters: int | None
+    file: Path
+
+    def ratio(self, result: CandidateResult) -> Ratio:
+        """Median latency of ``result`` over the reference's. They were not measured in turns."""
+        return statistics.ratio_of_medians(result.latencies_ns, self.result.latencies_ns, interleaved=False)
+
+
+def reference(name: str, surroundings: Mapping[str, Any], options: tuple[str, ...], progress: Progress) -> Reference:
+    """The reference model, from the cache or measured now in a process of its own, with random weights.
+
+    Args:
+        surroundings: where the profile is made; another machine, version or limit is another reference.
+        options: command-line options that limit the threads and the like, for the process that measures.
+
+    Raises:
+        MeasurementError: it cannot be measured; says why.
+    """
+    from optc.machine import available_memory
+
+    file = cache_file(cache_folder("references"), {"model": name, "surroundings": dict(surroundings)})
+    if not file.exists():
+        need, free = MEMORY_BYTES.get(name, 0), available_memory()
+        if need > free:
+            raise MeasurementError(
+                f"measuring {name} takes {need / 1e9:.0f} GB of memory, {free / 1e9:.1f} GB are free",
+                f"--against a smaller model, or {NONE}",
+            )
+        with progress.step(f"Measuring {name} to compare with, once for this machine (minutes for a large model)"):
+            write_cache(file, _measure(name, options))
+    try:
+        run = read_run(file)
+    except MeasurementError:
+        file.unlink(missing_ok=True)
+        raise
+    targets = {entry["name"]: entry for entry in run.targets}
+    return Reference(name, contender(name, run.results).result, run, targets.get(name, {}).get("parameters"), file)
+
+
+def _measure(name: str, options: tuple[str, ...]) -> str:
+    command = [sys.executable, "-m", "optc.cli.main", "profile", name, "--weights", "random", "--against", NONE]
+    done = subprocess.run([*command, *options, "--json", "-q"], capture_output=True, text=True, check=False)
+    lines = done.stderr.strip().splitlines()
+    if done.returncode != 0:
+        why = lines[-1].removeprefix("optc: ") if lines else f"its process ended with {done.returncode}"
+        raise MeasurementError(f"{name} could not be measured to compare with: {why}", f"--against {NONE}")
+    parse_run(done.stdout, name)
+    return done.stdout

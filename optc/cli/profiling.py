@@ -1,0 +1,252 @@
+"""What ``optc profile`` does, step by step, and everything it found."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optc.bench.accuracy import AccuracyResult, measure_accuracy
+from optc.bench.limits import in_force
+from optc.bench.measure import measure, one_line
+from optc.bench.overhead import Overhead, harness_overhead
+from optc.bench.reference import DEFAULT, NONE, Reference, reference
+from optc.bench.results import EARLY_STOPPING_QUERIES, Candidate, Measurement
+from optc.bench.run import run_document
+from optc.bench.scenarios import MULTISTREAM_SAMPLES, Plan, ScenarioResult, failed, run_scenario
+from optc.bench.settings import Scenario
+from optc.bench.submission import Submission, slug
+from optc.bench.surroundings import surroundings
+from optc.errors import MeasurementError, OptcError
+from optc.lowering.backend import Runner
+
+if TYPE_CHECKING:
+    from optc.cli.targets import Subject
+    from optc.data.dataset import Dataset, Split
+    from optc.progress import Progress, Step
+    from optc.target import Target
+
+STEADY = 0.01
+"""Share of the median to which it has to be known before SingleStream ends."""
+SECONDS_EACH = 8.0
+"""Most time for SingleStream's blocks, for each candidate."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for.
+
+    Attributes:
+        scenarios: in the order to run them.
+        against: the reference model, or ``"none"``.
+        dataset: measure accuracy on its test split, too.
+        output: keep LoadGen's logs here.
+        commands: what was typed.
+        limits: options that limit threads and the like, for the process that measures the reference.
+    """
+
+    target: Target
+    scenarios: tuple[Scenario, ...]
+    against: str
+    dataset: Dataset | None
+    official: bool
+    user_conf: Path | None
+    output: Path | None
+    commands: tuple[str, ...]
+    limits: tuple[str, ...]
+
+
+@dataclass
+class Profile:
+    """What was found; fields are filled as the run goes on."""
+
+    subjects: list[Subject]
+    measurement: Measurement
+    surroundings: dict[str, Any]
+    scenarios: list[ScenarioResult] = field(default_factory=list)
+    accuracies: list[AccuracyResult] = field(default_factory=list)
+    overhead: Overhead | None = None
+    reference: Reference | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def subject_of(self, candidate: str) -> Subject:
+        """The target that a candidate stands for."""
+        return max((each for each in self.subjects if candidate.startswith(each.name)), key=lambda each: len(each.name))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, raw latencies included."""
+        against = None
+        if self.reference is not None:
+            ratios = {each.name: asdict(self.reference.ratio(each)) for each in self.measurement.results if each.blocks}
+            against = {
+                "name": self.reference.name,
+                "weights": "random",
+                "parameters": self.reference.parameters,
+                "measured": self.reference.run.created,
+                "file": str(self.reference.file),
+                "fastest": self.reference.result.name,
+                "results": [asdict(result) for result in self.reference.run.results],
+                "ratios": ratios,
+            }
+        return {
+            **run_document(self.measurement, self.surroundings),
+            "targets": [
+                {"name": s.name, "weights": s.weights, "parameters": s.parameters, "accuracy": s.accuracy}
+                for s in self.subjects
+            ],
+            "scenarios": [asdict(result) for result in self.scenarios],
+            "accuracies": [{**asdict(each), "top1": each.top1} for each in self.accuracies],
+            "overhead": asdict(self.overhead) if self.overhead else None,
+            "against": against,
+            "notes": self.notes,
+        }
+
+
+def profile(subjects: list[Subject], request: Request, progress: Progress) -> Profile:
+    """Measure everything that was asked for; what fails is in the result with its reason.
+
+    Raises:
+        MeasurementError: nothing at all can be measured, as without LoadGen.
+    """
+    target, submission = request.target, None
+    if request.output is not None:
+        submission = Submission(request.output, target)
+    candidates = [candidate for subject in subjects for candidate in subject.candidates(target.batch)]
+    in_blocks = candidates if "SingleStream" in request.scenarios else []
+    overhead = harness_overhead(candidates[0].inputs[0])
+    with progress.step("Measuring with MLPerf LoadGen") as step:
+        measurement = measure(
+            in_blocks,
+            [],
+            target,
+            block_queries=EARLY_STOPPING_QUERIES,
+            steady=STEADY,
+            limit_seconds=SECONDS_EACH * len(candidates),
+            logs=partial(_block_logs, submission) if submission and not request.official else None,
+            progress=step.update,
+        )
+    found = Profile(subjects, measurement, surroundings(target, in_force()), overhead=overhead)
+    _scenarios(found, request, submission, progress)
+    if request.against != NONE and in_blocks:
+        _compare(found, request, progress)
+    if submission is not None:
+        precisions = {each.name: each.precision for each in found.measurement.results}
+        precisions |= {each.name: each.precision for each in found.scenarios}
+        weights = {name: found.subject_of(name).weights for name in precisions}
+        submission.describe(precisions, request.scenarios, weights, request.user_conf, request.commands)
+    return found
+
+
+def _block_logs(submission: Submission, name: str, block: int) -> Path:
+    return submission.performance(name, "SingleStream", block)
+
+
+def _compare(found: Profile, request: Request, progress: Progress) -> None:
+    """Find the reference; without it there is no comparison, and a note of why."""
+    if any(request.against == subject.name for subject in found.subjects):
+        return
+    try:
+        found.reference = reference(request.against, found.surroundings, request.limits, progress)
+    except OptcError as error:
+        if request.against != DEFAULT:
+            raise
+        found.notes.append(f"not compared with {DEFAULT}: {error}")
+
+
+def _scenarios(found: Profile, request: Request, submission: Submission | None, progress: Progress) -> None:
+    """The scenarios besides SingleStream's blocks, and accuracy, candidate by candidate."""
+    for subject in found.subjects:
+        split = _split(subject, request.dataset, found.notes)
+        plan = Plan(slug(subject.name), request.target.threads, request.official, request.user_conf)
+        for scenario in request.scenarios:
+            in_performance = scenario != "SingleStream" or request.official
+            if not in_performance and split is None:
+                continue
+            batch = MULTISTREAM_SAMPLES if scenario in ("MultiStream", "Offline") else 1
+            for candidate in subject.candidates(batch):
+                if submission is not None:
+                    plan = replace(plan, log_folder=partial(submission.performance, candidate.name))
+                with progress.step(f"{scenario}: {candidate.name}") as step, _Opened(candidate) as opened:
+                    if in_performance:
+                        found.scenarios.append(_performance(scenario, candidate, opened.runner_or_reason, plan, step))
+                    if split is not None and opened.runner is not None:
+                        folder = submission.accuracy(candidate.name, scenario) if submission else None
+                        _accuracy(found, scenario, candidate.name, opened.runner, split, plan, batch, folder)
+
+
+def _split(subject: Subject, dataset: Dataset | None, notes: list[str]) -> Split | None:
+    if dataset is None:
+        return None
+    if subject.weights == "random":
+        notes.append(f"{subject.name}: no accuracy, its weights are random")
+        return None
+    return dataset.split("test", subject.preprocessing)
+
+
+def _performance(
+    scenario: Scenario, candidate: Candidate, opened: Runner | str, plan: Plan, step: Step
+) -> ScenarioResult:
+    if isinstance(opened, str):
+        return failed(scenario, candidate.name, opened, plan)
+    one = tuple(array[:1] for array in candidate.inputs[0])
+    batch = len(candidate.inputs[0][0]) if candidate.specialised else None
+    samples = [one] * MULTISTREAM_SAMPLES
+    try:
+        result = run_scenario(scenario, opened, samples, candidate.name, plan, batch=batch, progress=step.update)
+    except MeasurementError as error:
+        result = failed(scenario, candidate.name, str(error), plan)
+    verdict = "VALID" if result.valid else "INVALID"
+    step.done(verdict if result.value is None else f"{result.value:.4g} {result.metric}, {verdict}")
+    return result
+
+
+def _accuracy(
+    found: Profile,
+    scenario: Scenario,
+    name: str,
+    runner: Runner,
+    split: Split,
+    plan: Plan,
+    batch: int,
+    folder: Path | None,
+) -> None:
+    try:
+        found.accuracies.append(
+            measure_accuracy(
+                scenario,
+                runner,
+                split,
+                name,
+                model=plan.model,
+                batch=batch,
+                user_conf=plan.user_conf,
+                log_folder=folder,
+            )
+        )
+    except MeasurementError as error:
+        found.notes.append(f"{name}: no accuracy in {scenario}: {error}")
+
+
+class _Opened:
+    """A candidate that is open while the block runs; where it does not open, the reason."""
+
+    def __init__(self, candidate: Candidate) -> None:
+        self._candidate = candidate
+        self.runner: Runner | None = None
+        self.reason = ""
+
+    def __enter__(self) -> _Opened:
+        try:
+            self.runner = self._candidate.open()
+        except Exception as error:
+            self.reason = one_line(error)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.runner is not None:
+            self.runner.close()
+
+    @property
+    def runner_or_reason(self) -> Runner | str:
+        return self.runner or self.reason
