@@ -129,8 +129,9 @@ def steps_chart(title: str, unit: str, names: Sequence[str], values: Sequence[fl
         axes.set_xlim(0, max(values) * 1.12 or 1)
         axes.set_xlabel(unit)
         told = ", ".join(f"{name} {short(value)}" for name, value in zip(names, values, strict=True))
-        alt = f"Bars of {unit}: {told}."
-        return Chart(f"{title} ({unit})", alt, element(drawn, title, alt), note)
+        alt = f"Bars, {unit}: {told}."
+        title = f"{title} ({unit})"
+        return Chart(title, alt, element(drawn, title, alt), note)
 
 
 def _told(point: Point) -> str:

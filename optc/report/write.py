@@ -46,14 +46,18 @@ def write_report(path: Path, document: Document, data: Mapping[str, Any]) -> Non
             text = markdown(document)
         case _:
             text = json.dumps(data, indent=1, allow_nan=False) + "\n"
+    temporary = None
     try:
         with tempfile.NamedTemporaryFile(
             "w", encoding="utf-8", dir=path.absolute().parent, prefix=f".{path.name}-", delete=False
         ) as file:
+            temporary = Path(file.name)
             file.write(text)
-        Path(file.name).chmod(0o644)
-        os.replace(file.name, path)
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
     except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
         raise OptcError(
             f"cannot write the report '{path}': {error.strerror or error}", "choose another path"
         ) from error
