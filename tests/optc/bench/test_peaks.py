@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from optc.bench import peaks, peaks_cache
+from optc.bench.peaks import Peaks, measure_peaks
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peaks, "_SIDES", (128,))
+    monkeypatch.setattr(peaks, "_SIZES", (2**14, 2**18))
+    monkeypatch.setattr(peaks, "_ROUNDS", 1)
+    monkeypatch.setattr(peaks, "_ROUND_SECONDS", 0.002)
+
+
+@pytest.mark.usefixtures("quick")
+def test_peaks_are_rates_by_type_and_by_size() -> None:
+    found = measure_peaks(2, "now")
+    assert {"float32", "bfloat16"} <= set(found.operations)
+    assert all(rate > 1e6 for rate in found.operations.values())
+    assert [size for size, _ in found.bandwidth] == [2**14, 2**18]
+    assert found.bandwidth[0][1] >= found.bandwidth[1][1] > 1e6
+    assert (found.threads, found.measured) == (2, "now")
+
+
+@pytest.mark.usefixtures("quick")
+def test_peaks_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = peaks_cache.peaks(1)
+    assert peaks_cache.peaks(1) == first
+    file = peaks_cache.peaks_file(1)
+    assert file.is_relative_to(tmp_path / "optc" / "peaks")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"measured": "before"}))
+    assert peaks_cache.peaks(1).measured == "before"
+    assert peaks_cache.peaks_file(2) != file
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("text", ["", "[]", '{"threads": 1}', '{"threads": 1, "bandwidth": 3, "operations": {}}'])
+def test_a_broken_file_is_measured_again(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    file = peaks_cache.peaks_file(1)
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    found = peaks_cache.peaks(1)
+    assert json.loads(file.read_text())["measured"] == found.measured != ""
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert isinstance(peaks_cache.peaks(1), Peaks)
