@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,12 +18,14 @@ from optc.cli.options import (
     limit_options,
     print_json,
     progress_for,
+    report_option,
     target_options,
     verbosity_options,
 )
 from optc.errors import MeasurementError
 
 if TYPE_CHECKING:
+    from optc.bench.inside import Inside
     from optc.bench.settings import Scenario
     from optc.cli.profiling import Profile
     from optc.target import Target
@@ -61,6 +65,8 @@ PROFILE_FILE = "profile.json"
     type=click.Path(path_type=Path),
     help="Folder for profile.json and LoadGen's logs, laid out as an MLPerf submission; must not exist.",
 )
+@click.option("--layers", is_flag=True, help="Show each layer's time beside what this machine could do at best.")
+@report_option
 @limit_options
 @target_options
 @json_option
@@ -74,6 +80,8 @@ def command(
     official: bool,
     user_conf: Path | None,
     output: Path | None,
+    layers: bool,
+    report: Path | None,
     cpu_affinity: str | None,
     memory_limit: str | None,
     threads: int | None,
@@ -98,6 +106,14 @@ def command(
 
     if output is not None and output.exists():
         raise MeasurementError(f"output folder '{output}' exists", "choose another -o or remove it")
+    if report is not None:
+        from optc.report.write import check_path
+
+        check_path(report)
+    if user_conf is not None:
+        from optc.bench.settings import check_user_conf
+
+        check_user_conf(user_conf)
     cpus = parse_cpus(cpu_affinity) if cpu_affinity else None
     memory = parse_bytes(memory_limit) if memory_limit else None
     progress = progress_for(verbose, quiet)
@@ -129,14 +145,28 @@ def command(
         )
         with limited(memory_bytes=memory):
             found = profile(subjects(targets, weights, target, progress), request, progress)
-    document = jsonable(found.to_dict())
+        insides: dict[str, Inside] = {}
+        if layers or report is not None:
+            with progress.step("Looking at layers and memory") as step:
+                insides = {subject.name: subject.look_inside(step.update) for subject in found.subjects}
+    document = jsonable(
+        {**found.to_dict(), **({"inside": {name: asdict(each) for name, each in insides.items()}} if insides else {})}
+    )
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         (output / PROFILE_FILE).write_text(json.dumps(document, indent=1), encoding="utf-8")
+    if report is not None:
+        from optc.report.measured import measured_document
+        from optc.report.write import write_report
+
+        told = measured_document(found.measurement, found.scenarios, insides, found.notes, [command_line()])
+        write_report(report, told, document)
     if as_json:
         print_json(document)
         return
     _print(found, target, output)
+    if layers:
+        _print_layers(insides)
 
 
 def _print(found: Profile, target: Target, output: Path | None) -> None:
@@ -173,6 +203,18 @@ def _print(found: Profile, target: Target, output: Path | None) -> None:
 
 
 def _conditions(found: Profile, target: Target) -> str:
+def _print_layers(insides: Mapping[str, Inside]) -> None:
+    from optc.report.where import where_table
+
+    console = Console(highlight=False)
+    for name, inside in insides.items():
+        found = inside.layers_after or inside.layers_before
+        if found is not None:
+            console.print("", where_table(found, name), sep="\n")
+        for reason in inside.missing:
+            console.print(Text(f"! {name}: {reason}", style="yellow"))
+
+
     """What was in force, and what the harness costs."""
     cpus, memory = found.surroundings["cpus"], found.surroundings["memory_limit_bytes"]
     words = [f"{target.threads} thread{'s' if target.threads > 1 else ''}"]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from optc.lowering.manifest import NAME
 
 if TYPE_CHECKING:
+    from optc.bench.inside import Inside
     from optc.bench.results import Candidate
     from optc.program import Preprocessing
     from optc.progress import Progress
@@ -28,6 +29,8 @@ class Subject:
         parameters: how many it has; of an artifact, how many the captured model had. ``None`` if unknown.
         accuracy: top-1 as its manifest has it, 0 to 1; ``None`` if unknown.
         preprocessing: how its images are made.
+        is_artifact: whether it is one, not a model.
+        look_inside: profiles its layers and weighs its memory; told of each step.
     """
 
     name: str
@@ -36,6 +39,8 @@ class Subject:
     parameters: int | None
     accuracy: float | None
     preprocessing: Preprocessing
+    is_artifact: bool
+    look_inside: Callable[[Callable[[str], None]], Inside]
 
 
 def subjects(names: Sequence[str], weights: str, target: Target, progress: Progress) -> list[Subject]:
@@ -56,6 +61,7 @@ def subjects(names: Sequence[str], weights: str, target: Target, progress: Progr
 
 
 def _artifact(folder: Path, target: Target) -> Subject:
+    from optc.bench.inside import look_inside
     from optc.bench.results import Candidate
     from optc.lowering.artifact import load_artifact
 
@@ -79,6 +85,8 @@ def _artifact(folder: Path, target: Target) -> Subject:
         parameters=model_bytes // 4 if model_bytes else None,
         accuracy=accuracy.get("after"),
         preprocessing=_preprocessing(manifest.model["preprocessing"]),
+        is_artifact=True,
+        look_inside=lambda told: look_inside(artifact, None, (), target, told),
     )
 
 
@@ -86,6 +94,7 @@ def _model(name: str, weights: str, target: Target, progress: Progress) -> Subje
     import torch
 
     from optc.bench.baselines import baselines
+    from optc.bench.inside import look_inside
     from optc.cli.model import load
 
     loaded, _ = load(name, weights, None, 0, progress)
@@ -104,6 +113,8 @@ def _model(name: str, weights: str, target: Target, progress: Progress) -> Subje
         parameters=sum(parameter.numel() for parameter in loaded.module.parameters()),
         accuracy=None,
         preprocessing=loaded.info.preprocessing,
+        is_artifact=False,
+        look_inside=lambda told: look_inside(None, loaded.module, loaded.example_inputs, target, told),
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
 from torch.autograd import profiler
 
 from optc.lowering.kernel_times import KernelTime, medians, repeat_query
@@ -41,7 +42,7 @@ def kernel_times(module: fx.GraphModule, inputs: Sequence[Tensor]) -> list[Kerne
     )
     nodes = [node for node in module.graph.nodes if node.op == "call_function"]
     return [
-        KernelTime(node.name, str(node.target), times[node.name], _kind(node), (node.meta.get("replaces", node.name),))
+        KernelTime(node.name, _operator(node), times[node.name], _kind(node), (node.meta.get("replaces", node.name),))
         for node in nodes
         if node.name in times
     ]
@@ -55,6 +56,10 @@ class _Marked(fx.Interpreter):
             return super().run_node(n)
         with profiler.record_function(f"{_PREFIX}{n.name}"):
             return super().run_node(n)
+
+
+def _operator(node: fx.Node) -> str:
+    return str(node.target) if isinstance(node.target, OpOverload) else getattr(node.target, "__name__", "")
 
 
 def _kind(node: fx.Node) -> str:

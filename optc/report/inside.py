@@ -10,11 +10,19 @@ from optc.report.where import where_section
 from optc.report.words import megabytes
 
 
-def inside_sections(inside: Inside) -> tuple[Section, ...]:
-    """Where the time goes and what memory it takes, with the reasons for what is missing."""
+def inside_sections(inside: Inside, name: str = "") -> tuple[Section, ...]:
+    """Where the time goes and what memory it takes, with the reasons for what is missing.
+
+    Args:
+        name: of what was looked into, where a report has several.
+    """
+    of = f": {name}" if name else ""
     where = where_section(inside.layers_after, inside.layers_before)
     told = tuple(f"Missing: {reason}" for reason in inside.missing)
-    return (Section(where.title, (*where.parts, *told)), Section("Memory", _memory(inside.memory)))
+    return (
+        Section(f"{where.title}{of}", (*where.parts, *told)),
+        Section(f"Memory{of}", _memory(inside.memory)),
+    )
 
 
 def _memory(found: tuple[Memory, ...]) -> tuple[str | Chart | Table, ...]:

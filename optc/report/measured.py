@@ -3,41 +3,86 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 
 import numpy as np
 
 import optc
+from optc.bench.inside import Inside
 from optc.bench.results import CandidateResult, Measurement
+from optc.bench.scenarios import ScenarioResult
 from optc.machine import Machine, machine
 from optc.report.charts import Latencies, latency_chart
 from optc.report.document import Chart, Code, Document, Section, Table
-from optc.report.words import megabytes
+from optc.report.inside import inside_sections
+from optc.report.words import megabytes, milliseconds, short, times
 
 
-def measured_document(measurement: Measurement, commands: Sequence[str]) -> Document:
-    """What a measurement of several candidates found, for people; ``commands`` measure it again."""
+def measured_document(
+    measurement: Measurement,
+    scenarios: Sequence[ScenarioResult],
+    insides: Mapping[str, Inside],
+    notes: Sequence[str],
+    commands: Sequence[str],
+) -> Document:
+    """What a measurement of several candidates found, for people.
+
+    Args:
+        scenarios: what ran besides SingleStream's blocks.
+        insides: time by layer and memory, by what they were looked at in.
+        notes: lines the user must see.
+        commands: lines that measure it again.
+    """
     ranked = sorted((each for each in measurement.results if each.percentiles), key=_p50)
     failed = [each for each in measurement.results if each.percentiles is None]
+    figures = [_figure(each) for each in scenarios if each.value is not None]
     if ranked:
-        verdict = f"{ranked[0].name} is the fastest: it answers in {_p50(ranked[0]) / 1e6:.3g} ms (median)."
+        verdict = f"{ranked[0].name} is the fastest: it answers in {milliseconds(_p50(ranked[0]) / 1e9)} (median)."
     else:
-        verdict = "Nothing could be measured, for the reasons below."
+        verdict = figures.pop(0) if figures else "Nothing could be measured, for the reasons below."
     summary = [
-        f"{each.name} takes {_p50(each) / 1e6:.3g} ms, {_p50(each) / _p50(ranked[0]):.2f} times as long."
+        f"{each.name} takes {milliseconds(_p50(each) / 1e9)}, {times(_p50(each) / _p50(ranked[0]))} as long."
         for each in ranked[1:]
     ]
-    summary += [f"{each.name} was not measured: {each.error}" for each in failed]
+    summary += [*figures, *(f"{each.name} was not measured: {each.error}" for each in failed), *notes]
+    speed: tuple[Chart | Table, ...] = ()
+    if measurement.results:
+        speed = (*latency_charts(measurement), candidates_table(measurement))
     sections = (
         warnings_section(measurement),
-        Section("Speed", (*latency_charts(measurement), candidates_table(measurement))),
+        Section("Speed", speed),
+        Section("Scenarios", (_scenario_table(scenarios),) if scenarios else ()),
+        *(section for name, inside in insides.items() for section in inside_sections(inside, name)),
         Section("Where it ran", environment(machine(), measurement)),
         Section("Measure it again", (Code("The same run", tuple(commands)),)),
     )
     made = f"Made by optc {optc.__version__}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC."
-    title = f"Latency of {', '.join(each.name for each in measurement.results)}"
+    title = f"Speed of {', '.join(insides)}"
     return Document(title, verdict, None, tuple(summary), tuple(each for each in sections if each.parts), made)
+
+
+def _figure(result: ScenarioResult) -> str:
+    valid = "" if result.valid else " (INVALID by LoadGen's rules)"
+    return f"{result.name} in {result.scenario}: {short(result.value or 0.0)} {result.metric}{valid}."
+
+
+def _scenario_table(results: Sequence[ScenarioResult]) -> Table:
+    rows = tuple(
+        (
+            each.scenario,
+            each.name,
+            "–" if each.value is None else short(each.value, 4),
+            each.metric,
+            str(each.batch),
+            "VALID" if each.valid else "INVALID",
+            "; ".join((*each.reasons, *each.mends, *each.notes)),
+        )
+        for each in results
+    )
+    return Table(
+        "MLPerf's scenarios", ("scenario", "candidate", "figure", "unit", "batch", "LoadGen", "why"), rows, (2, 4)
+    )
 
 
 def latency_charts(measurement: Measurement) -> list[Chart]:

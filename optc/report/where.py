@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 from rich.table import Table as TerminalTable
+from rich.text import Text
 
 from optc.bench.layers import LayerProfile
 from optc.bench.peaks_cache import peaks_file
@@ -12,11 +13,13 @@ from optc.report.document import Chart, Section, Table
 from optc.report.layer_charts import bars_chart, roofline_chart
 from optc.report.words import megabytes, milliseconds
 
+SHOWN = 20
+"""How many operators a terminal shows."""
 BOUNDS = {
     "compute": "compute",
     "memory": "memory",
-    "overhead": "neither (overhead)",
-    "": "not in the graph",
+    "overhead": "neither",
+    "": "moves data only",
 }
 """What an operator's time is said to be bound by."""
 _BEYOND, _TICK = 1.1, 5e-5
@@ -75,7 +78,7 @@ def in_words(profile: LayerProfile) -> list[str]:
         "compute": "in operators bound by compute",
         "memory": "in operators bound by memory",
         "overhead": "in operators bound by neither, where calls, copies or an unfit kernel cost more than the work",
-        "": "in operators that the runtime added, such as changes of layout",
+        "": "in operators that only move data or change its layout",
     }
     told = [f"{shares[bound]:.0%} {text}" for bound, text in words.items() if round(shares[bound], 2)]
     if told:
@@ -88,16 +91,22 @@ def in_words(profile: LayerProfile) -> list[str]:
     return lines
 
 
-def where_table(profile: LayerProfile) -> TerminalTable:
-    """The operators of a profile for a terminal, in the order they ran."""
+def where_table(profile: LayerProfile, name: str) -> TerminalTable:
+    """The slowest operators of a profile of ``name`` for a terminal; those beyond :data:`SHOWN` in one row."""
+    columns = ("layer", "runs", "type", "ms", "share", "of roof", "bound by")
     table = TerminalTable(
-        *_HEADER, title=f"Where the time of {profile.what} goes", title_justify="left", box=None, pad_edge=False,
-        header_style="bold", caption="\n".join(in_words(profile)), caption_justify="left",
+        *columns, title=f"Where the time of {name} goes ({profile.what})", title_justify="left", box=None,
+        pad_edge=False, header_style="bold", caption="\n".join(in_words(profile)), caption_justify="left",
     )  # fmt: skip
-    for column in _NUMBERS:
+    for column in (3, 4, 5):
         table.columns[column].justify = "right"
-    for row in _rows(profile):
-        table.add_row(*row)
+    rows = sorted(_rows(profile), key=lambda row: -float(row[3]))
+    for row in rows[:SHOWN]:
+        table.add_row(*map(Text, (*row[:5], row[8], row[9])))
+    rest = sum(float(row[3]) for row in rows[SHOWN:])
+    if rows[SHOWN:]:
+        share = rest / 1e3 / (profile.seconds or 1.0)
+        table.add_row(f"{len(rows) - SHOWN} others", "", "", f"{rest:.3f}", f"{share:.1%}", "", "", style="dim")
     return table
 
 
