@@ -47,7 +47,7 @@ def tidy_blocks(model: ir.Model) -> None:
             model.graph.remove(node, safe=True)
     for node in list(model.graph):
         if node.op_type == "Gemm" and is_blocked(_producer(node.inputs[1])):
-            _gemm_to_matmul(model, node)
+            gemm_to_matmul(model, node)
     for node in list(model.graph):
         if node.op_type == "MatMul" and _multiplies_blocks(node) and _is_dequantized(node.inputs[0]):
             _part_from_dequantize(model, node)
@@ -79,14 +79,18 @@ def _as_int4(model: ir.Model, weight: ir.Value | None) -> ir.Value:
     return register(model, name, lazy)
 
 
-def _gemm_to_matmul(model: ir.Model, gemm: ir.Node) -> None:
-    """``Gemm(x, weight, bias)`` as ``Add(MatMul(x, Transpose(weight)), bias)``; the transpose is folded later."""
+def gemm_to_matmul(model: ir.Model, gemm: ir.Node, add: str = "Add") -> None:
+    """``Gemm(x, weight, bias)`` as ``Add(MatMul(x, Transpose(weight)), bias)``; the transpose is folded later.
+
+    Args:
+        add: the operator that adds the bias.
+    """
     x, weight, *bias = gemm.inputs
     transposed = ir.Node("", "Transpose", [weight], [ir.AttrInt64s("perm", [1, 0])])
     product = ir.Node("", "MatMul", [x, transposed.outputs[0]], name=gemm.name)
     new = [transposed, product]
     if bias and bias[0] is not None:
-        new.append(ir.Node("", "Add", [product.outputs[0], bias[0]]))
+        new.append(ir.Node("", add, [product.outputs[0], bias[0]]))
     ir.convenience.replace_nodes_and_values(model.graph, gemm, [gemm], new, gemm.outputs, new[-1].outputs)
 
 

@@ -18,7 +18,7 @@ from torch import fx
 from torch.export import Dim, ExportedProgram
 
 from optc.errors import BackendError
-from optc.lowering import onnx_blocks, onnx_rewrites
+from optc.lowering import onnx_blocks, onnx_dynamic, onnx_rewrites
 from optc.ops import COMPOSITES, decompose
 from optc.program import Program
 
@@ -86,7 +86,7 @@ def _translate(program: Program, opset: int) -> ir.Model:
             dynamic_shapes=shapes,
             output_names=names,
             optimize=False,
-            custom_translation_table=onnx_blocks.TRANSLATIONS,
+            custom_translation_table=onnx_blocks.TRANSLATIONS | onnx_dynamic.TRANSLATIONS,
             verbose=False,
         )
     except Exception as error:

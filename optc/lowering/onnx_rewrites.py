@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript import optimizer
 
-from optc.lowering import onnx_blocks
+from optc.lowering import onnx_blocks, onnx_dynamic
 
 
 def tidy(model: ir.Model) -> None:
@@ -20,6 +20,7 @@ def tidy(model: ir.Model) -> None:
     ever copied. Metadata goes because it holds source paths of the machine the export ran on.
     """
     onnx_blocks.tidy_blocks(model)
+    onnx_dynamic.tidy_dynamic(model)
     transpose_weights(model)
     optimizer.optimize_ir(model)
     dequantize_biases(model)

@@ -22,6 +22,8 @@ _TYPES = {
 }
 BLOCK_KERNELS = ("MatMulNBits",)
 """Kernels that read blocks of small integers; how small, only the file tells."""
+_DYNAMIC_KERNELS = ("DynamicQuantizeMatMul",)
+"""Kernels that read floats and round them to 8 bits themselves."""
 _INDEX_TYPES = frozenset(("int32", "int64", "bool"))
 _NAMED = 8
 """How many nodes an error names."""
@@ -53,11 +55,16 @@ class Kernel:
 
     @property
     def kind(self) -> str:
-        """What it computes in, by the type it reads: ``"float32"``, ``"int8"``, …; empty for indices and the like."""
+        """What it multiplies in, which for most is the type it reads: ``"float32"``, ``"int8"``, …
+
+        Empty for indices and the like.
+        """
         if self.is_engine:
             return ""
         if self.operator in BLOCK_KERNELS:
             return self.weights or "int4"
+        if self.operator in _DYNAMIC_KERNELS:
+            return "int8"
         return _TYPES.get(self.inputs[0][0], "") if self.inputs else ""
 
     @property

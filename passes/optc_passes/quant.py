@@ -12,18 +12,20 @@ from optc_passes.observers import ActivationObserver, EntropyObserver, MseObserv
 from optc_passes.quant_account import Entry, account, entries, noisiest
 from optc_passes.quant_auto import Choice, choose, measured_table
 from optc_passes.quant_budget import MIN_SQNR_DB, over_budget
-from optc_passes.quant_formats import BLOCKS, FLOAT, INT8, Attempt, Formats, LayerFormats
+from optc_passes.quant_formats import FLOAT, INT8, WEIGHTS_ALONE, Attempt, Formats, LayerFormats
 from optc_passes.quantizer import SATURATES
 
 
 class QuantOptions(PassOptions):
     """Options of ``quant``."""
 
-    formats: Literal["int8", "int8-weights", "int4-weights", "auto"] = Field(
+    formats: Literal["int8", "int8-dynamic", "int8-weights", "int4-weights", "auto"] = Field(
         "int8",
-        description="int8: weights and activations; int8-weights, int4-weights: weights of linear layers, in blocks of"
-        " 128 that share a scale; auto: for each layer the one that makes the model fastest within its budget",
+        description="int8: weights and activations; int8-dynamic: linear layers, ranges found at run time;"
+        " int8-weights, int4-weights: weights of linear layers, in blocks that share a scale; auto: for each layer that"
+        " of these, bf16 and fp16 which makes the model fastest within its budget",
     )
+    block: Literal[32, 64, 128] = Field(128, description="weights that share a scale in formats with blocks")
     observer: Literal["minmax", "percentile", "entropy", "mse"] = Field(
         "minmax",
         description="how an activation's range is chosen from what calibration saw; mse: for each tensor, of these and"
@@ -65,12 +67,12 @@ class Quant(Pass):
             OptcError: there is no calibration data, or the model itself gives NaN or Inf on it.
             DataError: a calibration batch cannot be used.
         """
-        layers = LayerFormats(program, context, self._observer())
+        layers = LayerFormats(program, context, self._observer(), self.options.block)
         if not layers.plan.layers:
             return PassResult(program, modified=False, skipped=layers.plan.skipped)
-        if context.calibration is None and self.options.formats not in BLOCKS:
+        if context.calibration is None and self.options.formats not in WEIGHTS_ALONE:
             raise OptcError("pass 'quant' needs calibration data to find ranges", "give --data, or calibration=…")
-        if layers.kernels.saturates and self.options.formats in (INT8, "auto"):
+        if layers.kernels.saturates and self.options.formats not in WEIGHTS_ALONE:
             context.note(SATURATES)
         layers.calibrate(context)
         if self.options.formats == "auto":

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from optc import PassContext
-from optc.rewrite import argument, module_path, shape
+from optc.rewrite import module_path, shape
 from optc_passes.quant_budget import drop
-from optc_passes.quant_formats import BLOCKS, FLOAT, INT8, LayerFormats
+from optc_passes.quant_formats import FLOAT, INT8, LayerFormats
 from optc_passes.quant_plan import Layer
 
 DOUBTFUL = 8
@@ -93,7 +93,7 @@ def entries(
                     form,
                     noise.get((name, form), math.inf),
                     own,
-                    stored_bytes(layer, form),
+                    stored_bytes(layers, layer, form),
                     model_sqnr,
                     lost,
                 )
@@ -120,16 +120,13 @@ def account(table: Sequence[Entry], formats: Mapping[str, str], why: Mapping[str
     return tuple(rows)
 
 
-def stored_bytes(layer: Layer, form: str) -> int:
+def stored_bytes(layers: LayerFormats, layer: Layer, form: str) -> int:
     """Bytes of a layer's weight and bias in a format, with the scales and zero points that it needs."""
-    weight = math.prod(shape(layer.weight))
-    channels = shape(layer.weight)[0]
-    bias = 4 * channels if layer.bias is not None else 0
-    if form in BLOCKS:
-        block = BLOCKS[form].block_of(shape(argument(layer.node, "weight"))[1])
-        assert block is not None, "callers check refusal()"
-        return weight * BLOCKS[form].bits // 8 + 4 * weight // block + bias
+    weight = shape(layer.weight)
+    bias = 4 * weight[0] if layer.bias is not None else 0
+    if form in layers.local:
+        return layers.local[form].stored_bytes(weight) + bias
     if form == INT8:
         per_channel = 4 + 1  # scale and zero point of the weight; those of the bias follow from it
-        return weight + per_channel * channels + bias
-    return 4 * weight + bias
+        return math.prod(weight) + per_channel * weight[0] + bias
+    return 4 * math.prod(weight) + bias

@@ -12,10 +12,9 @@ from torch import Tensor, fx
 from optc import PassContext, Program
 from optc_passes.quant_account import Entry, entries, noisiest
 from optc_passes.quant_budget import MIN_SQNR_DB, over_budget
-from optc_passes.quant_formats import BLOCKS, FLOAT, INT8, Attempt, LayerFormats
+from optc_passes.quant_formats import FLOAT, INT8, Attempt, LayerFormats
 from optc_passes.quant_plan import Layer
 
-FORMATS = (FLOAT, INT8, *BLOCKS)
 _TRIES = 12
 """Most times the budget of noise is tightened, by half each, where the sum of the layers' noise was too optimistic."""
 
@@ -48,7 +47,10 @@ def measured_table(
 
     Empty if the backend cannot run some layer in float.
     """
-    possible = {name: tuple(form for form in FORMATS if layers.refusal(name, form) is None) for name in layers.names}
+    possible = {
+        name: tuple(form for form in (FLOAT, INT8, *layers.local) if layers.refusal(name, form) is None)
+        for name in layers.names
+    }
     measured: dict[str, list[float]] = {}
     seconds: dict[tuple[str, str], float] = {}
     for number, layer in enumerate(layers.plan.layers, 1):
@@ -59,7 +61,7 @@ def measured_table(
         seconds.update({(name, form): taken for form, taken in zip(possible[name], measured[kind], strict=True)})
         if math.isnan(seconds[name, FLOAT]):
             return []
-    noise = layers.noise({name: tuple(form for form in forms if form != FLOAT) for name, forms in possible.items()})
+    noise = layers.noise({name: tuple(form for form in each if form != FLOAT) for name, each in possible.items()})
     return entries(layers, possible, noise, noisiest(layers, noise, context), backend, seconds)
 
 

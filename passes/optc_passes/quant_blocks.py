@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,14 +10,19 @@ import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
 from torch import Tensor, fx
 
 from optc import Change, Program
-from optc.rewrite import add_constant, argument, constant_of, erase_unused, set_argument
+from optc.rewrite import add_constant, argument, erase_unused, set_argument
+from optc_passes.quant_gptq import enough_samples, round_gptq
 from optc_passes.quant_plan import LINEARS
+from optc_passes.quant_scale import best_scale
 
 DEQUANTIZE = torch.ops.quantized_decomposed.dequantize_per_channel_group.default
-_CLIPPINGS = torch.linspace(1.0, 0.7, 7)
-"""Shares of a block's largest magnitude that are tried as the end of its range."""
 _CHUNK = 1 << 20
 """Weights rounded at a time, as temporary copies of all would take several times their memory."""
+
+
+Rounded = tuple[Tensor, ...]
+"""What is stored of a weight: integers and scales, or the weight in another type."""
+Size = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,46 @@ class BlockFormat:
         """Least and largest integer."""
         return -(1 << self.bits - 1), (1 << self.bits - 1) - 1
 
+    def refusal(self, node: fx.Node, weight: Tensor) -> str | None:
+        """Why a layer cannot have the format, or ``None``."""
+        if node.target not in LINEARS:
+            return "runtimes have block-wise weights for matrix products only"
+        if self.block_of(weight.shape[-1]) is None:
+            return f"its {weight.shape[-1]} inputs do not divide into blocks of 32 or more"
+        return None
+
+    def rounded(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Integers and scales of a weight; 4 bits are rounded by GPTQ where the input ``x`` has samples enough."""
+        if self.bits < 8 and enough_samples(x):
+            return round_gptq(weight, x, self)
+        return round_blocks(weight, self)
+
+    def effect(self, x: Tensor, weight: Tensor, rounded: Rounded) -> tuple[Tensor, Tensor]:
+        """Input and weight as the layer sees them."""
+        return x, dequantized(*rounded)
+
+    def store(self, program: Program, node: fx.Node, rounded: Rounded) -> Change:
+        """Replace a layer's weight by integers, scales and a dequantize operator; in place."""
+        old = argument(node, "weight")
+        integers, scales = rounded
+        hint = str(old.target)
+        stored = add_constant(program, node, f"{hint}_int{self.bits}", integers)
+        scale = add_constant(program, node, f"{hint}_scale", scales)
+        block = integers.shape[1] // scales.shape[1]
+        with node.graph.inserting_before(node):
+            args = (stored, scale, None, *self.limits, torch.int8, block, torch.float32)
+            weight = node.graph.call_function(DEQUANTIZE, args)
+        weight.meta.update({key: old.meta[key] for key in ("val", "dims") if key in old.meta})
+        set_argument(node, "weight", weight)
+        erase_unused((old,))
+        return Change(self.name, node.name, f"{hint} in blocks of {block}")
+
+    def stored_bytes(self, weight: Size) -> int:
+        """Bytes of a weight of that shape, with scales."""
+        block = self.block_of(weight[-1])
+        assert block is not None, "callers check refusal()"
+        return math.prod(weight) * self.bits // 8 + 4 * math.prod(weight) // block
+
     def block_of(self, width: int) -> int | None:
         """Values a scale for an input dimension of ``width``; ``None`` if no block divides it."""
         block = self.block
@@ -48,16 +94,6 @@ class BlockFormat:
                 return block
             block //= 2
         return None
-
-
-def refusal(node: fx.Node, form: BlockFormat) -> str | None:
-    """Why a layer cannot have block-wise weights, or ``None``."""
-    if node.target not in LINEARS:
-        return "runtimes have block-wise weights for matrix products only"
-    width = int(argument(node, "weight").meta["val"].shape[-1])
-    if form.block_of(width) is None:
-        return f"its {width} inputs do not divide into blocks of 32 or more"
-    return None
 
 
 def round_blocks(weight: Tensor, form: BlockFormat) -> tuple[Tensor, Tensor]:
@@ -83,52 +119,7 @@ def dequantized(integers: Tensor, scales: Tensor) -> Tensor:
     return (blocks * scales.unsqueeze(-1)).reshape(integers.shape)
 
 
-def best_scale(blocks: Tensor, form: BlockFormat) -> Tensor:
-    """The scale of least squared error among 7 clippings of each block's range: (rows, blocks, 1).
-
-    Args:
-        blocks: (rows, blocks, values), float.
-    """
-    low, high = form.limits
-    peak = blocks.abs().amax(-1, keepdim=True)
-    peak = torch.where(peak > 0, peak, torch.ones_like(peak))
-    best_error = torch.full_like(peak, torch.inf)
-    best = peak / high
-    for clipping in _CLIPPINGS.tolist() if form.bits < 8 else (1.0,):
-        scale = peak * (clipping / high)
-        error = ((blocks / scale).round_().clamp_(low, high).mul_(scale).sub_(blocks)).square_().sum(-1, keepdim=True)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best = torch.where(better, scale, best)
-    return best
-
-
 def _round(blocks: Tensor, form: BlockFormat) -> tuple[Tensor, Tensor]:
     """Integers (rows, blocks, values) and scales (rows, blocks)."""
-    scale = best_scale(blocks, form)
+    scale = best_scale(blocks, form.limits)
     return (blocks / scale).round_().clamp_(*form.limits).to(torch.int8), scale.squeeze(-1)
-
-
-def store_blocks(
-    program: Program, node: fx.Node, form: BlockFormat, rounded_before: tuple[Tensor, Tensor] | None = None
-) -> Change:
-    """Replace a layer's weight by integers, scales and a dequantize operator; in place.
-
-    Args:
-        rounded_before: integers and scales, if the weight was rounded before.
-    """
-    old = argument(node, "weight")
-    value = constant_of(program, old)
-    assert value is not None, "callers plan layers with constant weights"
-    rounded, scales = rounded_before or round_blocks(value, form)
-    hint = str(old.target)
-    integers = add_constant(program, node, f"{hint}_int{form.bits}", rounded)
-    scale = add_constant(program, node, f"{hint}_scale", scales)
-    block = rounded.shape[1] // scales.shape[1]
-    with node.graph.inserting_before(node):
-        args = (integers, scale, None, *form.limits, torch.int8, block, torch.float32)
-        dequantized = node.graph.call_function(DEQUANTIZE, args)
-    dequantized.meta.update({key: old.meta[key] for key in ("val", "dims") if key in old.meta})
-    set_argument(node, "weight", dequantized)
-    erase_unused((old,))
-    return Change(form.name, node.name, f"{hint} in blocks of {block}")

@@ -12,7 +12,8 @@ from torch import Tensor, fx
 from optc import Change, ModelInfo, PassContext, Program
 from optc.rewrite import argument, calls, complete_meta, constant_of, is_call, shape
 from optc_passes.quant_bias import correct_bias
-from optc_passes.quant_blocks import BlockFormat, refusal, store_blocks
+from optc_passes.quant_blocks import Rounded
+from optc_passes.quant_local import local_formats
 from optc_passes.quant_noise import Batch, NoiseMeter, output_sqnr
 from optc_passes.quant_plan import CONVS, DEQUANTIZERS, LINEARS, RULE, Layer, Plan, make_plan
 from optc_passes.quant_pt2e import calibrate, convert, prepare
@@ -21,8 +22,8 @@ from optc_passes.quantizer import Int8Kernels
 from optc_passes.torchao_pt2e import ObserverBase
 
 INT8, FLOAT = RULE, "float"
-BLOCKS = {form.name: form for form in (BlockFormat(8), BlockFormat(4))}
-"""Formats of weights alone, by name: int8-weights and int4-weights."""
+WEIGHTS_ALONE = ("int8-weights", "int4-weights")
+"""Formats that need no calibration data."""
 
 Formats = Mapping[str, str]
 """By name of a layer's node, the name of its format."""
@@ -44,16 +45,19 @@ class LayerFormats:
         program: left as it is.
         context: its calibration batches are seen once, here.
         observer: constructor of the activation observers.
+        block: weights that share a scale in formats with blocks.
 
     Attributes:
         plan: every layer in int8; the names of its layers are those of :data:`Formats`.
         kernels: what the target's int8 kernels take.
+        local: formats other than static int8, by name.
         corrects_bias: whether static int8 layers get their bias corrected; layers with weights in blocks always do.
     """
 
-    def __init__(self, program: Program, context: PassContext, observer: Any) -> None:
+    def __init__(self, program: Program, context: PassContext, observer: Any, block: int = 128) -> None:
         self._program, self._observer = program, observer
         self.kernels = Int8Kernels.of(context)
+        self.local = local_formats(block, self.kernels.weight_limit)
         self.corrects_bias = False
         self._observers: dict[str, ObserverBase] = {}
         self._work = split_composites(program.fork())
@@ -84,8 +88,12 @@ class LayerFormats:
 
     def refusal(self, name: str, form: str) -> str | None:
         """Why a layer cannot have a format, or ``None``."""
-        node = next(layer.node for layer in self.plan.layers if layer.node.name == name)
-        return refusal(node, BLOCKS[form]) if form in BLOCKS else None
+        if form not in self.local:
+            return None
+        layer = next(layer for layer in self.plan.layers if layer.node.name == name)
+        weight = constant_of(self._work, layer.weight)
+        assert weight is not None, "layers of a plan have constant weights"
+        return self.local[form].refusal(layer.node, weight)
 
     def noise(self, formats: Mapping[str, tuple[str, ...]]) -> dict[tuple[str, str], float]:
         """SQNR in dB of each layer's output when that layer alone has a format, by (name, format).
@@ -94,26 +102,25 @@ class LayerFormats:
         Attempts that follow know from it how to round weights in blocks and by how much means move.
         """
         work = split_composites(self._program.fork())
-        self._meter = NoiseMeter(work.module, make_plan(work), self._observers, formats, BLOCKS)
+        self._meter = NoiseMeter(work.module, make_plan(work), self._observers, formats, self.local)
         with torch.no_grad():
             self._meter.run(*self.batches[0])
         return self._meter.sqnr
 
     def attempt(self, formats: Formats) -> Attempt:
         """The program with each layer in its format (in float if it has none), and how far its outputs move."""
-        blocked = {name: BLOCKS[form] for name, form in formats.items() if form in BLOCKS}
         static = {name for name, form in formats.items() if form == INT8}
         work = self._program.fork()
         if static:
             split_composites(work)
-        rounded, shifts = (self._meter.rounded, self._meter.shifts) if self._meter else ({}, {})
         changes = []
         for node in calls(work, *CONVS, *LINEARS):
             form = formats.get(node.name, FLOAT)
-            if (node.name, form) in shifts and (form in BLOCKS or self.corrects_bias):
-                correct_bias(work, node, shifts[node.name, form])
-            if node.name in blocked:
-                changes.append(store_blocks(work, node, blocked[node.name], rounded.get((node.name, form))))
+            shift = self._meter.shifts.get((node.name, form)) if self._meter else None
+            if shift is not None and (form in WEIGHTS_ALONE or (form == INT8 and self.corrects_bias)):
+                correct_bias(work, node, shift)
+            if form in self.local:
+                changes.append(self.local[form].store(work, node, self._rounded(work, node, form)))
         work.module.recompile()
         if static:
             plan = make_plan(work, in_float=set(self.names) - static)
@@ -121,6 +128,13 @@ class LayerFormats:
             changes += [Change(INT8, layer.node.name, str(layer.weight.target)) for layer in plan.layers]
             work = convert(prepared, plan, self._program)
         return Attempt(work, tuple(changes), output_sqnr(work, self.batches, self._references))
+
+    def _rounded(self, program: Program, node: fx.Node, form: str) -> Rounded:
+        """What a local format stores of a layer's weight."""
+        known = self._meter.rounded.get((node.name, form)) if self._meter else None
+        weight = constant_of(program, argument(node, "weight"))
+        assert weight is not None, "layers of a plan have constant weights"
+        return known or self.local[form].rounded(weight.new_empty(0, weight.shape[-1]), weight)
 
     def with_better_bias(self, formats: Formats, plain: Attempt) -> Attempt:
         """``plain`` or the same with corrected biases, whichever moves the outputs less; later attempts do likewise.
@@ -153,8 +167,9 @@ class LayerFormats:
         module = fx.GraphModule(root, graph, class_name="Program").eval()
         program = Program(module, (example,), False, ModelInfo(layer.node.name))
         complete_meta(program)
-        if form in BLOCKS:
-            store_blocks(program, values[layer.node], BLOCKS[form])
+        if form in self.local:
+            node = values[layer.node]
+            self.local[form].store(program, node, self._rounded(program, node, form))
             module.recompile()
             complete_meta(program)
         elif form == INT8:

@@ -7,10 +7,15 @@ and wraps modules, which a captured graph no longer has.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from optc_passes.quant_blocks import BlockFormat, best_scale
+from optc_passes.quant_scale import best_scale
+
+if TYPE_CHECKING:
+    from optc_passes.quant_blocks import BlockFormat
 
 _DAMPING = 0.01
 """Share of the mean diagonal added to the Hessian, as in the paper."""
@@ -41,7 +46,7 @@ def round_gptq(weight: Tensor, inputs: Tensor, form: BlockFormat) -> tuple[Tenso
     for start in range(0, rest.shape[1], block):
         end = start + block
         part, local = rest[:, start:end], factor[start:end, start:end]
-        scale = best_scale(part.unsqueeze(1), form).squeeze(-1)
+        scale = best_scale(part.unsqueeze(1), form.limits).squeeze(-1)
         errors = torch.empty_like(part)
         for column in range(block):
             rounded = (part[:, column] / scale[:, 0]).round().clamp(low, high)

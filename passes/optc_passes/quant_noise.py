@@ -10,12 +10,14 @@ from torch import Tensor, fx
 
 from optc import Program
 from optc_passes.quant_bias import mean_shift
-from optc_passes.quant_blocks import BlockFormat, dequantized, round_blocks
-from optc_passes.quant_gptq import enough_samples, round_gptq
+from optc_passes.quant_blocks import Rounded
+from optc_passes.quant_local import LocalFormat
 from optc_passes.quant_plan import Layer, Plan
 from optc_passes.torchao_pt2e import ObserverBase
 
 Batch = tuple[Tensor, ...]
+REMEMBERED = ("int4-weights",)
+"""Formats whose rounding depends on what a layer reads (GPTQ). Others are found again quickly and would take memory."""
 
 
 def sqnr_db(reference: Tensor, value: Tensor) -> float:
@@ -47,12 +49,12 @@ class NoiseMeter(fx.Interpreter):
     Args:
         observers: calibrated observers by the name of the value they saw; what static int8 rounds with.
         formats: the formats to try, by name of the layer's node.
-        blocks: the formats of weights alone, by name.
+        local: the formats that are not static int8, by name.
 
     Attributes:
         sqnr: SQNR in dB of the layer's output when that layer alone has the format, by (name, format).
         shifts: by how much rounding its weight moves the mean of its output, channel by channel, likewise.
-        rounded: weights in blocks that later attempts use again, likewise: integers and scales.
+        rounded: what formats store of a weight where that takes long to find, likewise.
     """
 
     def __init__(
@@ -61,14 +63,14 @@ class NoiseMeter(fx.Interpreter):
         plan: Plan,
         observers: Mapping[str, ObserverBase],
         formats: Mapping[str, Sequence[str]],
-        blocks: Mapping[str, BlockFormat],
+        local: Mapping[str, LocalFormat],
     ) -> None:
         super().__init__(module)
         self._layers = {layer.node: layer for layer in plan.layers}
-        self._observers, self._formats, self._blocks = observers, formats, blocks
+        self._observers, self._formats, self._local = observers, formats, local
         self.sqnr: dict[tuple[str, str], float] = {}
         self.shifts: dict[tuple[str, str], Tensor] = {}
-        self.rounded: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+        self.rounded: dict[tuple[str, str], Rounded] = {}
 
     def run_node(self, node: fx.Node) -> Any:
         value = super().run_node(node)
@@ -77,8 +79,11 @@ class NoiseMeter(fx.Interpreter):
             assert layer is not None
             (x, exact, *rest), kwargs = self.fetch_args_kwargs_from_env(node)
             wanted = _behind(layer, value)
-            if form in self._blocks:
-                weight, given = self._in_blocks(node, exact, x, form), x
+            if form in self._local:
+                rounded = self._local[form].rounded(x, exact)
+                given, weight = self._local[form].effect(x, exact, rounded)
+                if form in REMEMBERED:
+                    self.rounded[node.name, form] = rounded
             else:
                 given, weight = (self._round(node.args[i], each) for i, each in enumerate((x, exact)))
             shift = mean_shift(node, x, weight - exact)
@@ -86,20 +91,10 @@ class NoiseMeter(fx.Interpreter):
                 rest[0] = rest[0] - shift
                 self.shifts[node.name, form] = shift
             got = _behind(layer, node.target(given, weight, *rest, **kwargs))  # type: ignore[operator]
-            if layer.is_conv and form not in self._blocks:
+            if layer.is_conv and form not in self._local:
                 got = self._round(layer.tail, got)
             self.sqnr[node.name, form] = sqnr_db(wanted, got)
         return value
-
-    def _in_blocks(self, node: fx.Node, weight: Tensor, x: Tensor, form: str) -> Tensor:
-        """The weight that its blocks stand for; 4 bits are rounded by GPTQ where it has samples enough."""
-        block = self._blocks[form]
-        if block.bits < 8 and enough_samples(x):
-            rounded = round_gptq(weight, x, block)
-        else:
-            rounded = round_blocks(weight, block)
-        self.rounded[node.name, form] = rounded
-        return dequantized(*rounded)
 
     def _round(self, source: Any, value: Tensor) -> Tensor:
         observer: Any = self._observers[source.name]

@@ -59,9 +59,11 @@ def test_auto_measures_every_layer_and_says_what_it_chose() -> None:
     account = record.notes["account"]
     layers = {row["layer"] for row in account}
     assert len(layers) == 3
-    assert {row["form"] for row in account} == {"float", "int8", "int8-weights", "int4-weights"}
+    forms = {"float", "int8", "fp16", "bf16", "int8-dynamic", "int8-weights", "int4-weights"}
+    assert {row["form"] for row in account} == forms
     assert [row["layer"] for row in account if row["chosen"]] == sorted(layers)
-    assert all(row["seconds"] > 0 for row in account)
+    assert all(row["seconds"] > 0 for row in account if row["form"] not in ("bf16", "fp16"))
+    assert not any(row["chosen"] for row in account if row["seconds"] is None)
     chosen = {row["layer"]: row["form"] for row in account if row["chosen"] and row["form"] != "float"}
     assert {change.node: change.rule for change in record.applied} == chosen
     big = {row["form"]: row for row in account if row["bytes"] and row["layer"] == "linear"}

@@ -10,7 +10,7 @@ from torch import nn
 
 import optc
 from optc_passes.observers import ActivationObserver
-from optc_passes.quant_formats import BLOCKS
+from optc_passes.quant_local import local_formats
 from optc_passes.quant_noise import NoiseMeter, output_sqnr, sqnr_db
 from optc_passes.quant_plan import make_plan
 from optc_passes.quant_pt2e import prepare
@@ -55,7 +55,7 @@ def test_each_layer_is_measured_alone() -> None:
     prepared, observers = prepare(work, make_plan(work), ActivationObserver, Int8Kernels())
     prepared(x)
     formats = {"conv2d": ("int8",), "conv2d_1": ("int8",), "linear": ("int8", "int8-weights", "int4-weights")}
-    meter = NoiseMeter(program.module, make_plan(program), observers, formats, BLOCKS)
+    meter = NoiseMeter(program.module, make_plan(program), observers, formats, local_formats(128, 127))
     with torch.no_grad():
         meter.run(x)
     noise = meter.sqnr
