@@ -20,6 +20,7 @@ from optc.target import Target
 
 CAPTURED = "captured"
 """Stands for a backend: the graph as it was captured, in plain eager PyTorch."""
+EAGER = "eager float32"
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Memory:
     """Resident memory of a process that does nothing but load a model and answer queries, in bytes.
 
     Attributes:
-        what: ``"before"`` for the captured model in eager PyTorch, or the backend.
+        what: the backend, or :data:`EAGER` for the captured model.
         runtime: with the runtime's libraries imported, before the model is loaded.
         load_peak: the most while it is loaded; ``loaded`` when it is.
         query_peak: the most while queries are answered.
@@ -85,4 +86,4 @@ def _measured(
             f"the memory of {backend} could not be measured: {said}",
             "is there enough of it?" if done.returncode < 0 else "",
         ) from None
-    return Memory(what="before" if backend == CAPTURED else backend, files=size, **found)
+    return Memory(what=EAGER if backend == CAPTURED else backend, files=size, **found)

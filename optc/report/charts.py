@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from optc.report.document import Chart
 from optc.report.svg import INK, MUTED, SERIES, element, figure
-from optc.report.words import short
+from optc.report.words import short, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,7 +62,7 @@ def latency_chart(candidates: Sequence[Latencies]) -> Chart:
             axes.annotate(
                 short(mark[0]), (mark[0], row - 0.7), (3, -3), textcoords="offset points", va="center", fontsize=9
             )
-        axes.set_yticks(range(len(candidates)), [each.name for each in candidates])
+        axes.set_yticks(range(len(candidates)), [shortened(each.name, 30) for each in candidates], fontsize=9)
         axes.set_ylim(len(candidates) - 0.8, -0.95)
         axes.grid(visible=False, axis="y")
         if wide:

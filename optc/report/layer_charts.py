@@ -11,7 +11,7 @@ from optc.bench.layers import Layer, LayerProfile
 from optc.report.charts import logarithmic
 from optc.report.document import Chart
 from optc.report.svg import INK, MUTED, SERIES, element, figure
-from optc.report.words import short
+from optc.report.words import short, shortened
 
 BARS = 14
 """Most layers shown as bars; the others are added up in one."""
@@ -94,12 +94,13 @@ def bars_chart(profiles: Mapping[str, LayerProfile]) -> Chart:
             colour = SERIES[1] if number == len(times) - 1 else SERIES[0]
             bars = axes.barh(offsets, values, height * 0.92, color=colour, label=name)
             axes.bar_label(bars, [short(value, 2) if value else "" for value in values], padding=2, fontsize=8)
-        axes.set_yticks(range(len(labels)), [_shortened(label) for label in labels], fontsize=9)
+        axes.set_yticks(range(len(labels)), [shortened(label) for label in labels], fontsize=9)
         axes.set_ylim(len(labels) - 0.4, -0.6)
         axes.grid(visible=False, axis="y")
         axes.set_xmargin(0.1)
         axes.set_xlabel("time of a query (ms)")
-        axes.legend(loc="lower right")
+        if len(times) > 1:
+            axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=len(times), borderaxespad=0.0)
         title = "Time by layer (ms)" + (", before and after" if len(times) > 1 else "")
         told = "; ".join(
             f"{label} "
@@ -117,7 +118,3 @@ def by_module(layers: tuple[Layer, ...]) -> dict[str, float]:
     for layer in layers:
         found[layer.label] += layer.seconds
     return dict(found)
-
-
-def _shortened(name: str) -> str:
-    return name if len(name) <= 24 else f"…{name[-23:]}"

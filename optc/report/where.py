@@ -100,6 +100,7 @@ def where_table(profile: LayerProfile, name: str) -> TerminalTable:
     )  # fmt: skip
     for column in (3, 4, 5):
         table.columns[column].justify = "right"
+    table.columns[1].no_wrap = table.columns[2].no_wrap = table.columns[6].no_wrap = True
     rows = sorted(_rows(profile), key=lambda row: -float(row[3]))
     for row in rows[:SHOWN]:
         table.add_row(*map(Text, (*row[:5], row[8], row[9])))

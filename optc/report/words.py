@@ -37,6 +37,11 @@ def short(value: float, digits: int = 3) -> str:
     return f"{value:,.0f}" if abs(value) >= 10**digits - 0.5 else f"{value:.{digits}g}"
 
 
+def shortened(name: str, most: int = 24) -> str:
+    """A name's end where it is longer than ``most`` letters: paths differ there."""
+    return name if len(name) <= most else f"…{name[1 - most :]}"
+
+
 def times(ratio: float) -> str:
     """A ratio as ``"2.4 times"``."""
     return f"{short(ratio, 2)} times"

@@ -22,7 +22,7 @@ def test_weights_show_in_the_memory_of_the_process() -> None:
     program = optc.capture(nn.Linear(WIDTH, WIDTH, bias=False), (torch.randn(2, WIDTH),))
     found = program_memory(program, TARGET)
     weights = WIDTH * WIDTH * 4
-    assert found.what == "before"
+    assert found.what == "eager float32"
     assert found.files >= weights
     assert found.query_peak - found.runtime > 0.9 * weights
     assert found.query_peak < found.runtime + 6 * weights  # nothing of this process is in it

@@ -16,6 +16,11 @@ from optc.passmanager.manager import build_passes
 from optc.plugins.registry import registry
 
 
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_times, "SECONDS", 0.01)
+
+
 class Batches(list[tuple[torch.Tensor, ...]]):
     description = "random"
 

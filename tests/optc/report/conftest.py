@@ -17,6 +17,7 @@ from optc.bench.measure import measure
 from optc.bench.peaks import Peaks
 from optc.bench.peaks_cache import peaks_file
 from optc.bench.results import Candidate
+from optc.lowering import kernel_times
 from optc.lowering.artifact import load_artifact
 from optc.report.document import Document
 from optc.report.optimized import optimized_document
@@ -55,7 +56,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Optimized, Path, Insi
     model, inputs = Net().eval(), torch.randn(2, 3, 32, 32)
     optimized = optc.optimize(model, inputs, backend="onnxruntime", calibration=[inputs], measure=False, target=TARGET)
     artifact = optimized.save(tmp_path_factory.mktemp("report") / "net")
-    return optimized, artifact, look_inside(load_artifact(artifact), model, (inputs,), TARGET)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel_times, "SECONDS", 0.01)
+        return optimized, artifact, look_inside(load_artifact(artifact), model, (inputs,), TARGET)
 
 
 @pytest.fixture(scope="session")
