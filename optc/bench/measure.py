@@ -50,6 +50,7 @@ def measure(
     together: bool | None = None,
     reopen: bool = False,
     steady: float | None = None,
+    steady_seconds: float = 8.0,
     logs: Callable[[str, int], Path] | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Measurement:
@@ -76,7 +77,7 @@ def measure(
             happens to lie in memory changes its latency by more than blocks of one opening show, so that a model would
             differ from itself. A candidate that takes over :data:`REOPEN_SECONDS` to open stays open, and is warned of.
         steady: go on beyond ``blocks`` rounds, to :data:`STEADYING_BLOCKS` at most, until each candidate's median is
-            known to this share of it at 95 % confidence, or the time is up.
+            known to this share of it at 95 % confidence, or ``steady_seconds`` are over.
         logs: where LoadGen's logs of a candidate's block go, by its name and the block's number from 1.
         progress: called with a short text before each step.
 
@@ -88,7 +89,7 @@ def measure(
     names = (optimized,) if isinstance(optimized, str) else tuple(optimized)
     with _threads(target.threads):
         states = [_State(candidate, logs) for candidate in candidates]
-        plan = _Plan(inputs, blocks, block_seconds, block_queries, limit_seconds, steady, progress)
+        plan = _Plan(inputs, blocks, block_seconds, block_queries, limit_seconds, steady, steady_seconds, progress)
         try:
             if reopen:
                 plan.run(states, share=1, reopen=True)
@@ -193,11 +194,13 @@ class _Plan:
         block_queries: int,
         limit_seconds: float,
         steady: float | None,
+        steady_seconds: float,
         progress: Callable[[str], None],
     ) -> None:
         self.inputs, self.blocks = inputs, blocks
         self.block_seconds, self.block_queries = block_seconds, block_queries
-        self.limit_seconds, self.steady, self.progress = limit_seconds, steady, progress
+        self.limit_seconds, self.progress = limit_seconds, progress
+        self.steady, self.steady_seconds = steady, steady_seconds
         self.deadline = float("inf")
 
     def run(self, states: Sequence[_State], share: int, reopen: bool = False) -> None:
@@ -215,7 +218,8 @@ class _Plan:
             done += 1
             per_round = (time.perf_counter() - start) / done
             affordable = int(self.limit_seconds / share / per_round)
-            if done == wanted < STEADYING_BLOCKS and not self._is_steady(states):
+            in_time = time.perf_counter() - start + per_round <= self.steady_seconds
+            if done == wanted < STEADYING_BLOCKS and in_time and not self._is_steady(states):
                 wanted += 1
             rounds = min(wanted, max(2, done, affordable))
 

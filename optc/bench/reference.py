@@ -16,10 +16,13 @@ from optc.bench.results import CandidateResult
 from optc.bench.run import Run, parse_run, read_run
 from optc.bench.statistics import Ratio
 from optc.errors import MeasurementError
+from optc.frontend.load import find_source
 from optc.progress import Progress
 
 DEFAULT = "vit_huge_patch14_224"
 NONE = "none"
+_OWN_WEIGHTS = ("factory", "pt2")
+"""Sources of models that bring their weights with them."""
 MEMORY_BYTES = {DEFAULT: 8 * 10**9}
 """What measuring takes at its peak; with less free memory it is not tried."""
 
@@ -31,6 +34,7 @@ class Reference:
     Attributes:
         result: the fastest of its baselines.
         run: all of them, with raw latencies.
+        weights: where its weights come from: ``"random"``, unless it brings its own.
         parameters: how many it has; ``None`` if unknown.
         file: where it is remembered.
     """
@@ -38,6 +42,7 @@ class Reference:
     name: str
     result: CandidateResult
     run: Run
+    weights: str
     parameters: int | None
     file: Path
 
@@ -47,13 +52,14 @@ class Reference:
 
 
 def reference(name: str, surroundings: Mapping[str, Any], options: tuple[str, ...], progress: Progress) -> Reference:
-    """The reference model, from the cache or measured now in a process of its own, with random weights.
+    """The reference model, from the cache or measured now in a process of its own.
 
     Args:
         surroundings: where the profile is made; another machine, version or limit is another reference.
         options: command-line options that limit the threads and the like, for the process that measures.
 
     Raises:
+        UnknownNameError: there is no such model.
         MeasurementError: it cannot be measured; says why.
     """
     from optc.machine import available_memory
@@ -73,12 +79,14 @@ def reference(name: str, surroundings: Mapping[str, Any], options: tuple[str, ..
     except MeasurementError:
         file.unlink(missing_ok=True)
         raise
-    targets = {entry["name"]: entry for entry in run.targets}
-    return Reference(name, contender(name, run.results).result, run, targets.get(name, {}).get("parameters"), file)
+    target = next(iter(run.targets), {})
+    best = contender(name, run.results).result
+    return Reference(name, best, run, str(target.get("weights", "")), target.get("parameters"), file)
 
 
 def _measure(name: str, options: tuple[str, ...]) -> str:
-    command = [sys.executable, "-m", "optc.cli.main", "profile", name, "--weights", "random", "--against", NONE]
+    weights = () if find_source(name)[0].name in _OWN_WEIGHTS else ("--weights", "random")
+    command = [sys.executable, "-m", "optc.cli.main", "profile", name, *weights, "--against", NONE]
     done = subprocess.run([*command, *options, "--json", "-q"], capture_output=True, text=True, check=False)
     lines = done.stderr.strip().splitlines()
     if done.returncode != 0:

@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 
 from optc.bench.loadgen import log_files, start_test
+from optc.bench.measure import one_line
 from optc.bench.settings import Scenario, loadgen_settings
 from optc.bench.summary import LoadGenSummary, read_summary
 from optc.bench.suts import BatchSystem, Samples, ServerSystem
 from optc.bench.verdict import explain
+from optc.errors import MeasurementError
 from optc.lowering.backend import Runner
 
 MULTISTREAM_SAMPLES = 8
@@ -252,7 +254,7 @@ class _Run:
                 taken.append(time.perf_counter() - start)
         except Exception as error:
             if batch == 1:
-                raise
+                raise MeasurementError(f"'{self.name}' failed on sample 0 (warming up): {one_line(error)}") from error
             self.notes.append(f"takes no batch of {batch} ({type(error).__name__}): its samples run one by one")
             return self._time(1)
         return batch, max(plain.median(taken[1:]), 1e-7)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from optc.progress import Progress
     from optc.target import Target
 
-ROUNDS = 10
+ROUNDS, BLOCK_SECONDS = 10, 0.3
 LIMIT_SECONDS = 120.0
 
 
@@ -109,7 +109,14 @@ def _measured(subjects: list[Subject], target: Target, progress: Progress) -> li
     candidates = [candidate for group in groups for candidate in group]
     with progress.step("Measuring in turns with MLPerf LoadGen") as step:
         measurement = measure(
-            candidates, [], target, blocks=ROUNDS, limit_seconds=LIMIT_SECONDS, reopen=True, progress=step.update
+            candidates,
+            [],
+            target,
+            blocks=ROUNDS,
+            block_seconds=BLOCK_SECONDS,
+            limit_seconds=LIMIT_SECONDS,
+            reopen=True,
+            progress=step.update,
         )
     results, found = iter(measurement.results), []
     for subject, group in zip(subjects, groups, strict=True):

@@ -193,16 +193,16 @@ def _print(found: Profile, target: Target, output: Path | None) -> None:
         console.print(Text(f"! {line}", style="yellow"))
     if reference is not None:
         when = reference.run.created.partition("T")[0]
+        which = " with random weights, which latency does not depend on" if reference.weights == "random" else ""
         console.print(
-            f"{reference.name} was measured on {when} with random weights, which its latency does not depend on; to"
-            f" measure it again, delete {reference.file}"
+            f"{reference.name} was measured on {when}{which}; to measure it again, delete {reference.file}",
+            soft_wrap=True,
         )
     console.print(_conditions(found, target))
     if output is not None:
         console.print(f"Written to {output}")
 
 
-def _conditions(found: Profile, target: Target) -> str:
 def _print_layers(insides: Mapping[str, Inside]) -> None:
     from optc.report.where import where_table
 
@@ -215,6 +215,7 @@ def _print_layers(insides: Mapping[str, Inside]) -> None:
             console.print(Text(f"! {name}: {reason}", style="yellow"))
 
 
+def _conditions(found: Profile, target: Target) -> str:
     """What was in force, and what the harness costs."""
     cpus, memory = found.surroundings["cpus"], found.surroundings["memory_limit_bytes"]
     words = [f"{target.threads} thread{'s' if target.threads > 1 else ''}"]

@@ -14,7 +14,7 @@ from optc.bench.overhead import Overhead, harness_overhead
 from optc.bench.reference import DEFAULT, NONE, Reference, reference
 from optc.bench.results import EARLY_STOPPING_QUERIES, Candidate, Measurement
 from optc.bench.run import run_document
-from optc.bench.scenarios import MULTISTREAM_SAMPLES, Plan, ScenarioResult, failed, run_scenario
+from optc.bench.scenarios import MULTISTREAM_SAMPLES, SECONDS, Plan, ScenarioResult, failed, run_scenario
 from optc.bench.settings import Scenario
 from optc.bench.submission import Submission, slug
 from optc.bench.surroundings import surroundings
@@ -27,10 +27,13 @@ if TYPE_CHECKING:
     from optc.progress import Progress, Step
     from optc.target import Target
 
+BLOCK_SECONDS = 0.3
 STEADY = 0.01
 """Share of the median to which it has to be known before SingleStream ends."""
-SECONDS_EACH = 8.0
-"""Most time for SingleStream's blocks, for each candidate."""
+STEADY_SECONDS = 8.0
+"""Time after which it ends even so, once it has its fewest blocks."""
+ARTIFACT_SECONDS, MODEL_SECONDS = 8.0, 60.0
+"""Most time for the fewest blocks of an artifact, and of a model, which has several baselines to measure."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Profile:
             ratios = {each.name: asdict(self.reference.ratio(each)) for each in self.measurement.results if each.blocks}
             against = {
                 "name": self.reference.name,
-                "weights": "random",
+                "weights": self.reference.weights,
                 "parameters": self.reference.parameters,
                 "measured": self.reference.run.created,
                 "file": str(self.reference.file),
@@ -120,9 +123,11 @@ def profile(subjects: list[Subject], request: Request, progress: Progress) -> Pr
             in_blocks,
             [],
             target,
+            block_seconds=BLOCK_SECONDS,
             block_queries=EARLY_STOPPING_QUERIES,
             steady=STEADY,
-            limit_seconds=SECONDS_EACH * len(candidates),
+            steady_seconds=STEADY_SECONDS,
+            limit_seconds=sum(ARTIFACT_SECONDS if each.is_artifact else MODEL_SECONDS for each in subjects),
             logs=partial(_block_logs, submission) if submission and not request.official else None,
             progress=step.update,
         )
@@ -158,7 +163,7 @@ def _scenarios(found: Profile, request: Request, submission: Submission | None, 
     """The scenarios besides SingleStream's blocks, and accuracy, candidate by candidate."""
     for subject in found.subjects:
         split = _split(subject, request.dataset, found.notes)
-        plan = Plan(slug(subject.name), request.target.threads, request.official, request.user_conf)
+        plan = Plan(slug(subject.name), request.target.threads, request.official, request.user_conf, SECONDS)
         for scenario in request.scenarios:
             in_performance = scenario != "SingleStream" or request.official
             if not in_performance and split is None:

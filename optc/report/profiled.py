@@ -29,11 +29,11 @@ def latency_table(
     """
     table = Table("SingleStream", "precision", "p50 ms", "p90 ms", "p99 ms", "LoadGen", "params", "top-1", box=None,
                   pad_edge=False, header_style="bold")  # fmt: skip
-    table.columns[0].overflow = "fold"
+    table.columns[0].overflow, table.columns[0].min_width = "fold", len("SingleStream")
     if reference is not None:
-        table.add_column("/ reference")
+        table.add_column("ratio")
     for column in (*table.columns[2:5], *table.columns[6:]):
-        column.justify = "right"
+        column.justify, column.no_wrap = "right", True
     for result in measurement.results:
         compared = f"{ratio(result).value:.3g}" if ratio and result.percentiles else ""
         row = _row(result, parameters[result.name], accuracies[result.name])

@@ -21,6 +21,7 @@ Command = Callable[..., Any]
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare, "ROUNDS", 2)
+    monkeypatch.setattr(compare, "BLOCK_SECONDS", 0.02)
 
 
 @pytest.fixture(scope="module")

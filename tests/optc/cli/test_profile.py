@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from optc.bench.cache import cache_folder
+from optc.bench.run import read_run
+from optc.cli import profiling
+from optc.lowering.onnxruntime import OnnxRuntimeRunner
+
+Command = Callable[..., Any]
+ALONE = ("--against", "none")
+LABELLED = """
+import torch
+from torch import nn
+
+def labelled():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 10)), (torch.randn(1, 3, 224, 224),)
+
+def small():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 10)), (torch.randn(1, 3, 8, 8),)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiling, "SECONDS", 0.3)
+    monkeypatch.setattr(profiling, "STEADY_SECONDS", 0.0)
+    monkeypatch.setattr(profiling, "BLOCK_SECONDS", 0.02)
+    monkeypatch.setattr(profiling, "ARTIFACT_SECONDS", 1.0)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "labelled_model.py").write_text(LABELLED)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_every_scenario_of_every_artifact_in_a_folder(artifacts: Path, command: Command, folder: Path) -> None:
+    done = command("profile", str(artifacts), "--scenario", "all", "-o", "out", "--json", "-q", *ALONE)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    names = [str(artifacts / "fused"), str(artifacts / "plain")]
+    assert [result["name"] for result in document["results"]] == names
+    assert [target["weights"] for target in document["targets"]] == ["given", "given"]
+    assert {(each["name"], each["scenario"]) for each in document["scenarios"]} == {
+        (name, scenario) for name in names for scenario in ("MultiStream", "Server", "Offline")
+    }
+    assert all(each["loadgen"]["scenario"].replace(" ", "") == each["scenario"] for each in document["scenarios"])
+    assert document["overhead"]["loadgen_ns"] > 0
+    assert document["against"] is None
+    run = read_run(folder / "out" / "profile.json")
+    assert [result.name for result in run.results] == names
+    summaries = list((folder / "out").glob("open/optc/results/*/*/*/performance/run_1/mlperf_log_summary.txt"))
+    assert len(summaries) == 8
+    blocks = list((folder / "out").glob("open/optc/results/*/*fused/SingleStream/performance/run_*"))
+    assert len(blocks) == len(run.results[0].blocks)
+
+
+def test_the_table_says_what_is_valid_and_what_was_in_force(artifacts: Path, command: Command) -> None:
+    cpu = min(os.sched_getaffinity(0))
+    before = os.sched_getaffinity(0)
+    limits = ("--cpu-affinity", str(cpu), "--memory-limit", "64GiB", "--threads", "1")
+    done = command("profile", str(artifacts / "plain"), "--scenario", "offline", *limits, "-q", *ALONE)
+    assert done.returncode == 0, done.stderr
+    assert os.sched_getaffinity(0) == before
+    words = " ".join(done.stdout.split())
+    assert f"1 thread, on CPU {cpu}, at most 68719 MB of memory" in words
+    assert "samples/s" in words
+    assert "VALID" in words
+    assert "null backend" in words
+    assert "SingleStream" not in words
+
+
+def test_accuracy_is_loadgens_and_stands_in_the_table(command: Command, folder: Path) -> None:
+    made = command("optimize", "labelled_model:labelled", "--passes", "fuse", "--backend", "onnxruntime",
+                   "--no-measure", "-q", "-o", "made")  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    done = command("profile", "made", "--data", "digits", "-o", "out", "-q", *ALONE)
+    assert done.returncode == 0, done.stderr
+    document = json.loads((folder / "out" / "profile.json").read_text())
+    (accuracy,) = document["accuracies"]
+    assert accuracy["total"] == 359
+    assert accuracy["top1"] == accuracy["correct"] / 359
+    assert f"{accuracy['top1']:.2%}" in done.stdout
+    (text,) = (folder / "out").rglob("accuracy/accuracy.txt")
+    assert f"good={accuracy['correct']}, total=359" in text.read_text()
+
+
+def test_random_weights_have_no_accuracy(artifacts: Path, command: Command, folder: Path) -> None:
+    shutil.copytree(artifacts / "plain", "made")
+    manifest = json.loads(Path("made/manifest.json").read_text())
+    manifest["model"]["weights"] = "random"
+    Path("made/manifest.json").write_text(json.dumps(manifest))
+    done = command("profile", "made", "--data", "digits", "--json", "-q", *ALONE)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["accuracies"] == []
+    assert document["notes"] == ["made: no accuracy, its weights are random"]
+    assert document["targets"][0]["parameters"] == manifest["report"]["model_bytes"] // 4
+
+
+def test_a_reference_is_measured_once_and_remembered(
+    artifacts: Path, command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")  # of the process that measures the reference: saves its compiler
+    arguments = ("profile", str(artifacts / "plain"), "--against", "labelled_model:small", "--threads", "1", "-q")
+    first = command(*arguments, "--json")
+    assert first.returncode == 0, first.stderr
+    against = json.loads(first.stdout)["against"]
+    assert against["name"] == "labelled_model:small"
+    assert against["parameters"] == sum(n for n in (8 * 27 + 8, 8 * 36 * 10 + 10))
+    assert {result["name"] for result in against["results"]} >= {"labelled_model:small eager-fp32"}
+    assert all(result["blocks"][0]["latencies_ns"] for result in against["results"] if result["error"] is None)
+    (name,) = against["ratios"]
+    ratio = against["ratios"][name]
+    fastest = next(result for result in against["results"] if result["name"] == against["fastest"])
+    assert ratio["low"] <= ratio["value"] <= ratio["high"]
+    assert ratio["value"] == pytest.approx(
+        json.loads(first.stdout)["results"][0]["percentiles"]["p50_ns"] / fastest["percentiles"]["p50_ns"]
+    )
+    assert Path(against["file"]).parent == cache_folder("references")
+
+    def no_more(*arguments: object, **options: object) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(subprocess, "run", no_more)
+    second = command(*arguments)
+    assert second.returncode == 0, second.stderr
+    words = " ".join(second.stdout.split())
+    assert "top-1 ratio" in words
+    assert "labelled_model:small was measured on" in words
+    Path(against["file"]).write_text("{}")
+    assert command(*arguments).returncode == 2  # a file that is none is removed, to be made again
+    assert not Path(against["file"]).exists()
+
+
+def test_the_default_reference_may_fail_and_it_is_said(
+    artifacts: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("optc.machine.available_memory", lambda: 10**9)
+    done = command("profile", str(artifacts / "plain"), "--json", "-q")
+    assert done.returncode == 0, done.stderr
+    (note,) = json.loads(done.stdout)["notes"]
+    assert "not compared with vit_huge_patch14_224" in note
+    assert "--against" in note
+
+
+def test_a_runner_that_fails_is_invalid_and_nothing_hangs(
+    artifacts: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: OnnxRuntimeRunner, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
+        raise RuntimeError("no more memory")
+
+    monkeypatch.setattr(OnnxRuntimeRunner, "__call__", fail)
+    done = command("profile", str(artifacts / "plain"), "--scenario", "all", "--json", "-q", *ALONE)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert "no more memory" in document["results"][0]["error"]
+    assert len(document["scenarios"]) == 3
+    for each in document["scenarios"]:
+        assert not each["valid"]
+        assert "no more memory" in each["reasons"][0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nothing", *ALONE), "unknown model 'nothing'"),
+        ((".", *ALONE), "is no optc artifact"),
+        (("ARTIFACT", "--against", "vit_hug"), "unknown model 'vit_hug'"),
+        (("ARTIFACT", "--scenario", "Onstream"), "Onstream"),
+        (("ARTIFACT", "--memory-limit", "lots"), "is no size of memory"),
+        (("ARTIFACT", "--memory-limit", "1MB"), "optc itself has taken"),
+        (("ARTIFACT", "--cpu-affinity", "4096"), "may not use CPU 4096"),
+        (("ARTIFACT", "--scenario", "Server", "--user-conf", "bad.conf"), "line 1 is no setting"),
+        (("ARTIFACT", "-o", "."), "output folder '.' exists"),
+    ],
+)
+def test_bad_input_is_one_line(
+    arguments: tuple[str, ...], message: str, artifacts: Path, command: Command, folder: Path
+) -> None:
+    (folder / "bad.conf").write_text("target_qps is 3\n")
+    words = [str(artifacts / "plain") if word == "ARTIFACT" else word for word in arguments]
+    done = command("profile", *words, "-q")
+    assert done.returncode == 2, done.stdout
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_without_loadgen_one_line_says_what_to_install(artifacts: Path, folder: Path) -> None:
+    code = "import sys; sys.modules['mlperf_loadgen'] = None; from optc.cli.main import main; main()"
+    arguments = ("profile", str(artifacts / "plain"), "-q", *ALONE)
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "pip install mlcommons-loadgen" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
