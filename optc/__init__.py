@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from optc.api import Optimized as Optimized
     from optc.api import optimize as optimize
+    from optc.budget import Budget as Budget
+    from optc.budget import Metric as Metric
     from optc.data.dataset import Dataset as Dataset
     from optc.data.dataset import Split as Split
     from optc.errors import BackendError as BackendError
