@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 from rich.text import Text
 
-from optc.cli.options import json_option, print_json, progress_for, target_options, verbosity_options
+from optc.cli.options import (
+    json_option,
+    limit_options,
+    print_json,
+    progress_for,
+    target_options,
+    verbosity_options,
+)
 
 if TYPE_CHECKING:
     from optc.bench.compare import Contender
+    from optc.bench.run import Run
     from optc.cli.targets import Subject
     from optc.progress import Progress
     from optc.target import Target
@@ -28,6 +37,7 @@ LIMIT_SECONDS = 120.0
     "--weights", default="pretrained", show_default=True, help="For model names: pretrained, random or a file."
 )
 @click.option("--force", is_flag=True, help="Compare runs of different machines, threads or versions all the same.")
+@limit_options
 @target_options
 @json_option
 @verbosity_options
@@ -35,6 +45,8 @@ def command(
     targets: tuple[str, ...],
     weights: str,
     force: bool,
+    cpu_affinity: str | None,
+    memory_limit: str | None,
     threads: int | None,
     allow_fallback: bool,
     as_json: bool,
@@ -52,24 +64,53 @@ def command(
       optc compare alexnet-int8 alexnet
       optc compare monday.json friday.json
     """
-    progress = progress_for(verbose, quiet)
-    with progress.step("Importing PyTorch"):
-        from optc.bench.compare import comparisons, contender, refuse_unless_alike
-        from optc.bench.run import Run, read_run
-        from optc.bench.surroundings import surroundings
-        from optc.cli.targets import subjects
-        from optc.report.report import jsonable
-        from optc.target import Target, available_threads
+    from optc.bench.limits import limited, parse_bytes, parse_cpus
 
-    target = Target(threads=threads or available_threads(), allow_fallback=allow_fallback)
-    given: list[Run | Subject] = []
-    for name in targets:
-        given += [read_run(Path(name))] if _is_run(name) else subjects([name], weights, target, progress)
+    cpus = parse_cpus(cpu_affinity) if cpu_affinity else None
+    memory = parse_bytes(memory_limit) if memory_limit else None
+    progress = progress_for(verbose, quiet)
+    with limited(cpus=cpus):
+        with progress.step("Importing PyTorch"):
+            from optc.cli.targets import subjects
+            from optc.report.comparison import comparison_table
+            from optc.report.report import jsonable
+            from optc.target import Target, available_threads
+
+        target = Target(threads=threads or available_threads(), allow_fallback=allow_fallback)
+        with limited(memory_bytes=memory):
+            given = [
+                each
+                for name in targets
+                for each in ([_run(name)] if _is_run(name) else subjects([name], weights, target, progress))
+            ]
+            document = _compare(given, target, force, progress)
+    found, compared, notes = document["targets"], document["comparisons"], document["notes"]
+    if as_json:
+        plain = {"targets": [asdict(each) for each in found], "comparisons": [each.to_dict() for each in compared]}
+        print_json(jsonable({**document, **plain}))
+        return
+    console = Console(highlight=False)
+    console.print(comparison_table(found, compared))
+    warnings = [f"{each.target}: {warning}" for each in found for warning in each.result.warnings]
+    for line in dict.fromkeys((*notes, *warnings)):
+        console.print(Text(f"! {line}", style="yellow"))
+    for each in compared:
+        console.print(Text(each.verdict, style="bold"))
+
+
+def _compare(given: Sequence[Run | Subject], target: Target, force: bool, progress: Progress) -> dict[str, Any]:
+    """Measure what is not a saved run and compare everything with the first."""
+    from optc.bench.compare import comparisons, contender, refuse_unless_alike
+    from optc.bench.limits import in_force
+    from optc.bench.run import Run
+    from optc.bench.surroundings import surroundings
+
     if len(given) < 2:
         raise click.UsageError("compare needs two targets or more")
+    here = surroundings(target, in_force())
     conditions = [(each.name, each.surroundings) for each in given if isinstance(each, Run)]
     if len(conditions) < len(given):
-        conditions.append(("this run", surroundings(target)))
+        conditions.append(("this run", here))
     notes = refuse_unless_alike(conditions, force)
     measured = iter(_measured([each for each in given if not isinstance(each, Run)], target, progress))
     found = [
@@ -78,19 +119,13 @@ def command(
     compared = comparisons(found)
     if any(not each.interleaved for each in compared):
         notes.append("measured at different times: what changed on the machine in between is in the ratio as well")
-    if as_json:
-        document = {"surroundings": surroundings(target), "targets": [asdict(each) for each in found], "notes": notes}
-        print_json(jsonable({**document, "comparisons": [each.to_dict() for each in compared]}))
-        return
-    from optc.report.comparison import comparison_table
+    return {"surroundings": here, "targets": found, "comparisons": compared, "notes": notes}
 
-    console = Console(highlight=False)
-    console.print(comparison_table(found, compared))
-    warnings = [f"{each.target}: {warning}" for each in found for warning in each.result.warnings]
-    for line in dict.fromkeys((*notes, *warnings)):
-        console.print(Text(f"! {line}", style="yellow"))
-    for each in compared:
-        console.print(Text(each.verdict, style="bold"))
+
+def _run(name: str) -> Run:
+    from optc.bench.run import read_run
+
+    return read_run(Path(name))
 
 
 def _is_run(name: str) -> bool:
@@ -104,7 +139,6 @@ def _measured(subjects: list[Subject], target: Target, progress: Progress) -> li
 
     if not subjects:
         return []
-
     groups = [subject.candidates(target.batch) for subject in subjects]
     candidates = [candidate for group in groups for candidate in group]
     with progress.step("Measuring in turns with MLPerf LoadGen") as step:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from optc import Target
+from optc.bench.limits import in_force
 from optc.bench.measure import measure
 from optc.bench.results import Candidate
 from optc.bench.run import run_document
@@ -31,7 +32,7 @@ def run_file(artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     candidate = Candidate("plain", "", False, artifact.runner, 0, (artifact.example_query(),))
     measured = measure([candidate], [], target, blocks=2, block_seconds=0.02)
     path = tmp_path_factory.mktemp("runs") / "saved.json"
-    path.write_text(json.dumps(run_document(measured, surroundings(target))))
+    path.write_text(json.dumps(run_document(measured, surroundings(target, in_force()))))
     return path
 
 
@@ -78,6 +79,9 @@ def test_a_saved_run_of_other_threads_is_refused_unless_forced(
     assert "threads" in refused.stderr
     assert "77" in refused.stderr
     assert "--force" in refused.stderr
+    alike = command("compare", str(run_file), str(artifacts / "plain"), "-q")
+    assert alike.returncode == 0, alike.stderr
+    assert "not measured under the same conditions" not in " ".join(alike.stdout.split())
     forced = command("compare", str(other), str(artifacts / "plain"), "--force", "-q")
     assert forced.returncode == 0, forced.stderr
     assert "not measured under the same conditions" in " ".join(forced.stdout.split())
