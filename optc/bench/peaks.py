@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+
+from optc.bench.disturbance import Watch
 
 Work = tuple[Callable[[], object], float]
 """Something to repeat, and how much a call of it does (operations or bytes)."""
@@ -16,7 +18,7 @@ Work = tuple[Callable[[], object], float]
 _SIDES = (512, 1024)
 _SIZES = tuple(int(2**power) for power in range(18, 29, 2))
 """Bytes over all threads, 256 KiB to 256 MiB: from each core's cache to main memory."""
-_ROUNDS = 4
+_ROUNDS = 5
 _ROUND_SECONDS = 0.02
 
 
@@ -29,12 +31,14 @@ class Peaks:
             addition counts as two. A type that has no kernel is missing.
         bandwidth: (bytes, bytes a second) of touching that many bytes again and again, smallest first.
         measured: when, ISO 8601 in UTC.
+        disturbed: what else was going on then, in plain words; empty if nothing was.
     """
 
     threads: int
     operations: dict[str, float]
     bandwidth: tuple[tuple[int, float], ...]
     measured: str = ""
+    disturbed: str = ""
 
     def compute(self, kind: str) -> float:
         """Operations a second in a type; for one that was not measured those of float32."""
@@ -47,9 +51,19 @@ class Peaks:
         sizes, rates = np.log(np.array(self.bandwidth, np.float64)).T
         return float(np.exp(np.interp(np.log(max(size, 1.0)), sizes, rates)))
 
+    def or_better(self, other: Peaks) -> Peaks:
+        """These peaks, with those of ``other`` where they are higher."""
+        operations = {
+            kind: max(rate, other.operations.get(kind, 0.0))
+            for kind, rate in (other.operations | self.operations).items()
+        }
+        rates = dict(other.bandwidth)
+        bandwidth = tuple((size, max(rate, rates.get(size, 0.0))) for size, rate in self.bandwidth)
+        return replace(self, operations=operations, bandwidth=bandwidth)
+
 
 def measure_peaks(threads: int, measured: str = "") -> Peaks:
-    """Measure this machine's CPU with ``threads`` threads; takes some three seconds.
+    """Measure this machine's CPU with ``threads`` threads; takes some four seconds.
 
     Each thread works for itself and the best of several short rounds counts, so that other load on the machine, which
     can only take away, takes little. Products are PyTorch's (oneDNN's and its BLAS'), of square matrices; memory is
@@ -58,18 +72,19 @@ def measure_peaks(threads: int, measured: str = "") -> Peaks:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        operations = {
-            kind: max(_best([make(side) for _ in range(threads)]) for side in _SIDES)
-            for kind, make in _PRODUCTS.items()
-            if _runs(make)
-        }
-        rates = [_bandwidth(size, threads) for size in _SIZES]
+        with Watch() as watch:
+            operations = {
+                kind: max(_best([make(side) for _ in range(threads)]) for side in _SIDES)
+                for kind, make in _PRODUCTS.items()
+                if _runs(make)
+            }
+            rates = [_bandwidth(size, threads) for size in _SIZES]
     finally:
         torch.set_num_threads(before)
     # What fits into a smaller cache is never slower: overhead per call is not the memory's.
     monotone = np.maximum.accumulate(rates[::-1])[::-1]
     bandwidth = tuple((size, float(rate)) for size, rate in zip(_SIZES, monotone, strict=True))
-    return Peaks(threads, operations, bandwidth, measured)
+    return Peaks(threads, operations, bandwidth, measured, "; ".join(watch.warnings()))
 
 
 def _product(dtype: torch.dtype) -> Callable[[int], Work]:

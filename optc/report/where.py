@@ -84,10 +84,9 @@ def in_words(profile: LayerProfile) -> list[str]:
     if told:
         lines.append(f"Of the time, {'; '.join(told)}.")
     if any(layer.share > _BEYOND and layer.seconds > _TICK for layer in profile.layers):
-        lines.append(
-            "Some operators go beyond their roof: the machine was busy when its peaks were measured. They are measured"
-            f" again once {peaks_file(profile.peaks.threads)} is deleted."
-        )
+        file = peaks_file(profile.peaks.threads)
+        again = "the next report measures" if profile.peaks.disturbed else f"delete {file} to measure"
+        lines.append(f"Some operators go beyond their roof: its peaks were measured too low; {again} them again.")
     return lines
 
 
@@ -136,5 +135,7 @@ def _peaks_table(profile: LayerProfile) -> Table:
         for kind, rate in peaks.operations.items()
     ]
     rows += [(f"memory, {megabytes(size)} in turns", f"{rate / 1e9:,.0f}", "GB/s") for size, rate in peaks.bandwidth]
-    title = f"What this machine reached at best with {peaks.threads} threads ({peaks.measured})"
+    title = f"What this machine reached at best with {peaks.threads} threads, {peaks.measured.partition('T')[0]}"
+    if peaks.disturbed:
+        title += f" ({peaks.disturbed})"
     return Table(title, ("what", "peak", "unit"), tuple(rows), (1,), folded=True)

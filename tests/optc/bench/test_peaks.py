@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -31,12 +32,28 @@ def test_peaks_are_rates_by_type_and_by_size() -> None:
 def test_peaks_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     first = peaks_cache.peaks(1)
-    assert peaks_cache.peaks(1) == first
     file = peaks_cache.peaks_file(1)
     assert file.is_relative_to(tmp_path / "optc" / "peaks")
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"measured": "before"}))
-    assert peaks_cache.peaks(1).measured == "before"
+    assert json.loads(file.read_text())["operations"] == first.operations
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"measured": "before", "disturbed": ""}))
+    assert peaks_cache.peaks(1) == replace(first, measured="before", disturbed="")
     assert peaks_cache.peaks_file(2) != file
+
+
+@pytest.mark.usefixtures("quick")
+def test_disturbed_peaks_are_measured_again_and_the_higher_ones_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    file = peaks_cache.peaks_file(1)
+    file.parent.mkdir(parents=True)
+    known = Peaks(1, {"float32": 1e18, "bfloat16": 1.0}, ((2**14, 1e18), (2**18, 1.0)), "before", "other processes")
+    file.write_text(json.dumps(asdict(known)))
+    found = peaks_cache.peaks(1)
+    assert found.measured != "before"
+    assert found.operations["float32"] == found.bandwidth[0][1] == 1e18
+    assert found.operations["bfloat16"] > 1.0
+    assert found.bandwidth[1][1] > 1.0
 
 
 @pytest.mark.usefixtures("quick")
