@@ -27,11 +27,12 @@ class Layer:
 
     Attributes:
         name, operator: as the runtime calls it and what it runs.
-        nodes: the graph's nodes in it; empty for what the runtime added.
+        nodes: the graph's nodes that it has a part in; empty for what the runtime added.
         module: path of the source module of the node with most operations; may be empty.
         kind: the type it computes in, ``"float32"``, ``"int8"``, …; may be empty.
         seconds: median time of a query.
-        operations, bytes: what its nodes have to compute, and to read and write where nothing between them is stored.
+        operations, bytes: what its nodes have to compute, and to read and write where nothing between them is stored;
+            a node that several operators have a part in counts for the slowest of them only.
         floor_seconds: the least time that takes here: at the peak for its type or the bandwidth for its size.
         bound: ``"compute"`` or ``"memory"``, whichever makes the floor; ``"overhead"`` where the time is far above it;
             empty where the graph does not say what it has to do.
@@ -123,9 +124,20 @@ def profiled(
     """
     graph = CostGraph(costs)
     weights = sum(cost.constant_bytes for cost in costs)
-    layers = tuple(_layer(time, graph, origins, weights, peaks) for time in times)
-    kinds = {node: layer.kind for layer in layers for node in layer.nodes if layer.kind}
-    usual = next(iter(Counter(kinds.values()).most_common(1)), ("float32", 0))[0]
+    claims = [_known(time.nodes, origins, graph) for time in times]
+    owner: dict[str, int] = {}
+    for index in sorted(range(len(times)), key=lambda index: -times[index].seconds):
+        for node in claims[index]:
+            owner.setdefault(node, index)  # what several operators have a part in counts for the slowest
+    layers = tuple(
+        _layer(time, nodes, [node for node in nodes if owner[node] == index], graph, weights, peaks)
+        for index, (time, nodes) in enumerate(zip(times, claims, strict=True))
+    )
+    kinds = {node: layers[index].kind for node, index in owner.items() if layers[index].kind}
+    work = Counter[str]()
+    for node, kind in kinds.items():
+        work[kind] += round(graph[node].operations)
+    usual = next(iter(work.most_common(1)), ("float32", 0))[0]
     computing = sum(cost.operations / peaks.compute(kinds.get(cost.node, usual)) for cost in costs)
     operations, constants, moved = graph.traffic(graph)
     moving = (constants + moved) / peaks.memory(constants + moved)
@@ -133,13 +145,22 @@ def profiled(
     return LayerProfile(what, layers, operations, constants + moved, max(computing, moving), bound, peaks)
 
 
-def _layer(time: KernelTime, graph: CostGraph, origins: Mapping[str, str], weights: int, peaks: Peaks) -> Layer:
-    nodes = tuple(dict.fromkeys(origins.get(node, "") if origins else node for node in time.nodes))
-    found = [graph[node] for node in nodes if node in graph]
-    layer = Layer(time.name, time.operator, tuple(c.node for c in found), "", time.kind, time.seconds, 0.0, 0, 0.0, "")
-    if not found:
+def _known(names: Sequence[str], origins: Mapping[str, str], graph: CostGraph) -> tuple[str, ...]:
+    """The graph's nodes behind a runtime's names."""
+    nodes = dict.fromkeys(origins.get(name, "") if origins else name for name in names)
+    return tuple(node for node in nodes if node in graph)
+
+
+def _layer(
+    time: KernelTime, nodes: tuple[str, ...], owned: Sequence[str], graph: CostGraph, weights: int, peaks: Peaks
+) -> Layer:
+    """An operator beside what the nodes it owns have to do; nothing is known of one that only has a part in some."""
+    largest = max(nodes, key=lambda node: graph[node].operations, default=None)
+    module = graph[largest].module if largest is not None else ""
+    layer = Layer(time.name, time.operator, nodes, module, time.kind, time.seconds, 0.0, 0, 0.0, "")
+    if not owned:
         return layer
-    operations, constants, moved = graph.traffic(layer.nodes)
+    operations, constants, moved = graph.traffic(owned)
     computing = operations / peaks.compute(time.kind)
     # Between two queries all weights pass through the caches; a layer's values were written just before.
     moving = (constants / peaks.memory(weights) if constants else 0.0) + moved / peaks.memory(moved)
@@ -147,7 +168,6 @@ def _layer(time: KernelTime, graph: CostGraph, origins: Mapping[str, str], weigh
     bound = "compute" if computing >= moving else "memory"
     return replace(
         layer,
-        module=max(found, key=lambda cost: cost.operations).module,
         operations=operations,
         bytes=constants + moved,
         floor_seconds=floor,

@@ -19,7 +19,7 @@ BOUNDS = {
     "compute": "compute",
     "memory": "memory",
     "overhead": "neither",
-    "": "moves data only",
+    "": "–",
 }
 """What an operator's time is said to be bound by."""
 _BEYOND, _TICK = 1.1, 5e-5
@@ -78,7 +78,7 @@ def in_words(profile: LayerProfile) -> list[str]:
         "compute": "in operators bound by compute",
         "memory": "in operators bound by memory",
         "overhead": "in operators bound by neither, where calls, copies or an unfit kernel cost more than the work",
-        "": "in operators that only move data or change its layout",
+        "": "in operators that only move data or do a small part of a node",
     }
     told = [f"{shares[bound]:.0%} {text}" for bound, text in words.items() if round(shares[bound], 2)]
     if told:
@@ -118,10 +118,10 @@ def _rows(profile: LayerProfile) -> tuple[tuple[str, ...], ...]:
             layer.kind,
             f"{layer.seconds * 1e3:.3f}",
             f"{layer.seconds / (profile.seconds or 1.0):.1%}",
-            f"{layer.operations / 1e6:.3g}" if layer.nodes else "",
-            f"{layer.bytes / 1e6:.3g}" if layer.nodes else "",
-            f"{layer.floor_seconds * 1e3:.3f}" if layer.nodes else "",
-            f"{layer.share:.0%}" if layer.nodes and layer.seconds else "",
+            f"{layer.operations / 1e6:.3g}" if layer.bound else "",
+            f"{layer.bytes / 1e6:.3g}" if layer.bound else "",
+            f"{layer.floor_seconds * 1e3:.3f}" if layer.bound else "",
+            f"{layer.share:.0%}" if layer.bound and layer.seconds else "",
             BOUNDS[layer.bound],
         )
         for layer in profile.layers

@@ -58,6 +58,19 @@ def test_names_of_the_runtime_lead_to_nodes_of_the_graph() -> None:
     assert only(KernelTime("k", "Conv", 2e-3, "int8", ("conv",)), origins).nodes == ()
 
 
+def test_work_that_operators_share_counts_once_for_the_slowest() -> None:
+    times = [
+        KernelTime("bias", "Add", 1e-6, "float32", ("conv",)),
+        KernelTime("product", "MatMul", 2e-3, "int8", ("conv",)),
+        KernelTime("fc", "Gemm", 1e-6, "float32", ("fc",)),
+    ]
+    profile = profiled("net", times, (CONV, replace(FC, constant_bytes=0)), {}, PEAKS)
+    bias, product, _ = profile.layers
+    assert (bias.nodes, bias.module, bias.operations, bias.bound) == (("conv",), "stem", 0.0, "")
+    assert (product.operations, product.kind) == (1e6, "int8")
+    assert profile.floor_seconds == pytest.approx(1e6 / 4e9 + 2000 / 1e9)
+
+
 def test_what_the_runtime_added_has_no_roof() -> None:
     layer = only(KernelTime("k", "Reorder", 1e-3))
     assert (layer.bound, layer.operations, layer.share, layer.label) == ("", 0.0, 0.0, "Reorder")
