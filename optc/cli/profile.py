@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -117,12 +118,14 @@ def command(
     cpus = parse_cpus(cpu_affinity) if cpu_affinity else None
     memory = parse_bytes(memory_limit) if memory_limit else None
     progress = progress_for(verbose, quiet)
-    with limited(cpus=cpus):
+    with ExitStack() as stack:
+        stack.enter_context(limited(cpus=cpus))
         with progress.step("Importing PyTorch"):
             from optc.bench.settings import SCENARIOS
             from optc.cli.profiling import Request, profile
             from optc.cli.targets import subjects
             from optc.data.dataset import open_dataset
+            from optc.lowering.artifact import folder_written_whole
             from optc.report.report import jsonable
             from optc.target import Target, available_threads
 
@@ -132,6 +135,7 @@ def command(
         limits: tuple[str, ...] = ("--threads", str(target.threads))
         limits += ("--cpu-affinity", cpu_affinity) if cpu_affinity else ()
         limits += ("--memory-limit", memory_limit) if memory_limit else ()
+        folder = stack.enter_context(folder_written_whole(output)) if output is not None else None
         request = Request(
             target=target,
             scenarios=asked,
@@ -139,7 +143,7 @@ def command(
             dataset=open_dataset(data) if data else None,
             official=official,
             user_conf=user_conf,
-            output=output,
+            output=folder,
             commands=(command_line(),),
             limits=limits,
         )
@@ -149,12 +153,10 @@ def command(
         if layers or report is not None:
             with progress.step("Looking at layers and memory") as step:
                 insides = {subject.name: subject.look_inside(step.update) for subject in found.subjects}
-    document = jsonable(
-        {**found.to_dict(), **({"inside": {name: asdict(each) for name, each in insides.items()}} if insides else {})}
-    )
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / PROFILE_FILE).write_text(json.dumps(document, indent=1), encoding="utf-8")
+        inside = {"inside": {name: asdict(each) for name, each in insides.items()}} if insides else {}
+        document = jsonable({**found.to_dict(), **inside})
+        if folder is not None:
+            (folder / PROFILE_FILE).write_text(json.dumps(document, indent=1), encoding="utf-8")
     if report is not None:
         from optc.report.measured import measured_document
         from optc.report.write import write_report

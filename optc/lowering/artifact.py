@@ -105,7 +105,7 @@ def write_artifact(
     """
     if path.exists() or path.is_symlink():
         raise ArtifactError(f"output folder '{path}' exists", "choose another -o or remove it")
-    with _folder_written_whole(path) as temporary:
+    with folder_written_whole(path) as temporary:
         for name in lowered.files:
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             _link_or_copy(source / name, temporary / name)
@@ -131,8 +131,12 @@ def write_artifact(
 
 
 @contextmanager
-def _folder_written_whole(path: Path) -> Iterator[Path]:
-    """A folder that becomes ``path`` if the block succeeds, and goes, with the parents made for it, if it does not."""
+def folder_written_whole(path: Path) -> Iterator[Path]:
+    """A folder that becomes ``path`` if the block succeeds, and goes, with the parents made for it, if it does not.
+
+    Raises:
+        ArtifactError: nothing can be written there.
+    """
     parents = [parent for parent in path.parents if not parent.exists()]
     temporary = None
     try:

@@ -175,6 +175,19 @@ def test_a_runner_that_fails_is_invalid_and_nothing_hangs(
         assert "no more memory" in each["reasons"][0]
 
 
+def test_an_interrupted_run_leaves_no_folder(
+    artifacts: Path, command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: OnnxRuntimeRunner, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(OnnxRuntimeRunner, "__call__", interrupted)
+    before = sorted(folder.iterdir())
+    done = command("profile", str(artifacts / "plain"), "-o", "runs/out", "-q", *ALONE)
+    assert (done.returncode, done.stderr.strip()) == (2, "optc: interrupted; nothing was written")
+    assert sorted(folder.iterdir()) == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
