@@ -7,7 +7,9 @@ from optc.bench.memory import Memory
 from optc.report.charts import steps_chart
 from optc.report.document import Chart, Section, Table
 from optc.report.where import where_section
-from optc.report.words import megabytes
+from optc.report.words import megabytes, milliseconds
+
+_WANTED = {"compute": "arithmetic units", "memory": "memory bandwidth"}
 
 
 def inside_sections(inside: Inside, name: str = "") -> tuple[Section, ...]:
@@ -23,6 +25,24 @@ def inside_sections(inside: Inside, name: str = "") -> tuple[Section, ...]:
         Section(f"{where.title}{of}", (*where.parts, *told)),
         Section(f"Memory{of}", _memory(inside.memory)),
     )
+
+
+def inside_in_words(inside: Inside) -> list[str]:
+    """What is inside in a line each: how far the time is from what the machine could do, and the memory it takes."""
+    lines = []
+    after = inside.layers_after
+    if after is not None and after.operations and after.seconds:
+        lines.append(
+            f"Its operators take {milliseconds(after.seconds)}; this machine could not do their work in less than"
+            f" {milliseconds(after.floor_seconds)}, for want of {_WANTED[after.bound]}."
+        )
+    if len(inside.memory) > 1:
+        first, last = inside.memory[0], inside.memory[-1]
+        lines.append(
+            f"A process that only answers queries takes {megabytes(last.query_peak)} of memory, in eager PyTorch"
+            f" {megabytes(first.query_peak)}."
+        )
+    return lines
 
 
 def _memory(found: tuple[Memory, ...]) -> tuple[str | Chart | Table, ...]:

@@ -13,7 +13,7 @@ from optc.report.document import Chart
 from optc.report.svg import INK, MUTED, SERIES, element, figure
 from optc.report.words import short, shortened
 
-BARS = 14
+BARS = 12
 """Most layers shown as bars; the others are added up in one."""
 _COLOURS = {"float32": SERIES[0], "bfloat16": SERIES[3], "float16": SERIES[4], "int8": SERIES[1], "int4": SERIES[2]}
 
@@ -84,7 +84,7 @@ def bars_chart(profiles: Mapping[str, LayerProfile]) -> Chart:
     ranked = sorted(together, key=lambda module: -together[module])
     shown, rest = ranked[:BARS], ranked[BARS:]
     labels = [*shown, *([f"{len(rest)} others"] if rest else [])]
-    with figure(0.7 + 0.19 * len(labels) * (len(times) + 0.6)) as drawn:
+    with figure(0.7 + 0.16 * len(labels) * (len(times) + 0.6)) as drawn:
         axes = drawn.add_subplot()
         height = 0.8 / len(times)
         for number, (name, each) in enumerate(times.items()):

@@ -17,7 +17,7 @@ from optc.passmanager.contract import PassRecord
 from optc.report.charts import Point, pareto_chart, steps_chart
 from optc.report.deviations import deviations
 from optc.report.document import Chart, Code, Document, Section, Table
-from optc.report.inside import inside_sections
+from optc.report.inside import inside_in_words, inside_sections
 from optc.report.measured import candidates_table, environment, latency_charts, warnings_section
 from optc.report.report import Report
 from optc.report.terminal import REFERENCE
@@ -54,7 +54,7 @@ def optimized_document(
         title=f"{report.model.name}: before and after optc",
         verdict=_headline(report),
         good=report.faster if report.measurement else None,
-        summary=tuple(_summary(report)),
+        summary=(*_summary(report), *(inside_in_words(inside) if inside else ())),
         sections=tuple(section for section in sections if section.parts),
         made=f"Made by optc {optc.__version__}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC.",
     )
@@ -96,10 +96,15 @@ def _summary(report: Report) -> list[str]:
         )
     accuracy = report.accuracy
     if accuracy.before is not None and accuracy.after is not None:
-        change = accuracy.after - accuracy.before
-        lines.append(f"Accuracy went from {accuracy.before:.2%} to {accuracy.after:.2%} ({change * 100:+.2f} points).")
+        change, on = accuracy.after - accuracy.before, f" on {accuracy.data}" if accuracy.data else ""
+        metric = f"{accuracy.metric[:1].upper()}{accuracy.metric[1:]}"
+        lines.append(
+            f"{metric} went from {accuracy.before:.2%} to {accuracy.after:.2%} ({change * 100:+.2f} points){on}."
+        )
     else:
         lines.append(f"Accuracy: {accuracy.reason}.")
+    if report.budget:
+        lines.append(f"The accuracy budget: {report.budget.text}.")
     share = report.file_bytes / report.model_bytes if report.model_bytes else 1.0
     lines.append(
         f"Its files take {megabytes(report.file_bytes)}, {share:.0%} of the original weights"
@@ -169,7 +174,7 @@ def _passes(report: Report) -> tuple[str | Chart | Table | Code, ...]:
         parts.append(steps_chart("The graph, pass by pass", "number of operators", stages, operators, _EXPLICIT))
         parts.append(steps_chart("Its weights, pass by pass", "MB", stages, [size / 1e6 for size in sizes]))
         parts.append(_pass_table(changed))
-    idle = [record.name for record in report.passes if not record.modified]
+    idle = dict.fromkeys(record.name for record in report.passes if not record.modified)
     if idle:
         parts.append(f"Nothing to do for {', '.join(idle)}.")
     skipped = _skipped(report.passes)
