@@ -168,7 +168,7 @@ def _constants(node: fx.Node) -> list[fx.Node]:
         return [node]
     if node.op != "call_function" or not _is_transparent(node):
         return []
-    found = [_constants(operand) for operand in node.all_input_nodes]
+    found = [_constants(operand) for operand in node.all_input_nodes if _value(operand) is not None]
     return [constant for each in found for constant in each] if all(found) else []
 
 

@@ -104,3 +104,18 @@ def test_an_operator_of_several_results_counts_by_its_first() -> None:
     assert norm.operations == norm.writes / 4 == 8 * 10 * 10
     assert norm.constant_bytes == 4 * 8 * 4
     assert norm.result
+
+
+def test_a_constant_repeated_for_each_sample_is_read_once() -> None:
+    class Token(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token = nn.Parameter(torch.zeros(1, 1, 8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([self.token.expand(len(x), -1, -1), x], dim=1)
+
+    (joined,) = costs_of(Token(), (3, 8), batch=4).values()
+    assert joined.constant_bytes == 8 * 4
+    assert sum(joined.reads.values()) == 4 * 3 * 8 * 4
+    assert joined.operations == 0
