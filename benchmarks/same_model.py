@@ -44,7 +44,7 @@ def benchmark() -> Result:
                 "no difference": same,
                 "faster": sum(each["outcome"] == "faster" for each in found),
                 "slower": sum(each["outcome"] == "slower" for each in found),
-                "median width of the interval": widths[len(widths) // 2],
+                "median width of the 99 % interval": widths[len(widths) // 2],
             }
         ],
         raw=found,

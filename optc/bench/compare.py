@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from optc.bench import statistics
+from optc.bench.paired import block_ratio
 from optc.bench.results import CandidateResult
 from optc.bench.statistics import Ratio
 from optc.bench.surroundings import differences
@@ -33,7 +33,7 @@ class Comparison:
     """One target beside the first.
 
     Attributes:
-        ratio: median latency of ``target`` over that of ``base``.
+        ratio: latency of ``target`` over that of ``base``, from the medians of their blocks.
         interleaved: whether their blocks took turns. If not, they were measured at different times, and what changed
             on the machine in between is in the ratio but not in its interval.
         warnings: what makes either number doubtful.
@@ -80,7 +80,7 @@ def comparisons(contenders: Sequence[Contender]) -> list[Comparison]:
 
 def _compare(base: Contender, other: Contender) -> Comparison:
     interleaved = not base.saved and not other.saved
-    ratio = statistics.ratio_of_medians(other.result.latencies_ns, base.result.latencies_ns, interleaved=interleaved)
+    ratio = block_ratio(other.result.latencies_ns, base.result.latencies_ns, paired=interleaved)
     warnings = [f"{each.target}: {warning}" for each in (base, other) for warning in each.result.warnings]
     return Comparison(other.target, base.target, ratio, interleaved, tuple(warnings))
 

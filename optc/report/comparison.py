@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from optc.bench.compare import Comparison, Contender
+from optc.bench.paired import CONFIDENCE
 
 
 def comparison_table(contenders: Sequence[Contender], comparisons: Sequence[Comparison]) -> Table:
@@ -16,7 +17,7 @@ def comparison_table(contenders: Sequence[Contender], comparisons: Sequence[Comp
     A number whose measurement has warnings is marked with an exclamation mark.
     """
     table = Table(
-        "target", "precision", "p50 ms", "p90 ms", "p99 ms", "times the first", "95 % interval",
+        "target", "precision", "p50 ms", "p90 ms", "p99 ms", "times the first", f"{CONFIDENCE:.0%} interval",
         box=None, pad_edge=False, header_style="bold",
     )  # fmt: skip
     for column in table.columns[2:]:

@@ -33,7 +33,7 @@ def test_blocks_that_took_turns_are_compared_in_pairs() -> None:
     (paired,) = comparisons([first, other])
     assert paired.interleaved
     assert paired.ratio.value == pytest.approx(0.9, abs=0.02)
-    assert paired.verdict.startswith("b: 0.9")
+    assert paired.verdict.startswith(f"b: {paired.ratio.value:.3f} times [")
     assert paired.verdict.endswith("the latency of a: faster")
     saved = contender("a", [_result("a", 1.0, 0)], saved=True)
     (unpaired,) = comparisons([saved, other])
