@@ -133,7 +133,8 @@ def optimize(
             nothing holds, only passes that promise exact outputs are run. Without ``evaluate``, it limits the share of
             verification samples whose largest output becomes another.
         validate: the same metric on other data, for the search; ``evaluate`` then only confirms the result.
-        verification: batches to compare outputs on after every pass; ``example_inputs`` if not given.
+        verification: batches to compare outputs on after every pass; if not given, the first batch of ``calibration``,
+            and without that ``example_inputs``, which often are noise that no trained model is meant for.
         verify: compare outputs after every pass, and the runtime's with the graph's.
         measure: measure latency against the best unquantized baselines. Backends are measured against each other, where
             there are several, in any case.
@@ -158,14 +159,14 @@ def optimize(
         model_bytes = captured.constant_bytes()
         step.done(f"{captured.operator_count()} operators, {model_bytes / 1e6:.1f} MB")
     watchers: list[Instrument] = [Timing(), Statistics()]
-    batches = list(Batches(verification or [captured.example_inputs], captured))
+    ranges = as_calibration(calibration, captured)
+    batches = list(Batches(verification or _representative(ranges, captured), captured))
     if verify:
         with run.step("Running the captured model on verification inputs"):
             watchers.append(Verify(captured, batches, Path.cwd()))
     metric = _metric(evaluate, captured, batches if max_drop is not None else None)
     before = _before(run, metric, model, captured)
     search = _metric(validate, captured, None) or metric
-    ranges = as_calibration(calibration, captured)
     measures = {each.name: _latency_on(each, target) for each in chosen if not has_own_process(each)}
     flags = isa() if target.device == "cpu" else None
     context = PassContext(target, ranges, (*watchers, *instruments), isa=flags, note=run.note, latency=measures)
@@ -301,6 +302,15 @@ class _Run:
         with self._progress.step(title) as step:
             yield step
         self.seconds[title] = time.perf_counter() - start
+
+
+def _representative(ranges: Calibration | None, captured: Program) -> list[tuple[Tensor, ...]]:
+    """A batch like those the model is meant for; what is wrong with calibration data, the pass that reads it tells."""
+    first = next(iter(ranges), None) if ranges is not None else None
+    fits = first is not None and len(first) == len(captured.example_inputs)
+    if first is None or not fits or not all(bool(tensor.isfinite().all()) for tensor in first):
+        return [captured.example_inputs]
+    return [first]
 
 
 def _metric(

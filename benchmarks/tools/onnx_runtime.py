@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import onnxruntime
 import torch
@@ -38,6 +38,12 @@ class StaticInt8(Peer):
     """``quantize_static`` as its documentation says to use it on CPUs: pre-processing, QDQ, S8S8, per channel."""
 
     name = "onnxruntime int8"
+    settings: ClassVar[dict[str, Any]] = {
+        "quant_format": QuantFormat.QDQ,
+        "per_channel": True,
+        "activation_type": QuantType.QInt8,
+        "weight_type": QuantType.QInt8,
+    }
 
     def produce(self, task: Task, folder: Path) -> dict[str, Any]:
         """Export, pre-process, calibrate, quantize."""
@@ -48,10 +54,7 @@ class StaticInt8(Peer):
             prepared,
             folder / FILE,
             _Reader(task),
-            quant_format=QuantFormat.QDQ,
-            per_channel=True,
-            activation_type=QuantType.QInt8,
-            weight_type=QuantType.QInt8,
+            **self.settings,
             use_external_data_format=big,
         )
         return {}
@@ -59,6 +62,13 @@ class StaticInt8(Peer):
     def load(self, task: Task, folder: Path) -> Runner:
         """A session over the quantized file."""
         return session_runner(folder / FILE, task, "int8")
+
+
+class StaticInt8Defaults(StaticInt8):
+    """``quantize_static`` with its default settings: S8S8, one scale for each weight."""
+
+    name = "onnxruntime int8, defaults"
+    settings: ClassVar[dict[str, Any]] = {}
 
 
 class _Reader(CalibrationDataReader):  # type: ignore[misc]

@@ -10,7 +10,7 @@ from pydantic import Field
 from optc import Numerics, OptcError, Pass, PassContext, PassOptions, PassResult, Program, Skip
 from optc_passes.observers import ActivationObserver, EntropyObserver, MseObserver, PercentileObserver
 from optc_passes.quant_account import Entry, account, entries, noisiest
-from optc_passes.quant_auto import Choice, choose, measured_table
+from optc_passes.quant_auto import Choice, choose, measure_layers, possible_formats
 from optc_passes.quant_budget import MIN_SQNR_DB, over_budget
 from optc_passes.quant_formats import FLOAT, INT8, WEIGHTS_ALONE, Attempt, Formats, LayerFormats
 from optc_passes.quantizer import SATURATES
@@ -110,11 +110,14 @@ class Quant(Pass):
                 "quant.formats=auto needs a backend to measure layers on, one that does not compile for seconds",
                 "use optc optimize with --backend auto or onnxruntime",
             )
+        forms = possible_formats(layers)
+        noise = layers.noise({name: tuple(form for form in each if form != FLOAT) for name, each in forms.items()})
+        wholes = noisiest(layers, noise, context)
         best: Choice | None = None
         for backend, latency in context.latency.items():
-            context.progress(f"measuring {len(layers.names)} layers on {backend}")
-            table = measured_table(layers, backend, latency, context)
-            choice = choose(layers, table, context) if table else None
+            seconds = measure_layers(layers, forms, backend, latency, context)
+            table = entries(layers, forms, noise, wholes, backend, seconds)
+            choice = choose(layers, table, context) if seconds else None
             if choice is not None and (best is None or choice.seconds < best.seconds):
                 best = choice
         if best is None:

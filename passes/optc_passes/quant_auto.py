@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor, fx
 
 from optc import PassContext, Program
-from optc_passes.quant_account import Entry, entries, noisiest
+from optc_passes.quant_account import Entry, Pair
 from optc_passes.quant_budget import MIN_SQNR_DB, over_budget
 from optc_passes.quant_formats import FLOAT, INT8, Attempt, LayerFormats
 from optc_passes.quant_plan import Layer
@@ -40,29 +40,34 @@ class Choice:
         )
 
 
-def measured_table(
-    layers: LayerFormats, backend: str, latency: Callable[[Sequence[Program]], list[float]], context: PassContext
-) -> list[Entry]:
-    """Noise, latency and size of every layer in every format it can have. Layers of the same kind are measured once.
+def possible_formats(layers: LayerFormats) -> dict[str, tuple[str, ...]]:
+    """By layer, the formats it can have, float first."""
+    forms = (FLOAT, INT8, *layers.local)
+    return {name: tuple(form for form in forms if not layers.refusal(name, form)) for name in layers.names}
+
+
+def measure_layers(
+    layers: LayerFormats,
+    forms: Mapping[str, Sequence[str]],
+    backend: str,
+    latency: Callable[[Sequence[Program]], list[float]],
+    context: PassContext,
+) -> dict[Pair, float]:
+    """Seconds that each layer takes by itself in each of its formats. Layers of the same kind are measured once.
 
     Empty if the backend cannot run some layer in float.
     """
-    possible = {
-        name: tuple(form for form in (FLOAT, INT8, *layers.local) if layers.refusal(name, form) is None)
-        for name in layers.names
-    }
     measured: dict[str, list[float]] = {}
-    seconds: dict[tuple[str, str], float] = {}
+    seconds: dict[Pair, float] = {}
     for number, layer in enumerate(layers.plan.layers, 1):
         name, kind = layer.node.name, _kind(layer)
         if kind not in measured:
             context.progress(f"measuring layer {number}/{len(layers.names)} on {backend}")
-            measured[kind] = latency([layers.alone(layer, form, context.target.batch) for form in possible[name]])
-        seconds.update({(name, form): taken for form, taken in zip(possible[name], measured[kind], strict=True)})
+            measured[kind] = latency([layers.alone(layer, form, context.target.batch) for form in forms[name]])
+        seconds.update({(name, form): taken for form, taken in zip(forms[name], measured[kind], strict=True)})
         if math.isnan(seconds[name, FLOAT]):
-            return []
-    noise = layers.noise({name: tuple(form for form in each if form != FLOAT) for name, each in possible.items()})
-    return entries(layers, possible, noise, noisiest(layers, noise, context), backend, seconds)
+            return {}
+    return seconds
 
 
 def choose(layers: LayerFormats, table: Sequence[Entry], context: PassContext) -> Choice:
