@@ -113,7 +113,7 @@ def test_a_constant_repeated_for_each_sample_is_read_once() -> None:
             self.token = nn.Parameter(torch.zeros(1, 1, 8))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.cat([self.token.expand(len(x), -1, -1), x], dim=1)
+            return torch.cat([self.token.expand(x.shape[0], -1, -1), x], dim=1)
 
     (joined,) = costs_of(Token(), (3, 8), batch=4).values()
     assert joined.constant_bytes == 8 * 4
