@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -363,3 +364,48 @@ def test_candidates_may_have_inputs_of_their_own(log: list[tuple[str, str]], que
     own = ((np.ones((2, 5), np.float32),),)
     _short([Candidate("own", "", False, lambda: _Watched("own", note, log), 0, own)], query)
     assert shapes == {(2, 5)}
+
+
+def test_rounds_go_on_until_every_median_is_known_well_enough(
+    log: list[tuple[str, str]], query: list[Arrays], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure_module, "_uncertainty", lambda state: 0.1 / len(state.blocks))
+    monkeypatch.setattr(measure_module, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(measure_module, "STEADYING_BLOCKS", 7)
+    candidates = [_candidate("a", log), _candidate("b", log)]
+    counts = {
+        steady: [len(each.blocks) for each in _short(candidates, query, steady=steady, steady_seconds=1e9).results]
+        for steady in (0.5, 0.02, 0.0)
+    }
+    assert counts == {0.5: [2, 2], 0.02: [5, 5], 0.0: [7, 7]}
+    in_no_time = _short(candidates, query, steady=0.0, steady_seconds=0.0)
+    assert [len(each.blocks) for each in in_no_time.results] == [2, 2]
+
+
+def test_the_uncertainty_of_a_median_is_students(log: list[tuple[str, str]], query: list[Arrays]) -> None:
+    state = measure_module._State(_candidate("a", log), None)
+    summary = _short([_candidate("a", log)], query)["a"].blocks[0].loadgen
+    state.blocks = [measure_module.Block((value,), 0, summary) for value in (90, 100, 110)]
+    assert measure_module._uncertainty(state) == pytest.approx(4.303 * 10 / 3**0.5 / 100, rel=1e-3)
+
+
+def test_a_block_holds_as_many_queries_as_asked_for_where_that_does_not_take_too_long(
+    log: list[tuple[str, str]], query: list[Arrays], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(x: np.ndarray) -> Arrays:
+        time.sleep(0.002)
+        return (x,)
+
+    for stretch, held in ((1e9, True), (0.0, False)):
+        monkeypatch.setattr(measure_module, "STRETCH", stretch)
+        result = _short([_candidate("a", log, slow)], query, block_seconds=0.004, block_queries=64)
+        assert all((len(block.latencies_ns) == 64) is held for block in result["a"].blocks)
+        assert all(block.loadgen.valid is held for block in result["a"].blocks)
+
+
+def test_loadgens_logs_are_kept_where_asked_for(
+    log: list[tuple[str, str]], query: list[Arrays], tmp_path: Path
+) -> None:
+    _short([_candidate("a", log)], query, logs=lambda name, block: tmp_path / name / str(block))
+    kept = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("mlperf_log_summary.txt"))
+    assert kept == ["a/1/mlperf_log_summary.txt", "a/2/mlperf_log_summary.txt"]
