@@ -242,7 +242,7 @@ def _deviations(report: Report) -> tuple[str | Chart | Table | Code, ...]:
 def _again(
     report: Report, artifact: Path, commands: Sequence[str], here: Machine
 ) -> tuple[str | Chart | Table | Code, ...]:
-    versions = [f"{name}=={version}" for name, version in here.packages.items() if name != "optc"]
+    versions = [f"{name}=={version.partition('+')[0]}" for name, version in here.packages.items() if name != "optc"]
     lines = [f"pip install {' '.join(versions)}", *commands]
     parts: list[str | Chart | Table | Code] = [Code("The same run", tuple(lines))]
     if (artifact / "run.py").exists():
