@@ -5,8 +5,7 @@ from __future__ import annotations
 import gc
 import statistics as plain
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,13 +14,12 @@ from optc import machine
 from optc.bench import statistics
 from optc.bench.disturbance import Watch
 from optc.bench.loadgen import single_stream
+from optc.bench.quiet import frozen_heap, quiet_machine, torch_threads
 from optc.bench.results import Block, Candidate, CandidateResult, Measurement, conclude
 from optc.errors import OptcError
 from optc.lowering.backend import Array, Runner
 from optc.target import Target
 
-SETTLE_SECONDS = 0.25
-"""Pause before a block: torch's OpenMP workers spin for about 200 ms after a call and keep the cores from the next."""
 MAX_QUERIES = 10_000
 """Most queries in a block, so that a model of microseconds does not fill the manifest."""
 SETTLING_BLOCKS = 10
@@ -87,7 +85,7 @@ def measure(
     note = "" if together or reopen else _why_not_together(candidates, target) if together is None else "as asked"
     warnings = [warning] if (warning := machine.load_warning()) else []
     names = (optimized,) if isinstance(optimized, str) else tuple(optimized)
-    with _threads(target.threads), _frozen_heap():
+    with torch_threads(target.threads), frozen_heap():
         states = [_State(candidate, logs) for candidate in candidates]
         plan = _Plan(inputs, blocks, block_seconds, block_queries, limit_seconds, steady, steady_seconds, progress)
         try:
@@ -148,7 +146,7 @@ class _State:
             return
         inputs = self.candidate.inputs or inputs
         try:
-            with _quiet_machine():
+            with quiet_machine():
                 self._warm_up(self.runner, inputs[0], seconds)
                 queries = min(MAX_QUERIES, max(1, round(seconds / self.call_seconds)))
                 if least * self.call_seconds <= STRETCH * seconds:
@@ -299,39 +297,3 @@ def one_line(error: Exception) -> str:
         return str(error)
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _frozen_heap() -> Iterator[None]:
-    """Keep what is there already out of the collections around blocks: of PyTorch's objects alone each takes 0.2 s."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
-@contextmanager
-def _quiet_machine() -> Iterator[None]:
-    """Wait until the last candidate's workers sleep, and keep the garbage collector out of the measurement."""
-    deadline = time.perf_counter() + SETTLE_SECONDS
-    enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        time.sleep(max(0.0, deadline - time.perf_counter()))
-        yield
-    finally:
-        if enabled:
-            gc.enable()

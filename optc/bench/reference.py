@@ -65,7 +65,8 @@ def reference(name: str, surroundings: Mapping[str, Any], options: tuple[str, ..
     from optc.machine import available_memory
 
     file = cache_file(cache_folder("references"), {"model": name, "surroundings": dict(surroundings)})
-    if not file.exists():
+    run = _recalled(file)
+    if run is None:
         need, free = MEMORY_BYTES.get(name, 0), available_memory()
         if need > free:
             raise MeasurementError(
@@ -73,15 +74,20 @@ def reference(name: str, surroundings: Mapping[str, Any], options: tuple[str, ..
                 f"--against a smaller model, or {NONE}",
             )
         with progress.step(f"Measuring {name} to compare with, once for this machine (minutes for a large model)"):
-            write_cache(file, _measure(name, options))
-    try:
-        run = read_run(file)
-    except MeasurementError:
-        file.unlink(missing_ok=True)
-        raise
+            text = _measure(name, options)
+        write_cache(file, text)
+        run = parse_run(text, name)
     target = next(iter(run.targets), {})
     best = contender(name, run.results).result
     return Reference(name, best, run, str(target.get("weights", "")), target.get("parameters"), file)
+
+
+def _recalled(file: Path) -> Run | None:
+    """The run in a file; ``None`` if there is none or it cannot be read (it is then measured again)."""
+    try:
+        return read_run(file)
+    except MeasurementError:
+        return None
 
 
 def _measure(name: str, options: tuple[str, ...]) -> str:
@@ -92,5 +98,4 @@ def _measure(name: str, options: tuple[str, ...]) -> str:
     if done.returncode != 0:
         why = lines[-1].removeprefix("optc: ") if lines else f"its process ended with {done.returncode}"
         raise MeasurementError(f"{name} could not be measured to compare with: {why}", f"--against {NONE}")
-    parse_run(done.stdout, name)
     return done.stdout

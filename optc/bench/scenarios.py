@@ -16,6 +16,7 @@ import numpy as np
 
 from optc.bench.loadgen import log_files, start_test
 from optc.bench.measure import one_line
+from optc.bench.scenario_result import METRICS, MULTISTREAM_SAMPLES, ScenarioResult
 from optc.bench.settings import Scenario, loadgen_settings
 from optc.bench.summary import LoadGenSummary, read_summary
 from optc.bench.suts import BatchSystem, Samples, ServerSystem
@@ -23,7 +24,6 @@ from optc.bench.verdict import explain
 from optc.errors import MeasurementError
 from optc.lowering.backend import Runner
 
-MULTISTREAM_SAMPLES = 8
 OFFLINE_BATCHES = (1, 8, 32)
 SECONDS = 8.0
 """About how long one run of a scenario takes, unless it is official."""
@@ -34,42 +34,6 @@ _HEADROOM, _ATTEMPTS = 0.85, 8
 _LEAST_EXPECTED_NS = 50_000
 """LoadGen makes all queries beforehand, twice as many as fit into the run: for less, they would fill the memory."""
 _MOST_SAMPLES = 100_000
-
-
-@dataclass(frozen=True)
-class ScenarioResult:
-    """What one scenario found of one candidate. ``provider`` and ``precision`` are the runner's own words.
-
-    Attributes:
-        value, metric: the scenario's own figure and what it is: milliseconds for SingleStream and MultiStream, samples
-            per second for Offline, queries per second for Server. ``None`` if there is none.
-        valid: LoadGen's verdict.
-        reasons, mends: why not, in plain words, and the setting that would mend each.
-        queries: how many LoadGen issued.
-        batch: samples run at once.
-        official: whether MLPerf's full durations were asked for.
-        latencies_ns: raw, of each batch inside the runner; of Server, of each query with its waiting.
-        nonfinite: how many of these had outputs with a NaN or an infinity.
-        loadgen: LoadGen's own account; ``None`` if it did not run or did not end.
-        notes: what to know besides.
-    """
-
-    name: str
-    scenario: Scenario
-    official: bool
-    metric: str
-    value: float | None = None
-    valid: bool = False
-    reasons: tuple[str, ...] = ()
-    mends: tuple[str, ...] = ()
-    provider: str = ""
-    precision: str = ""
-    queries: int = 0
-    batch: int = 1
-    latencies_ns: tuple[int, ...] = ()
-    nonfinite: int = 0
-    loadgen: LoadGenSummary | None = None
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,14 +60,6 @@ class Plan:
         return self.log_folder(scenario) if self.log_folder else None
 
 
-METRICS: dict[Scenario, str] = {
-    "SingleStream": "ms at the 90th percentile",
-    "MultiStream": f"ms at the 99th percentile, {MULTISTREAM_SAMPLES} samples a query",
-    "Offline": "samples/s",
-    "Server": "queries/s within the latency bound",
-}
-
-
 def run_scenario(
     scenario: Scenario,
     runner: Runner,
@@ -126,11 +82,6 @@ def run_scenario(
     """
     run = _Run(scenario, runner, samples, name, plan, batch, progress)
     return run.server() if scenario == "Server" else run.batches()
-
-
-def failed(scenario: Scenario, name: str, reason: str, plan: Plan) -> ScenarioResult:
-    """The INVALID result of a candidate that did not open or whose run failed."""
-    return ScenarioResult(name, scenario, plan.official, METRICS[scenario], reasons=(reason,))
 
 
 class _Run:

@@ -11,14 +11,17 @@ from optc.bench.accuracy import AccuracyResult, measure_accuracy
 from optc.bench.limits import in_force
 from optc.bench.measure import measure, one_line
 from optc.bench.overhead import Overhead, harness_overhead
-from optc.bench.reference import DEFAULT, NONE, Reference, reference
+from optc.bench.quiet import torch_threads
+from optc.bench.reference import NONE, Reference, reference
 from optc.bench.results import EARLY_STOPPING_QUERIES, Candidate, Measurement
 from optc.bench.run import run_document
-from optc.bench.scenarios import MULTISTREAM_SAMPLES, SECONDS, Plan, ScenarioResult, failed, run_scenario
+from optc.bench.scenario_result import MULTISTREAM_SAMPLES, ScenarioResult, failed
+from optc.bench.scenarios import SECONDS, Plan, run_scenario
 from optc.bench.settings import Scenario
 from optc.bench.submission import Submission, slug
 from optc.bench.surroundings import surroundings
-from optc.errors import MeasurementError, OptcError
+from optc.errors import MeasurementError
+from optc.frontend.load import find_source
 from optc.lowering.backend import Runner
 
 if TYPE_CHECKING:
@@ -110,8 +113,11 @@ def profile(subjects: list[Subject], request: Request, progress: Progress) -> Pr
     """Measure everything that was asked for; what fails is in the result with its reason.
 
     Raises:
+        UnknownNameError: there is no such model to compare with.
         MeasurementError: nothing at all can be measured, as without LoadGen.
     """
+    if request.against != NONE:
+        find_source(request.against)
     target, submission = request.target, None
     if request.output is not None:
         submission = Submission(request.output, target)
@@ -132,7 +138,8 @@ def profile(subjects: list[Subject], request: Request, progress: Progress) -> Pr
             progress=step.update,
         )
     found = Profile(subjects, measurement, surroundings(target, in_force()), overhead=overhead)
-    _scenarios(found, request, submission, progress)
+    with torch_threads(target.threads):
+        _scenarios(found, request, submission, progress)
     if request.against != NONE and in_blocks:
         _compare(found, request, progress)
     if submission is not None:
@@ -153,10 +160,8 @@ def _compare(found: Profile, request: Request, progress: Progress) -> None:
         return
     try:
         found.reference = reference(request.against, found.surroundings, request.limits, progress)
-    except OptcError as error:
-        if request.against != DEFAULT:
-            raise
-        found.notes.append(f"not compared with {DEFAULT}: {error}")
+    except MeasurementError as error:
+        found.notes.append(f"not compared with {request.against}: {error}")
 
 
 def _scenarios(found: Profile, request: Request, submission: Submission | None, progress: Progress) -> None:
@@ -193,14 +198,14 @@ def _performance(
     scenario: Scenario, candidate: Candidate, opened: Runner | str, plan: Plan, step: Step
 ) -> ScenarioResult:
     if isinstance(opened, str):
-        return failed(scenario, candidate.name, opened, plan)
+        return failed(scenario, candidate.name, opened, plan.official)
     one = tuple(array[:1] for array in candidate.inputs[0])
     batch = len(candidate.inputs[0][0]) if candidate.specialised else None
     samples = [one] * MULTISTREAM_SAMPLES
     try:
         result = run_scenario(scenario, opened, samples, candidate.name, plan, batch=batch, progress=step.update)
     except MeasurementError as error:
-        result = failed(scenario, candidate.name, str(error), plan)
+        result = failed(scenario, candidate.name, str(error), plan.official)
     verdict = "VALID" if result.valid else "INVALID"
     step.done(verdict if result.value is None else f"{result.value:.4g} {result.metric}, {verdict}")
     return result

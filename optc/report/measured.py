@@ -11,7 +11,7 @@ import numpy as np
 import optc
 from optc.bench.inside import Inside
 from optc.bench.results import CandidateResult, Measurement
-from optc.bench.scenarios import ScenarioResult
+from optc.bench.scenario_result import ScenarioResult
 from optc.machine import Machine, machine
 from optc.report.charts import Latencies, latency_chart
 from optc.report.document import Chart, Code, Document, Section, Table

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from optc.bench.results import CandidateResult, Measurement
-from optc.bench.scenarios import ScenarioResult
+from optc.bench.scenario_result import ScenarioResult
 from optc.bench.statistics import Ratio
 from optc.bench.verdict import of_blocks
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from optc import Runner, Target
 from optc.bench import measure as measure_module
+from optc.bench import quiet
 from optc.bench.measure import MAX_QUERIES, measure
 from optc.bench.results import Candidate, Measurement
 from optc.errors import BackendError
@@ -275,7 +276,7 @@ def test_progress_names_each_step(log: list[tuple[str, str]], query: list[Arrays
 
 
 def test_settles_longer_than_openmp_workers_spin() -> None:
-    assert measure_module.SETTLE_SECONDS >= 0.2
+    assert quiet.SETTLE_SECONDS >= 0.2
 
 
 def test_results_do_not_import_torch() -> None:
@@ -370,7 +371,7 @@ def test_rounds_go_on_until_every_median_is_known_well_enough(
     log: list[tuple[str, str]], query: list[Arrays], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measure_module, "_uncertainty", lambda state: 0.1 / len(state.blocks))
-    monkeypatch.setattr(measure_module, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(quiet, "SETTLE_SECONDS", 0.0)
     monkeypatch.setattr(measure_module, "STEADYING_BLOCKS", 7)
     candidates = [_candidate("a", log), _candidate("b", log)]
     counts = {
