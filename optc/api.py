@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import gc
-import shutil
-import tempfile
-import time
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,31 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optc.batches import Batches, as_calibration, fixed_batch, in_batches_of
-from optc.bench import choice_cache
-from optc.bench.baselines import baselines
-from optc.bench.choice import Outcome, choose
+from optc.accuracy import after_of, before_of, budget_of, metric_of
+from optc.batches import Batches, as_calibration
 from optc.bench.latency import latencies
-from optc.bench.measure import measure as measure_candidates
-from optc.bench.results import Candidate, Measurement
-from optc.budget import ACCURACY, Budget, Call, Metric, agreement, exceeds
-from optc.evaluation import evaluation_mode
+from optc.budget import Call, exceeds
 from optc.frontend.capture import capture
 from optc.lowering.artifact import write_artifact
 from optc.lowering.backend import Backend, Runner
-from optc.lowering.lowering import AUTO, Lowering, backends, has_own_process, lower_all
+from optc.lowering.lowering import AUTO, Lowering, backends, has_own_process
 from optc.machine import isa
 from optc.ops.costs import node_costs
 from optc.passmanager.contract import Calibration, Instrument, Pass, PassContext
 from optc.passmanager.instruments import Statistics, Timing, Verify
 from optc.passmanager.manager import PassManager, build_passes
 from optc.program import ModelInfo, Program
-from optc.progress import Progress, Step
-from optc.report.report import Accuracy, BudgetOutcome, Report
+from optc.progress import Progress, Run
+from optc.report.report import BudgetOutcome, Report
+from optc.selection import TemporaryFolder, select
 from optc.target import Target
-
-OPTIMIZED = "optc"
-"""What the optimized model is called among the measured candidates."""
 
 
 class Optimized:
@@ -52,7 +40,7 @@ class Optimized:
         target: what it was lowered for.
     """
 
-    def __init__(self, program: Program, lowering: Lowering, folder: _TemporaryFolder) -> None:
+    def __init__(self, program: Program, lowering: Lowering, folder: TemporaryFolder) -> None:
         self.program = program
         self.target = lowering.target
         self.report: Report
@@ -148,7 +136,7 @@ def optimize(
         VerificationError: a pass changed what the model computes; nothing was lowered.
         BackendError: the runtime cannot run the result.
     """
-    run = _Run(progress or Progress())
+    run = Run(progress or Progress())
     target = target or Target()
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     pipeline = passes if isinstance(passes, PassManager) else build_passes(passes, pass_options)
@@ -164,9 +152,9 @@ def optimize(
     if verify:
         with run.step("Running the captured model on verification inputs"):
             watchers.append(Verify(captured, batches, Path.cwd()))
-    metric = _metric(evaluate, captured, batches if max_drop is not None else None)
-    before = _before(run, metric, model, captured)
-    search = _metric(validate, captured, None) or metric
+    metric = metric_of(evaluate, captured, batches if max_drop is not None else None)
+    before = before_of(run, metric, model, captured)
+    search = metric_of(validate, captured, None) or metric
     measures = {each.name: _latency_on(each, target) for each in chosen if not has_own_process(each)}
     flags = isa() if target.device == "cpu" else None
     context = PassContext(target, ranges, (*watchers, *instruments), isa=flags, note=run.note, latency=measures)
@@ -174,16 +162,17 @@ def optimize(
     tried: list[str] = []
     for trial in _trials(pipeline, max_drop):
         with run.step(trial.title) as step:
-            budget = _budget(search, model, captured, trial.max_drop)
+            budget = budget_of(search, model, captured, trial.max_drop)
             given = replace(context, progress=step.update, budget=budget)
             program = trial.passes(captured, given).program
             step.done(", ".join(record.name for record in program.history if record.modified) or "no changes")
         if max_drop is None:
             del captured, watchers, batches, context, given, budget  # frees the float weights
             gc.collect()
-        lowered = _lower(run, model, inputs, program, chosen, refused, target, backend == AUTO, measure)
+        lowered = select(run, model, inputs, program, chosen, refused, target, backend == AUTO, measure)
         optimized = Optimized(program, lowered.kept, lowered.folder)
-        accuracy = _after(run, metric, before, optimized)
+        accuracy = after_of(run, metric, before, program, optimized)
+        optimized.close()
         if max_drop is None or accuracy.drop is None or not exceeds(accuracy.drop, max_drop):
             break
         tried.append(f"{trial.what} lost {accuracy.drop:.2f} points")
@@ -229,81 +218,6 @@ def _trials(pipeline: PassManager, max_drop: float | None) -> Iterator[_Trial]:
         yield _Trial("exact passes alone", exact, None)
 
 
-@dataclass(frozen=True)
-class _Lowered:
-    kept: Lowering
-    outcomes: tuple[Outcome, ...]
-    measurement: Measurement | None
-    notes: tuple[str, ...]
-    folder: _TemporaryFolder
-
-
-def _lower(
-    run: _Run,
-    model: nn.Module,
-    inputs: tuple[Tensor, ...],
-    program: Program,
-    chosen: list[Backend],
-    refused: Mapping[str, str],
-    target: Target,
-    several: bool,
-    measure: bool,
-) -> _Lowered:
-    """Lower to every backend in question, measure, keep one."""
-    remembered = choice_cache.file_of(program, target, chosen) if several and len(chosen) > 1 else None
-    known = choice_cache.recall(remembered) if remembered else None
-    if known:
-        chosen = [each for each in chosen if each.name == known.outcomes[0].backend]
-    folder = _TemporaryFolder()
-    with run.step(f"Lowering to {', '.join(each.name for each in chosen)}") as step:
-        lowerings, failed = lower_all(chosen, program, target, folder.path, step.update)
-        step.done("; ".join(f"{made.provider}, {made.precision}" for made in lowerings))
-    names = {f"{OPTIMIZED} {made.backend.name}" if several else OPTIMIZED: made for made in lowerings}
-    measurement = _measure(run, model, inputs, names, target, measure) if measure or len(names) > 1 else None
-    kept, outcomes, notes = lowerings[0], tuple[Outcome, ...](), tuple[str, ...]()
-    if known:
-        outcomes = known.outcomes
-        notes = (f"backend chosen by the measurement of {known.measured}; to measure again, delete {remembered}",)
-    elif several:
-        kept, outcomes = choose(names, {**refused, **failed}, measurement)
-        if remembered and measurement is not None:
-            choice_cache.remember(remembered, outcomes)
-    for made in lowerings:
-        if made is not kept:
-            shutil.rmtree(made.folder)
-    return _Lowered(kept, outcomes, measurement, notes, folder)
-
-
-class _TemporaryFolder:
-    """A folder that is removed with the object, or at exit."""
-
-    def __init__(self) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix="optc-"))
-        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
-
-
-class _Run:
-    """Steps of one run: shown to the user and timed."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.seconds: dict[str, float] = {}
-        self.notes: list[str] = []
-        self._progress = progress
-
-    def note(self, text: str) -> None:
-        """Show a line at once and keep it for the report."""
-        if text not in self.notes:
-            self._progress.note(text, important=True)
-            self.notes.append(text)
-
-    @contextmanager
-    def step(self, title: str) -> Iterator[Step]:
-        start = time.perf_counter()
-        with self._progress.step(title) as step:
-            yield step
-        self.seconds[title] = time.perf_counter() - start
-
-
 def _representative(ranges: Calibration | None, captured: Program) -> list[tuple[Tensor, ...]]:
     """A batch like those the model is meant for; what is wrong with calibration data, the pass that reads it tells."""
     first = next(iter(ranges), None) if ranges is not None else None
@@ -313,72 +227,5 @@ def _representative(ranges: Calibration | None, captured: Program) -> list[tuple
     return [first]
 
 
-def _metric(
-    given: Callable[[Call], float] | None, captured: Program, batches: Sequence[tuple[Tensor, ...]] | None
-) -> Metric | None:
-    """The caller's metric by its name; without one, agreement with the captured model on ``batches``, if there are."""
-    if given is None:
-        return None if batches is None else agreement(captured.call, batches)
-    return given if isinstance(given, Metric) else Metric(ACCURACY, given, "the data of 'evaluate'")
-
-
-def _meaningless(metric: Metric | None, program: Program) -> str:
-    """Why there is no metric to report; the accuracy of random weights would be a number without a meaning."""
-    if program.info.weights == "random" and (metric is None or metric.name == ACCURACY):
-        return "not measurable: random weights"
-    return "" if metric is not None else "not measured: no labelled data was given"
-
-
-def _before(run: _Run, metric: Metric | None, model: nn.Module, captured: Program) -> Accuracy:
-    """The metric of the model itself."""
-    if (reason := _meaningless(metric, captured)) or metric is None:
-        return Accuracy(reason=reason)
-    with run.step("Evaluating the captured model") as step, torch.no_grad(), evaluation_mode(model):
-        before = metric(in_batches_of(fixed_batch(captured), model))
-        step.done(f"{metric.name} {before:.2%}")
-    return Accuracy(before, None, metric.data, metric=metric.name)
-
-
-def _after(run: _Run, metric: Metric | None, before: Accuracy, optimized: Optimized) -> Accuracy:
-    """The metric of the optimized model beside that of the model itself."""
-    if metric is None or before.reason:
-        return before
-    with run.step("Evaluating the optimized model") as step:
-        after = metric(in_batches_of(fixed_batch(optimized.program), optimized))
-        optimized.close()
-        step.done(f"{metric.name} {after:.2%}")
-    return replace(before, after=after)
-
-
-def _budget(metric: Metric | None, model: nn.Module, captured: Program, max_drop: float | None) -> Budget | None:
-    """What passes may lose of the metric; nothing is asked of them without one, or without a limit."""
-    if metric is None or max_drop is None or _meaningless(metric, captured):
-        return None
-    fitted = replace(metric, score=lambda call: metric(in_batches_of(fixed_batch(captured), call)))
-    with torch.no_grad(), evaluation_mode(model):
-        return Budget(fitted, fitted(model), max_drop)
-
-
 def _latency_on(backend: Backend, target: Target) -> Callable[[Sequence[Program]], list[float]]:
     return lambda programs: latencies(programs, backend, target)
-
-
-def _measure(
-    run: _Run,
-    model: nn.Module,
-    inputs: tuple[Tensor, ...],
-    lowerings: Mapping[str, Lowering],
-    target: Target,
-    with_baselines: bool,
-) -> Measurement:
-    """Latency of what was lowered and, if wanted, of the device's baselines, in turns."""
-    query = tuple(tensor[: target.batch].contiguous() for tensor in inputs)
-    candidates = baselines(model, query, target) if with_baselines else []
-    for name, made in lowerings.items():
-        quantized = "int8" in made.precision or "int4" in made.precision
-        candidates.append(Candidate(name, made.precision, quantized, made.load, made.bytes))
-    arrays = [tuple(tensor.numpy() for tensor in query)]
-    with run.step("Measuring with MLPerf LoadGen") as step, evaluation_mode(model):
-        measurement = measure_candidates(candidates, arrays, target, optimized=tuple(lowerings), progress=step.update)
-        step.done(", ".join(result.name for result in measurement.results if result.error is None))
-    return measurement

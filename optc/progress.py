@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,3 +27,25 @@ class Progress:
 
     def note(self, text: str, *, important: bool = False) -> None:
         """A line worth reading; ``important`` ones must not be missed."""
+
+
+class Run:
+    """Steps of one run: shown to the user and timed."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.seconds: dict[str, float] = {}
+        self.notes: list[str] = []
+        self._progress = progress
+
+    def note(self, text: str) -> None:
+        """Show a line at once and keep it for the report."""
+        if text not in self.notes:
+            self._progress.note(text, important=True)
+            self.notes.append(text)
+
+    @contextmanager
+    def step(self, title: str) -> Iterator[Step]:
+        start = time.perf_counter()
+        with self._progress.step(title) as step:
+            yield step
+        self.seconds[title] = time.perf_counter() - start

@@ -41,9 +41,9 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
 def tidy_dynamic(model: ir.Model) -> None:
     """Take the integers from DynamicQuantizeLinear itself, which has them, and not from a QuantizeLinear beside it.
 
-    A Gemm that reads them becomes a MatMul, of which alone onnxruntime makes DynamicQuantizeMatMul, and its bias is added
-    by Sum: onnxruntime would make MatMul and Add a Gemm again before it looks for integers. What the exporter
-    believes of DynamicQuantizeLinear's outputs, a double and an int64 of shape [1], is PyTorch's form of them.
+    A Gemm that reads them becomes a MatMul, of which alone onnxruntime makes DynamicQuantizeMatMul, and Sum adds its
+    bias: onnxruntime would make MatMul and Add a Gemm again before it looks for integers. What the exporter believes of
+    DynamicQuantizeLinear's outputs, a double and an int64 of shape [1], is PyTorch's form of them.
     """
     for node in list(model.graph):
         if node.op_type == "DynamicQuantizeLinear":
