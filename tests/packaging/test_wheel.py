@@ -49,6 +49,10 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return interpreter
 
 
+def test_the_wheel_has_what_is_not_python(wheel: Path) -> None:
+    assert "optc/report/page.html.j2" in zipfile.ZipFile(wheel).namelist()
+
+
 def test_the_top_level_names_are_the_two_packages(wheel: Path) -> None:
     names = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
     assert names == {"optc", "optc_passes", f"optc-{optc.__version__}.dist-info"}
