@@ -24,14 +24,15 @@ def command(artifact: Path, plot: Path | None, verbose: bool, as_json: bool) -> 
     Read from the artifact's manifest; nothing is loaded or run.
     """
     from optc.lowering.manifest import read_manifest
-    from optc.report.account import account_figure, account_summary, account_table, save_figure
+    from optc.report.account import account_figure, account_summary, account_table, is_account, save_figure
 
     if plot is not None and plot.suffix not in PLOTS:
         raise OptcError(f"cannot draw to '{plot}'", f"end its name in {', '.join(PLOTS)}")
     if plot is not None and not plot.parent.is_dir():
         raise OptcError(f"cannot draw to '{plot}': there is no folder '{plot.parent}'", "make it first")
     manifest = read_manifest(artifact)
-    found = [record for record in manifest.report.get("passes", ()) if record.get("notes", {}).get("account")]
+    records = manifest.report.get("passes", ())
+    found = [record for record in records if is_account(record.get("notes", {}).get("account"))]
     if not found:
         raise ArtifactError(
             f"no pass of '{artifact}' kept an account of its choices", "make the artifact with --passes fuse,quant"

@@ -17,6 +17,17 @@ FLOAT = "float"
 _BAR = 12
 """Characters of the longest bar."""
 Row = Mapping[str, Any]
+KEYS = frozenset(
+    ("backend", "layer", "module", "form", "sqnr_db", "model_sqnr_db", "drop", "seconds", "bytes", "chosen", "why")
+)
+"""What a row holds, as :mod:`optc_passes.quant_account` writes it."""
+
+
+def is_account(rows: object) -> bool:
+    """Whether rows from a manifest are an account that can be shown: a plugin's pass may keep one of its own kind."""
+    if not isinstance(rows, list) or not rows:
+        return False
+    return all(isinstance(row, dict) and row.keys() >= KEYS for row in rows)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,9 @@ from optc_passes.quant_formats import FLOAT, INT8, LayerFormats
 from optc_passes.quant_plan import Layer
 
 DOUBTFUL = 8
-"""Pairs of layer and format whose effect on the whole model is looked at: those noisiest by themselves."""
+"""Pairs of layer and format whose effect on the model's outputs is looked at: those noisiest by themselves."""
+JUDGED = 3
+"""Of those, how many have their effect on the task's metric looked at, which takes a run over all of its data each."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def noisiest(
     for number, (name, form) in enumerate(doubtful, 1):
         context.progress(f"trying {name} alone in {form}, {number}/{len(doubtful)}")
         attempt = layers.attempt({name: form})
-        found[name, form] = attempt.sqnr, drop(attempt, context)
+        found[name, form] = attempt.sqnr, drop(attempt, context) if number <= JUDGED else None
     return found
 
 

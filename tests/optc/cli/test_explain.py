@@ -73,6 +73,16 @@ def test_the_table_of_auto_has_latencies_and_the_whole_models_noise(
     assert [path.name for path in tmp_path.iterdir()] == ["formats.svg"]
 
 
+def test_an_account_of_another_kind_is_not_shown(
+    artifacts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = json.loads((artifacts / "int8" / "manifest.json").read_text())
+    manifest["report"]["passes"][-1]["notes"]["account"] = [{"layer": "conv", "votes": 3}]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert run(["explain", str(tmp_path)]) == 2
+    assert "kept an account of its choices" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
