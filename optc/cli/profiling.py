@@ -161,7 +161,7 @@ def _compare(found: Profile, request: Request, progress: Progress) -> None:
     try:
         found.reference = reference(request.against, found.surroundings, request.limits, progress)
     except MeasurementError as error:
-        found.notes.append(f"not compared with {request.against}: {error}")
+        found.notes.append(f"no comparison: {error}")
 
 
 def _scenarios(found: Profile, request: Request, submission: Submission | None, progress: Progress) -> None:
