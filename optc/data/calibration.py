@@ -9,7 +9,6 @@ from torch import Tensor
 from optc.data.dataset import Split
 from optc.errors import DataError
 
-
 LEAST_IMAGES = 8
 """Fewer say little of a range: an activation's largest value keeps growing with every image."""
 
