@@ -162,7 +162,7 @@ def main() -> int:
     parser.add_argument("--model", default="alexnet", help="timm or torchvision name (default: alexnet)")
     parser.add_argument("-o", "--output", type=Path, required=True, help="checkpoint to write, .safetensors")
     parser.add_argument(
-        "--epochs", type=int, default=EPOCHS, help=f"passes over the training images (default: {EPOCHS}; a ViT needs 30)"
+        "--epochs", type=int, default=EPOCHS, help=f"passes over the images (default: {EPOCHS}; a ViT needs 30)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seeds weights, order and random changes (default: 0)")
     options = parser.parse_args()

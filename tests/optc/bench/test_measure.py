@@ -393,9 +393,7 @@ def test_a_block_holds_as_many_queries_as_asked_for_where_that_does_not_take_too
         assert all(block.loadgen.valid is held for block in result["a"].blocks)
 
 
-def test_loadgens_logs_are_kept_where_asked_for(
-    log: list[tuple[str, str]], query: list[Arrays], tmp_path: Path
-) -> None:
+def test_loadgens_logs_are_kept(log: list[tuple[str, str]], query: list[Arrays], tmp_path: Path) -> None:
     _short([_candidate("a", log)], query, logs=lambda name, block: tmp_path / name / str(block))
     kept = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("mlperf_log_summary.txt"))
     assert kept == ["a/1/mlperf_log_summary.txt", "a/2/mlperf_log_summary.txt"]
