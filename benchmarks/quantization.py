@@ -62,12 +62,10 @@ class DigitsTask(Task):
         images = DigitsDataset().split(split, self.loaded.info.preprocessing)
         return [batch.contiguous() for batch, _ in images.batches(self.batch, count)]
 
-    def metric(self, split: Any) -> Metric:
-        """Top-1 accuracy on a split, one image at a time, as the peers take them."""
+    def metric(self, split: Any, batch: int) -> Metric:
+        """Top-1 accuracy on a split, ``batch`` images at a time; the peers take one."""
         images = DigitsDataset().split(split, self.loaded.info.preprocessing)
-        return Metric(
-            "accuracy", lambda call: evaluate(call, images, 1).top1, f"{len(images)} {split} images of digits"
-        )
+        return Metric("accuracy", lambda call: evaluate(call, images, batch).top1, f"{len(images)} {split} images")
 
 
 def trained(model: str) -> Path:

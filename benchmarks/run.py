@@ -7,7 +7,17 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-NAMES = ("harness_overhead", "same_model", "pass_scaling", "ort_static", "ort_options", "overhead", "peers", "vit_huge")
+NAMES = (
+    "harness_overhead",
+    "same_model",
+    "pass_scaling",
+    "ort_static",
+    "ort_options",
+    "overhead",
+    "quantization",
+    "peers",
+    "vit_huge",
+)
 ARGUMENTS = {"peers": ("--short",)}
 
 

@@ -23,7 +23,7 @@ BIG_MODEL_PARAMETERS = 200_000_000
 """From here on a forward pass takes seconds: calibrate and verify on fewer images."""
 BIG_MODEL_IMAGES = 8
 BIG_MODEL_BATCH = 4
-AGREEMENT_IMAGES = 128
+AGREEMENT_IMAGES = 64
 """Images on which outputs are compared where accuracy cannot be had."""
 
 
