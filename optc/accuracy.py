@@ -53,7 +53,10 @@ def after_of(run: Run, metric: Metric | None, before: Accuracy, program: Program
 
 
 def budget_of(metric: Metric | None, model: nn.Module, captured: Program, max_drop: float | None) -> Budget | None:
-    """What passes may lose of the metric; nothing is asked of them without one, or without a limit."""
+    """What passes may lose of the metric; nothing is asked of them without one, or without a limit.
+
+    Runs the model over the metric's data once.
+    """
     if metric is None or max_drop is None or _meaningless(metric, captured):
         return None
     fitted = replace(metric, score=lambda call: metric(in_batches_of(fixed_batch(captured), call)))

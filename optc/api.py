@@ -159,15 +159,16 @@ def optimize(
     flags = isa() if target.device == "cpu" else None
     context = PassContext(target, ranges, (*watchers, *instruments), isa=flags, note=run.note, latency=measures)
 
+    whole = budget_of(search, model, captured, max_drop)
     tried: list[str] = []
     for trial in _trials(pipeline, max_drop):
         with run.step(trial.title) as step:
-            budget = budget_of(search, model, captured, trial.max_drop)
+            budget = replace(whole, max_drop=trial.max_drop) if whole and trial.max_drop is not None else None
             given = replace(context, progress=step.update, budget=budget)
             program = trial.passes(captured, given).program
             step.done(", ".join(record.name for record in program.history if record.modified) or "no changes")
         if max_drop is None:
-            del captured, watchers, batches, context, given, budget  # frees the float weights
+            del captured, watchers, batches, context, given, whole, budget  # frees the float weights
             gc.collect()
         lowered = select(run, model, inputs, program, chosen, refused, target, backend == AUTO, measure)
         optimized = Optimized(program, lowered.kept, lowered.folder)

@@ -83,7 +83,7 @@ def account_table(account: Sequence[Row], title: str, every: bool = False) -> Ta
     for layer in layers:
         shown = layer.rows if every else [layer.chosen]
         for row in shown:
-            cells = [layer.label, row["form"], _cell(row["sqnr_db"], ".1f", "exact")]
+            cells = [layer.label, row["form"], _cell(row["sqnr_db"], ".1f", "exact" if row["form"] == FLOAT else "–")]
             cells += [_cell(row["model_sqnr_db"], ".1f")] * whole + [_cell(row["drop"], ".2f")] * metric
             if timed:
                 bar = "█" * max(1, round(_BAR * row["seconds"] / longest)) if row["seconds"] and row["chosen"] else ""
@@ -127,8 +127,9 @@ def account_figure(account: Sequence[Row], title: str) -> Figure:
     axes[0].legend(loc="lower right")
     noise = [layer.chosen["sqnr_db"] for layer in layers]
     axes[-1].barh(places, [value or 0.0 for value in noise], 0.6, color="#c2662d")
-    for place, value in zip(places, noise, strict=True):
-        axes[-1].annotate("exact" if value is None else f"{value:.0f}", (value or 0.0, place), (3, 0),
+    for place, value, layer in zip(places, noise, layers, strict=True):
+        missing = "exact" if layer.chosen["form"] == FLOAT else "–"
+        axes[-1].annotate(missing if value is None else f"{value:.0f}", (value or 0.0, place), (3, 0),
                           textcoords="offset points", va="center", fontsize=8)  # fmt: skip
     axes[-1].set_xlabel("SQNR of the layer's own output (dB)")
     axes[0].set_yticks(places, [f"{layer.label}  {layer.chosen['form']}" for layer in layers])

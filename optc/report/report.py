@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from optc.budget import exceeds
 from optc.passmanager.contract import Pass, PassRecord
 from optc.program import ModelInfo
 
@@ -67,7 +68,11 @@ class BudgetOutcome:
             return None
         approximate = {each.name for each in asked.leaves() if not each.numerics.exact}
         quantized = any(record.modified and record.name in approximate for record in history)
-        lost = f"{accuracy.drop or 0:.2f} points of {accuracy.metric} lost, {max_drop:g} allowed ({accuracy.data})"
+        if accuracy.drop is None:
+            return cls(max_drop, quantized, tuple(tried), f"NOT checked: accuracy {accuracy.reason}")
+        lost = f"{accuracy.drop:.2f} points of {accuracy.metric} lost, {max_drop:g} allowed ({accuracy.data})"
+        if exceeds(accuracy.drop, max_drop):
+            lost = f"NOT kept: {lost}"
         if approximate and not quantized:
             names = ", ".join(sorted(approximate))
             text = "; ".join([f"NOT quantized: nothing that {names} can do keeps the budget", *tried, lost])

@@ -100,8 +100,8 @@ def _quantized(formats: Mapping[str, str]) -> dict[str, str]:
 def solve(table: Sequence[Entry], noise_budget: float) -> dict[str, str]:
     """The format of each layer that minimises the sum of latencies while the sum of noise stays within the budget.
 
-    Solved exactly as a 0-1 program with
-    HiGHS (Huangfu and Hall, "Parallelizing the dual revised simplex method", 2018) through ``scipy.optimize.milp``.
+    Solved exactly as a 0-1 program with HiGHS (Huangfu and Hall, "Parallelizing the dual revised simplex method", 2018)
+    through ``scipy.optimize.milp``.
 
     Args:
         noise_budget: most noise in all, above 0; layers in float add none, so that there is always a solution.

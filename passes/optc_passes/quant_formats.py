@@ -139,7 +139,7 @@ class LayerFormats:
     def with_better_bias(self, formats: Formats, plain: Attempt) -> Attempt:
         """``plain`` or the same with corrected biases, whichever moves the outputs less; later attempts do likewise.
 
-        Correction helps most networks by a decibel or so and harms some (MobileNetV3), so that it has to be tried.
+        Correction helps most networks a little and harms some (MobileNetV3), so that it has to be tried.
         """
         self.corrects_bias = True
         corrected = self.attempt(formats)

@@ -151,3 +151,27 @@ def test_a_fixed_batch_has_a_metric_too(labels: bool) -> None:
     assert not optimized.program.dynamic_batch
     assert optimized.report.accuracy.after is not None
     assert optimized.report.accuracy.after >= 0.8
+
+
+def test_a_budget_that_cannot_be_checked_is_not_said_to_be_kept() -> None:
+    optimized = optc.optimize(
+        Clean(),
+        IMAGES[0][:1],
+        "quant",
+        evaluate=lambda call: 1.0,
+        max_drop=1,
+        info=optc.ModelInfo("clean", weights="random"),
+        **OPTIONS,
+    )
+    assert "Budget: NOT checked: accuracy not measurable: random weights" in optimized.report.verdict
+
+
+def test_the_search_looks_at_the_unquantized_model_once() -> None:
+    model, seen = Clean(), []
+
+    def metric(call: object) -> float:
+        seen.append(call)
+        return 1.0
+
+    optc.optimize(model, IMAGES[0][:1], "quant", evaluate=same_as(model, 1e-5), validate=metric, max_drop=1, **OPTIONS)
+    assert sum(call is model for call in seen) == 1
