@@ -122,7 +122,7 @@ class Program:
         return sum(storages.values())
 
     def fingerprint(self, *, contents: bool = False) -> str:
-        """Hash of the graph's structure and of its constants: of their identity, or of their bytes.
+        """Hash of the graph's structure, its stages and its constants: of their identity, or of their bytes.
 
         Args:
             contents: read the constants' bytes, so that the same model has the same hash in another process; takes a
@@ -139,6 +139,8 @@ class Program:
         digest = hashlib.sha256()
         for node in self.graph.nodes:
             digest.update(f"{node.op} {node.target} {encode(node.args)} {encode(node.kwargs)}".encode())
+            if "stage" in node.meta:
+                digest.update(f"stage {node.meta['stage']}".encode())
             if node.op == "get_attr":
                 value = get_constant(self.module, str(node.target))
                 if isinstance(value, Tensor):
