@@ -39,7 +39,7 @@ def command(artifact: Path, plot: Path | None, verbose: bool, as_json: bool) -> 
         )
     record = found[-1]
     rows = record["notes"]["account"]
-    options = ", ".join(f"{name}={value}" for name, value in record["options"].items())
+    options = ", ".join(f"{name}={value}" for name, value in record["options"].items() if value is not None)
     title = f"{manifest.model.get('name') or artifact.name}: {record['name']} ({options})"
     if plot is not None:
         save_figure(account_figure(rows, title), plot)

@@ -113,11 +113,12 @@ def _is_dequantized(value: ir.Value | None) -> bool:
 
 
 def _part_from_dequantize(model: ir.Model, product: ir.Node) -> None:
-    """``Max(x, x)`` in front of a product with blocks: onnxruntime takes one of two dequantized operands for another
+    """``Max(x, -inf)`` in front of a product with blocks: onnxruntime takes one of two dequantized operands for another
     pattern, and runs it in float.
     """
     x = product.inputs[0]
-    same = ir.Node("", "Max", [x, x])
+    lowest = register(model, "no_floor", ir.tensor(float("-inf"), dtype=ir.DataType.FLOAT))
+    same = ir.Node("", "Max", [x, lowest])
     same.outputs[0].dtype = ir.DataType.FLOAT
     model.graph.insert_before(product, same)
     product.replace_input_with(0, same.outputs[0])

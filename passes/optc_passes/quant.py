@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from optc import Numerics, OptcError, Pass, PassContext, PassOptions, PassResult, Program, Skip
 from optc_passes.observers import ActivationObserver, EntropyObserver, MseObserver, PercentileObserver
@@ -25,7 +25,11 @@ class QuantOptions(PassOptions):
         " int8-weights, int4-weights: weights of linear layers, in blocks that share a scale; auto: for each layer that"
         " of these, bf16 and fp16 which makes the model fastest within its budget",
     )
-    block: Literal[32, 64, 128] = Field(128, description="weights that share a scale in formats with blocks")
+    block: Annotated[Literal[32, 64, 128, 256], BeforeValidator(int)] | None = Field(
+        None,
+        description="weights that share a scale in formats with blocks; as it is 128, and 256 with auto, as fewer scales"
+        " are read in less time and the budget is held anyway",
+    )
     observer: Literal["minmax", "percentile", "entropy", "mse"] = Field(
         "minmax",
         description="how an activation's range is chosen from what calibration saw; mse: for each tensor, of these and"
@@ -67,7 +71,7 @@ class Quant(Pass):
             OptcError: there is no calibration data, or the model itself gives NaN or Inf on it.
             DataError: a calibration batch cannot be used.
         """
-        layers = LayerFormats(program, context, self._observer(), self.options.block)
+        layers = LayerFormats(program, context, self._observer(), self.options.block or _block(self.options.formats))
         if not layers.plan.layers:
             return PassResult(program, modified=False, skipped=layers.plan.skipped)
         if context.calibration is None and self.options.formats not in WEIGHTS_ALONE:
@@ -170,6 +174,11 @@ class Quant(Pass):
         if self.options.observer == "percentile":
             return PercentileObserver.with_args(percentile=self.options.percentile)
         return {"minmax": ActivationObserver, "entropy": EntropyObserver, "mse": MseObserver}[self.options.observer]
+
+
+def _block(formats: str) -> int:
+    """Weights that share a scale where the user does not say."""
+    return 256 if formats == "auto" else 128
 
 
 def _harm(entry: Entry) -> tuple[float, ...]:

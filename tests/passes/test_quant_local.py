@@ -143,7 +143,7 @@ def test_dynamic_int8_weights_keep_to_the_kernels_limit() -> None:
     assert scale.shape == (8,)
 
 
-@pytest.mark.parametrize("block", [32, 64, 128])
-def test_blocks_have_the_size_asked_for(quantized: Callable, block: int) -> None:
-    q = quantized(nn.Linear(256, 32), torch.randn(2, 256), formats="int4-weights", block=block)
+@pytest.mark.parametrize(("given", "block"), [("32", 32), (64, 64), (None, 128), ("256", 256)])
+def test_blocks_have_the_size_asked_for(quantized: Callable, given: str | int | None, block: int) -> None:
+    q = quantized(nn.Linear(256, 32), torch.randn(2, 256), formats="int4-weights", block=given)
     assert q.result.applied[0].detail == f"weight in blocks of {block}"
