@@ -138,6 +138,9 @@ class PassContext:
         note: called with a line that the user must see before the work goes on; kept in the report.
         latency: by backend, measures programs on it: median seconds of a query each, NaN for what it cannot run. Empty
             where nobody measures.
+        node_times: measures a program's nodes in eager PyTorch, given the device (``"cpu"`` or ``"cuda"``), threads and
+            images: median seconds of each by name, zero for what takes none. ``None`` where nobody measures.
+        memory: bytes that the target's CPU processes may take together; ``None`` where nobody knows.
     """
 
     target: Target = field(default_factory=Target)
@@ -148,6 +151,8 @@ class PassContext:
     isa: tuple[str, ...] | None = None
     note: Callable[[str], None] = lambda text: None
     latency: Mapping[str, Callable[[Sequence[Program]], list[float]]] = field(default_factory=dict)
+    node_times: Callable[[Program, str, int, int], Mapping[str, float]] | None = None
+    memory: int | None = None
 
 
 class PassOptions(BaseModel):

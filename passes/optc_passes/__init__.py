@@ -92,4 +92,9 @@ def optc_passes() -> Iterable[Entry]:
             "Store 2-D convolutions' weights and activations in channels-last memory format.",
             "optc_passes.channels_last:ChannelsLast",
         ),
+        Entry(
+            "partition",
+            "Cut the graph into pipeline stages so that the slowest one is as fast as it can be.",
+            "optc_passes.partition:Partition",
+        ),
     ]
