@@ -19,7 +19,8 @@ from optc.frontend.capture import capture
 from optc.lowering.artifact import write_artifact
 from optc.lowering.backend import Backend, Runner
 from optc.lowering.lowering import AUTO, Lowering, backends, has_own_process
-from optc.machine import isa
+from optc.lowering.node_times import node_times
+from optc.machine import isa, total_memory
 from optc.ops.costs import node_costs
 from optc.passmanager.contract import Calibration, Instrument, Pass, PassContext
 from optc.passmanager.instruments import Statistics, Timing, Verify
@@ -157,7 +158,16 @@ def optimize(
     search = metric_of(validate, captured, None) or metric
     measures = {each.name: _latency_on(each, target) for each in chosen if not has_own_process(each)}
     flags = isa() if target.device == "cpu" else None
-    context = PassContext(target, ranges, (*watchers, *instruments), isa=flags, note=run.note, latency=measures)
+    context = PassContext(
+        target,
+        ranges,
+        (*watchers, *instruments),
+        isa=flags,
+        note=run.note,
+        latency=measures,
+        node_times=node_times,
+        memory=total_memory(),
+    )
 
     whole = budget_of(search, model, captured, max_drop)
     tried: list[str] = []

@@ -1,4 +1,4 @@
-"""``partition``: cuts a graph into stages for pipeline parallelism, so that the slowest stage is as fast as it can be."""
+"""``partition``: cuts a graph into stages for pipeline parallelism; the slowest one is as fast as it can be."""
 
 from __future__ import annotations
 
@@ -172,9 +172,9 @@ def _too_large(each: Row, devices: tuple[Device, ...], times: Times) -> OptcErro
     worst = max(rows, key=lambda entry: (entry["weight_bytes"] + entry["activation_bytes"]) / entry["memory_bytes"])
     needed = worst["weight_bytes"] + worst["activation_bytes"]
     return OptcError(
-        f"the model does not fit: however it is cut into {len(devices)} stages, one is too large for its device. At best"
-        f" stage {worst['stage']} needs {needed / GB:.3g} GB (weights {worst['weight_bytes'] / GB:.3g}, activations"
-        f" {worst['activation_bytes'] / GB:.3g}) and {worst['device']} has {worst['memory_bytes'] / GB:.3g} GB",
+        f"the model does not fit: however it is cut into {len(devices)} stages, one is too large for its device."
+        f" At best stage {worst['stage']} needs {needed / GB:.3g} GB (weights {worst['weight_bytes'] / GB:.3g},"
+        f" activations {worst['activation_bytes'] / GB:.3g}) and {worst['device']} has {worst['memory_bytes'] / GB:.3g} GB",
         "use more stages, larger devices or smaller microbatches",
     )
 

@@ -37,7 +37,7 @@ class Chain:
     @property
     def units(self) -> int:
         """Number of units."""
-        return self.seconds.shape[1]
+        return int(self.seconds.shape[1])
 
     def stage_seconds(self, cuts: tuple[int, ...]) -> list[float]:
         """How long each stage is busy for one microbatch: what comes in, its units, what goes out."""
@@ -63,10 +63,10 @@ def cut(chain: Chain) -> Cut | None:
 
     Parametric search: a bound is bisected, and whether a cut keeps within it is decided by dynamic programming over
     (stage, cut): with P the running sum of a stage's seconds, stage s may end at j within T if some i in the memory's
-    window was reached by stage s - 1 and has P[i] - transfer_in[i] >= P[j] + transfer_out[j] - T. The best i is a maximum
-    over a window whose ends only move forward, looked up in a sparse table: O(k n log n) for a bound with k stages and
-    n units, O(k n) where no device has a limit. Each bound that holds is replaced by the slowest stage of the cut it
-    found, so about 40 of them settle the optimum to the rounding of floating-point sums.
+    window was reached by stage s - 1 and has P[i] - transfer_in[i] >= P[j] + transfer_out[j] - T. The best i is a
+    maximum over a window whose ends only move forward, looked up in a sparse table: O(k n log n) for a bound with k
+    stages and n units, O(k n) where no device has a limit. Each bound that holds is replaced by the slowest stage of
+    the cut it found, so about 40 of them settle the optimum to the rounding of floating-point sums.
 
     Where the bound leaves a choice, what a stage receives is kept small, and after that the stages before it are given
     an even share.
@@ -128,10 +128,9 @@ class _Search:
         if end is not None:
             sums, outgoing = sums[end], outgoing[end]
         if bound == np.inf:
-            kept: NDArray[np.bool_] = np.broadcast_to(outgoing < np.inf, value.shape)
-            return kept
-        kept = value >= sums + outgoing - bound
-        return kept
+            return np.broadcast_to(outgoing < np.inf, value.shape)
+        within: NDArray[np.bool_] = value >= sums + outgoing - bound
+        return within
 
     def _begin(self, reached: NDArray[np.bool_], stage: int, end: int, bound: float) -> int:
         """Where the stage that ends at ``end`` begins."""

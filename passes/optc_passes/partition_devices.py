@@ -1,4 +1,4 @@
-"""Devices to cut a model for: named ones with their data sheets' figures, this machine's CPU, others from a TOML file."""
+"""Devices to cut a model for: named ones as their data sheets say, this machine's CPU, others from a TOML file."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def _gpu(name: str, memory: float, bandwidth: float, link: float, latency: float
     return Device(name, flops, bandwidth * GB, round(memory * GB), link * GB, latency * MICRO)
 
 
-# Dense peaks: the data sheets' with sparsity, halved. Links one way: half of what the sheets give for both. Latency of an
-# NCCL send and receive: about 10 µs over NVLink, 20 µs over PCIe (nccl-tests sendrecv_perf, smallest messages).
+# Dense peaks: the data sheets' with sparsity, halved. Links one way: half of what the sheets give for both. Latencies,
+# which no sheet has, are assumed: for an NCCL send and receive about 10 µs over NVLink, 20 µs over PCIe.
 _HOPPER = {"float32": 67, "tf32": 494.7, "bfloat16": 989.4, "float16": 989.4, "int8": 1978.9}
 KNOWN = {
     each.name: each
@@ -177,9 +177,9 @@ def _described(entry: _Entry, where: str) -> Device:
     return Device(
         entry.name,
         {**(base.flops if base else {}), **flops},
-        given(entry.bandwidth_gb_s, GB, base and base.bandwidth),
+        given(entry.bandwidth_gb_s, GB, base.bandwidth if base else None),
         memory,
-        given(entry.link_gb_s, GB, base and base.link_bandwidth),
-        given(entry.link_us, MICRO, base and base.link_latency),
+        given(entry.link_gb_s, GB, base.link_bandwidth if base else None),
+        given(entry.link_us, MICRO, base.link_latency if base else None),
         base.threads if base else 0,
     )
