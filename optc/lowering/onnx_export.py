@@ -19,6 +19,7 @@ from torch.export import Dim, ExportedProgram
 
 from optc.errors import BackendError
 from optc.lowering import onnx_blocks, onnx_dynamic, onnx_rewrites
+from optc.lowering.onnx_registry import registry_kept
 from optc.ops import COMPOSITES, decompose
 from optc.program import Program
 
@@ -55,7 +56,7 @@ def export_onnx(
             dynamic, or onnx.checker refuses the file.
     """
     plain = decompose(program)
-    with _quiet():
+    with _quiet(), registry_kept():
         model = _translate(plain, opset)
         onnx_rewrites.tidy(model)
         size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)

@@ -27,8 +27,8 @@ class QuantOptions(PassOptions):
     )
     block: Annotated[Literal[32, 64, 128, 256], BeforeValidator(int)] | None = Field(
         None,
-        description="weights that share a scale in formats with blocks; as it is 128, and 256 with auto, as fewer scales"
-        " are read in less time and the budget is held anyway",
+        description="weights that share a scale in formats with blocks; if not given 128, and 256 with auto, as fewer"
+        " scales are read in less time and the budget is held anyway",
     )
     observer: Literal["minmax", "percentile", "entropy", "mse"] = Field(
         "minmax",

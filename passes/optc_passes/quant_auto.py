@@ -55,16 +55,22 @@ def measure_layers(
 ) -> dict[Pair, float]:
     """Seconds that each layer takes by itself in each of its formats. Layers of the same kind are measured once.
 
-    Empty if the backend cannot run some layer in float.
+    A format that the backend cannot run for one layer is not tried for others of the same operator. Empty if the
+    backend cannot run some layer in float.
     """
-    measured: dict[str, list[float]] = {}
+    measured: dict[str, dict[str, float]] = {}
     seconds: dict[Pair, float] = {}
+    refused: set[tuple[object, str]] = set()
     for number, layer in enumerate(layers.plan.layers, 1):
         name, kind = layer.node.name, _kind(layer)
         if kind not in measured:
             context.progress(f"measuring layer {number}/{len(layers.names)} on {backend}")
-            measured[kind] = latency([layers.alone(layer, form, context.target.batch) for form in forms[name]])
-        seconds.update({(name, form): taken for form, taken in zip(forms[name], measured[kind], strict=True)})
+            operator = layer.node.target
+            tried = [form for form in forms[name] if (operator, form) not in refused]
+            taken = latency([layers.alone(layer, form, context.target.batch) for form in tried])
+            measured[kind] = dict.fromkeys(forms[name], math.nan) | dict(zip(tried, taken, strict=True))
+            refused |= {(operator, form) for form, found in measured[kind].items() if math.isnan(found)}
+        seconds.update({(name, form): taken for form, taken in measured[kind].items()})
         if math.isnan(seconds[name, FLOAT]):
             return {}
     return seconds

@@ -22,7 +22,8 @@ class Verify(Instrument):
     """Stops the run when a pass moves the outputs beyond what it declared.
 
     An exact pass is compared with the program before it and may cost float rounding only; an approximate one is
-    compared with the captured model and must hold its declared budget. Both distances are recorded.
+    compared with the captured model and must hold its declared budget. Both distances are recorded. Several pipelines
+    may run on the captured program under one instrument, one after the other.
 
     Args:
         captured: the program as captured; it is run once and not kept.
@@ -36,7 +37,12 @@ class Verify(Instrument):
         self._inputs = inputs
         self._folder = folder
         self._reference = [captured.run(*batch) for batch in inputs]
+        self._start = captured.history
         self._last = self._reference
+
+    def before_pass(self, pass_: Pass, program: Program) -> None:
+        if program.history == self._start:
+            self._last = self._reference
 
     def after_pass(self, pass_: Pass, before: Program, after: Program, record: PassRecord) -> dict[str, Any] | None:
         if not record.modified:

@@ -83,6 +83,17 @@ def test_a_correct_pass_is_recorded_with_its_distance(program: Program, inputs, 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_second_pipeline_on_the_captured_program_is_compared_with_that(
+    program: Program, inputs, tmp_path: Path
+) -> None:  # type: ignore[no-untyped-def]
+    context = verified(program, inputs, tmp_path)
+    Approximate(factor=1.05)(program, context)
+    (record,) = Rescale(factor=1.0)(program, context).program.history
+    assert record.notes["verify"]["from_previous"]["max_abs"] == 0.0
+    with pytest.raises(VerificationError):
+        Rescale(factor=1.05)(program, context)
+
+
 def test_a_wrong_exact_pass_stops_the_run_and_names_everything(program: Program, inputs, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     passes = PassManager([Rescale(factor=1.0), Rescale(factor=1.01)])
     with pytest.raises(VerificationError) as caught:
