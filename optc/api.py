@@ -19,6 +19,7 @@ from optc.frontend.capture import capture
 from optc.lowering.artifact import write_artifact
 from optc.lowering.backend import Backend, Runner
 from optc.lowering.lowering import AUTO, Lowering, backends, has_own_process
+from optc.lowering.pipeline import staged
 from optc.lowering.node_times import node_times
 from optc.machine import isa, total_memory
 from optc.ops.costs import node_costs
@@ -180,7 +181,9 @@ def optimize(
         if max_drop is None:
             del captured, watchers, batches, context, given, whole, budget  # frees the float weights
             gc.collect()
-        lowered = select(run, model, inputs, program, chosen, refused, target, backend == AUTO, measure)
+        into = staged(program, chosen, backend == AUTO)
+        several = backend == AUTO and into is chosen
+        lowered = select(run, model, inputs, program, into, refused, target, several, measure)
         optimized = Optimized(program, lowered.kept, lowered.folder)
         accuracy = after_of(run, metric, before, program, optimized)
         optimized.close()

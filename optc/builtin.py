@@ -41,6 +41,11 @@ def optc_backends() -> Iterable[Entry]:
             "optc[gpu]",
         ),
         Entry(
+            "pipeline",
+            "One process for each stage of a partitioned model: torch.distributed over NCCL or gloo.",
+            "optc.lowering.pipeline:PipelineBackend",
+        ),
+        Entry(
             "tensorrt",
             "NVIDIA TensorRT through Torch-TensorRT: one strongly typed engine for the GPU at hand.",
             "optc.lowering.tensorrt:TensorRtBackend",

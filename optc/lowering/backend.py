@@ -18,7 +18,7 @@ from optc.lowering.kernel_times import KernelTime
 from optc.target import Target
 
 if TYPE_CHECKING:
-    from torch import fx
+    from torch import Tensor, fx
 
     from optc.program import Program
 
@@ -58,6 +58,16 @@ class Runner(ABC):
     @abstractmethod
     def __call__(self, *inputs: Array) -> tuple[Array, ...]:
         """Run one query: one array per model input, batch first, as float32 unless the model says otherwise."""
+
+    def run_tensors(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run one query on tensors, for a caller that has those; where they are and their types may change.
+
+        By way of arrays, unless the runtime takes tensors: bfloat16, which numpy has not, goes as float32.
+        """
+        import torch
+
+        arrays = [(each.float() if each.dtype == torch.bfloat16 else each).detach().cpu().numpy() for each in inputs]
+        return tuple(torch.from_numpy(np.ascontiguousarray(array)) for array in self(*arrays))
 
     def close(self) -> None:
         """Free what the runner holds; calling it afterwards is an error."""

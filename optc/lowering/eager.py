@@ -137,6 +137,15 @@ class EagerRunner(Runner):
             outputs: tuple[Tensor, ...] = self._module(*tensors)
             return tuple(_array(output) for output in outputs)
 
+    def run_tensors(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run one query; the outputs stay on the device, in the graph's types."""
+        if torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
+        with torch.inference_mode():
+            tensors = [each.to(self._device, dtype) for each, dtype in zip(inputs, self._dtypes, strict=True)]
+            outputs: tuple[Tensor, ...] = self._module(*tensors)
+        return outputs
+
     def profile(self, inputs: Sequence[Array]) -> list[KernelTime]:
         """How long each operator takes for a query of ``inputs``, by torch.profiler."""
         torch.set_num_threads(self._threads)

@@ -152,7 +152,21 @@ class InductorRunner(Runner):
         with torch.inference_mode():
             return tuple(_array(output) for output in self._loader.boxed_run(tensors))
 
-    def _check(self, inputs: Sequence[Array]) -> None:
+    def run_tensors(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run one query; the outputs stay on the device, in the graph's types."""
+        if self._loader is None:
+            raise BackendError("this runner is closed", "load the model again")
+        self._check(inputs)
+        if torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
+        tensors = [
+            each.to(self._device, getattr(torch, entry["dtype"])).contiguous()
+            for each, entry in zip(inputs, self._inputs, strict=True)
+        ]
+        with torch.inference_mode():
+            return tuple(self._loader.boxed_run(tensors))
+
+    def _check(self, inputs: Sequence[Array] | Sequence[Tensor]) -> None:
         if len(inputs) != len(self._inputs):
             raise BackendError(f"the model takes {len(self._inputs)} inputs, not {len(inputs)}")
         for array, entry in zip(inputs, self._inputs, strict=True):

@@ -16,6 +16,7 @@ from optc.passmanager.compare import Comparison, compare, rounding_sqnr_db
 from optc.passmanager.contract import Instrument, Pass, PassRecord
 from optc.passmanager.reproducer import write_reproducer
 from optc.program import Program
+from optc.stages import run_stages, split, stage_count
 
 
 class Verify(Instrument):
@@ -48,7 +49,7 @@ class Verify(Instrument):
         if not record.modified:
             return None
         start = time.perf_counter()
-        outputs = [after.run(*batch) for batch in self._inputs]
+        outputs = _run(after, self._inputs)
         step, total = compare(self._last, outputs), compare(self._reference, outputs)
         reason = _exceeded(pass_, after, step if pass_.numerics.exact else total)
         if reason:
@@ -70,6 +71,14 @@ class Verify(Instrument):
             f" {where}; passes before it: {predecessors}",
             f"a reproducer is in {path}",
         )
+
+
+def _run(program: Program, inputs: Sequence[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+    """Run the batches; a program with stages stage by stage, each on nothing but what the one before it sent."""
+    if stage_count(program) == 1:
+        return [program.run(*batch) for batch in inputs]
+    stages = split(program)
+    return [run_stages(stages, *batch) for batch in inputs]
 
 
 def _exceeded(pass_: Pass, after: Program, distance: Comparison) -> str | None:

@@ -1,0 +1,95 @@
+"""``python -m optc.distributed``: what each rank runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from optc.distributed.files import run_files
+from optc.distributed.rank import COMPUTING_LIMIT, Place, StageRank
+from optc.distributed.serve import resident_bytes, serve
+from optc.distributed.watch import Watch, tell_exception
+from optc.errors import OptcError
+from optc.lowering.pipeline_file import read_pipeline
+from optc.lowering.pipeline_ranks import JOB_VARIABLE, TIMEOUT, TIMEOUT_VARIABLE, timeout
+from optc.lowering.pipeline_runner import stage_targets
+from optc.target import Target
+
+
+def main() -> None:
+    """Run one rank; errors meant for people are one line, and exit code 2."""
+    arguments = _arguments()
+    if arguments.timeout is not None:
+        os.environ[TIMEOUT_VARIABLE] = str(arguments.timeout)
+    try:
+        _run(arguments)
+    except OptcError as error:
+        print(f"optc.distributed: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="torchrun --nproc-per-node STAGES -m optc.distributed",
+        description="Run a pipeline artifact, one rank for each stage; several hosts: torchrun --nnodes N ….",
+    )
+    parser.add_argument("artifact", type=Path, help="folder that 'optc partition' wrote; ranks read their stage only")
+    parser.add_argument(
+        "--input", type=Path, action="append", default=[], help=".npy with images, batch first; once for each input"
+    )
+    parser.add_argument("--output", type=Path, help="where the last rank writes the outputs, as .npz")
+    parser.add_argument("--queries", type=int, default=5, help="without --input: batches of noise to time [default: 5]")
+    parser.add_argument("--batch", type=int, help="images in a batch [default: as partitioned]")
+    parser.add_argument(
+        "--timeout", type=float, help=f"seconds in which all end after a rank failed [default: {TIMEOUT:g}]"
+    )
+    return parser.parse_args()
+
+
+@record
+def _run(arguments: argparse.Namespace) -> None:
+    description = read_pipeline(arguments.artifact)
+    place, seconds = Place.here(len(description.stages)), timeout()
+    job = json.loads(os.environ[JOB_VARIABLE]) if JOB_VARIABLE in os.environ else None
+    if job:
+        target = Target(**job["target"])
+    else:
+        planned = Target(description.device, description.threads, arguments.batch or 1)
+        target = stage_targets(description, planned)[place.rank]
+    served = place.store(60.0, serve=True)
+    store, current = place.store(seconds), list[StageRank]()
+    watch = Watch(
+        store,
+        place.rank,
+        place.world,
+        seconds,
+        lambda: current[0].computing_since if current else None,
+        COMPUTING_LIMIT,
+    )
+    watch.start()
+    base = resident_bytes()
+    try:
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed")
+        rank = StageRank(place, served, arguments.artifact, description, target)
+        current.append(rank)
+        if job:
+            serve(rank, int(job["descriptor"]), base)
+        else:
+            run_files(rank, served, place, description, arguments)
+    except BaseException as error:
+        if not isinstance(error, SystemExit):
+            tell_exception(store, place.rank, error)
+        raise
+    watch.stop()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Ranks that run a file of images, or time batches of noise: under torchrun, on one host or several."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from optc.distributed.rank import Place, StageRank
+from optc.errors import DataError
+from optc.lowering.pipeline_file import PipelineFile
+
+
+def run_files(
+    rank: StageRank, store: dist.Store, place: Place, description: PipelineFile, arguments: argparse.Namespace
+) -> None:
+    """Run all of ``--input`` through the stages in batches and write ``--output``, or time ``--queries`` of noise.
+
+    Only the first rank reads the inputs and only the last one writes; how many images there are goes over the store.
+
+    Raises:
+        DataError: an input file cannot be read or does not fit the model.
+    """
+    batch = arguments.batch or description.microbatches * (description.rows or 1)
+    inputs: list[Tensor] = []
+    if rank.first:
+        inputs = _read(arguments.input, rank) if arguments.input else _noise(rank, batch)
+        store.set("optc/images", str(len(inputs[0])))
+    images = int(store.get("optc/images"))
+    if arguments.input:
+        outputs = [_batch(rank, description, inputs, begin, min(batch, images - begin)) for begin in range(0, images, batch)]
+        if rank.last and arguments.output:
+            _write(arguments.output, outputs)
+        return
+    seconds = []
+    for query in range(1 + arguments.queries):
+        dist.barrier()
+        start = time.perf_counter()
+        _batch(rank, description, inputs, 0, batch)
+        dist.barrier()
+        if query:  # the first one sets up connections and buffers
+            seconds.append(time.perf_counter() - start)
+    if rank.first and seconds:
+        median = statistics.median(seconds)
+        print(
+            f"{place.world} stages over {rank.transport}, batches of {batch} in {description.parts(batch)} microbatches:"
+            f" {median * 1e3:.1f} ms, {batch / median:.1f} images/s (median of {len(seconds)})",
+            flush=True,
+        )
+
+
+def _batch(
+    rank: StageRank, description: PipelineFile, inputs: Sequence[Tensor], begin: int, count: int
+) -> tuple[Tensor, ...]:
+    return rank.run(count, description.parts(count), [tensor[begin : begin + count] for tensor in inputs])
+
+
+def _read(paths: Sequence[Path], rank: StageRank) -> list[Tensor]:
+    wires = rank.wires()
+    if len(paths) != len(wires):
+        raise DataError(f"the model takes {len(wires)} inputs, and {len(paths)} files were given", "give --input for each")
+    found = []
+    for path, wire in zip(paths, wires, strict=True):
+        try:
+            array: NDArray[Any] = np.load(path, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise DataError(f"cannot read '{path}': {error}", "give a .npy file of numbers") from error
+        if array.shape[1:] != wire.shape[1:] or not len(array):
+            expected = ", ".join(map(str, ("images", *wire.shape[1:])))
+            raise DataError(f"'{path}' has the shape {array.shape}, the model takes ({expected})")
+        found.append(torch.from_numpy(np.ascontiguousarray(array)))
+    return found
+
+
+def _noise(rank: StageRank, batch: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(wire.sizes(batch), generator=generator).to(wire.dtype) for wire in rank.wires()]
+
+
+def _write(path: Path, outputs: Sequence[tuple[Tensor, ...]]) -> None:
+    """One array for each output, ``output_0`` and so on, the batches joined; whole or not at all."""
+    joined = [torch.cat(parts).cpu() for parts in zip(*outputs, strict=True)]
+    arrays = [(each.float() if each.dtype == torch.bfloat16 else each).numpy() for each in joined]
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.npz")
+    np.savez(temporary, allow_pickle=False, **{f"output_{index}": each for index, each in enumerate(arrays)})
+    os.replace(temporary, path)

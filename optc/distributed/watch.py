@@ -1,0 +1,146 @@
+"""Each rank says that it lives and watches its neighbour; the first to miss one ends them all."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import torch.distributed as dist
+
+from optc.lowering.pipeline_ranks import FAILED, beat_key, silence
+
+_STACK = 0.5
+"""Seconds for a rank that does not answer to write where it is."""
+
+
+class Watch(threading.Thread):
+    """Counts this rank's beats up in the store, reads those of the next rank, and ends the process when any has failed.
+
+    A rank that misses its neighbour's says so in the store, where all others find it: each rank is watched by exactly
+    one, so there is one message. A neighbour on the same host is made to write where it is and is then killed, which
+    launchers such as torchrun would do after half a minute only. It also ends this process when the one that started it
+    is gone, so nothing is left behind.
+
+    Args:
+        store: a connection of its own: a call that waits holds a connection up.
+        seconds: within which the job must have ended after a rank failed.
+        computing_since: when the computation at work began, by :func:`time.monotonic`, or ``None``.
+        limit: seconds that a computation may take before the rank counts as hung.
+    """
+
+    def __init__(
+        self,
+        store: dist.Store,
+        rank: int,
+        world: int,
+        seconds: float,
+        computing_since: Callable[[], float | None],
+        limit: float,
+    ) -> None:
+        super().__init__(name="watch", daemon=True)
+        self._store, self._rank, self._world = store, rank, world
+        self._silence, self._interval = silence(seconds), min(1.0, silence(seconds) / 8)
+        self._computing_since, self._limit = computing_since, limit
+        self._done = threading.Event()
+        self._parent = os.getppid()
+        faulthandler.register(signal.SIGUSR1, all_threads=False, chain=False)
+        store.set(f"optc/process/{rank}", json.dumps([_host(), self._parent, os.getpid()]))
+
+    def stop(self) -> None:
+        """The work is done: the others may end in any order."""
+        self._done.set()
+        with suppress(Exception):
+            self._store.set(f"optc/done/{self._rank}", "1")
+
+    def run(self) -> None:
+        """Beat and look until stopped."""
+        neighbour = (self._rank + 1) % self._world
+        last, since, looked = -1, time.monotonic(), time.monotonic()
+        while not self._done.wait(self._interval):
+            if os.getppid() != self._parent:
+                os._exit(1)  # whoever started this rank is gone
+            try:
+                began = self._computing_since()
+                if began is None or time.monotonic() - began < self._limit:
+                    self._store.add(beat_key(self._rank), 1)
+                beat = self._store.add(beat_key(neighbour), 0)
+                failed = self._store.check([FAILED])
+            except Exception:
+                if not self._done.is_set():
+                    os._exit(1)  # the host where the ranks meet is gone
+                return
+            now = time.monotonic()
+            if beat != last or beat == 0 or now - looked > self._silence / 2:  # or this process itself was held up
+                last, since = beat, now
+            looked = now
+            if failed:
+                os._exit(1)
+            if now - since > self._silence:
+                self._report(neighbour, now - since)
+
+    def _report(self, neighbour: int, seconds: float) -> None:
+        if self._store.check([f"optc/done/{neighbour}"]):
+            return
+        reason = f"has not answered for {seconds:.0f} s"
+        if tell(self._store, neighbour, reason, ""):
+            _say(f"rank {neighbour} (stage {neighbour}) {reason}, and the pipeline was ended")
+            _end_sibling(self._store, neighbour, self._parent)
+        os._exit(1)
+
+
+def tell(store: dist.Store, rank: int, reason: str, trace: str) -> bool:
+    """Leave word of the first failure; ``False`` if another one was first."""
+    mine = json.dumps({"rank": rank, "reason": reason, "traceback": trace})
+    return bool(store.compare_set(FAILED, "", mine) == mine.encode())
+
+
+def tell_exception(store: dist.Store, rank: int, error: BaseException) -> None:
+    """Leave word of an exception of this rank, unless it only is a consequence of another rank's end.
+
+    A broken connection is one: the rank that is to blame has a moment to be found out by whoever watches it.
+    """
+    if isinstance(error, RuntimeError) and "onnection" in str(error):
+        time.sleep(3 * _STACK)
+    trace = "".join(traceback.format_exception(error)).strip()
+    last = trace.splitlines()[-1]
+    if tell(store, rank, f"raised {last}", trace):
+        _say(f"rank {rank} (stage {rank}) raised {last}, and the pipeline was ended\n{trace}")
+
+
+def _end_sibling(store: dist.Store, rank: int, parent: int) -> None:
+    """Have a rank on this host write where it is, then kill it; only one that the same launcher started."""
+    host, its_parent, pid = json.loads(store.get(f"optc/process/{rank}"))
+    if host != _host() or its_parent != parent or _parent_of(pid) != parent:
+        return
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGUSR1)
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(_STACK)
+        os.kill(pid, signal.SIGKILL)
+
+
+def _host() -> str:
+    """This host, even among containers of one name."""
+    with suppress(OSError):
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    return socket.gethostname()
+
+
+def _parent_of(pid: int) -> int | None:
+    with suppress(OSError, ValueError, IndexError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return None
+
+
+def _say(text: str) -> None:
+    print(f"optc.distributed: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,209 @@
+"""The ``pipeline`` backend: a program cut into stages, each lowered by another backend and run by a process of its own."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from optc.errors import BackendError
+from optc.lowering.agreement import Agreement, bound_db, compare_outputs
+from optc.lowering.artifact import write_artifact
+from optc.lowering.backend import Backend, Lowered, Runner
+from optc.lowering.manifest import NAME as MANIFEST
+from optc.lowering.manifest import sha256
+from optc.lowering.pipeline_file import PipelineFile, StageEntry, WireEntry, read_pipeline, write_pipeline
+from optc.lowering.pipeline_runner import PipelineRunner
+from optc.plugins.registry import registry
+from optc.stages import Stage, split, stage_count
+from optc.target import Target
+
+if TYPE_CHECKING:
+    from optc.program import Program
+
+DEFAULT = "eager"
+"""What lowers the stages where nobody asks for anything else."""
+
+
+class PipelineBackend(Backend):
+    """Lowers each stage by a backend into a folder of its own; running starts one process a stage.
+
+    Args:
+        inside: the backend that lowers the stages.
+        microbatches: parts that a batch goes through the stages in; by default what the partitioner planned, or 1.
+    """
+
+    name = "pipeline"
+    summary = "One process for each stage of a partitioned model: torch.distributed over NCCL or gloo."
+    automatic = False
+
+    def __init__(self, inside: str = DEFAULT, microbatches: int | None = None) -> None:
+        self.inside = inside
+        self._microbatches = microbatches
+
+    @classmethod
+    def unavailable(cls, target: Target) -> str | None:
+        """Why processes cannot talk to each other here."""
+        if not torch.distributed.is_available():
+            return "this PyTorch was built without torch.distributed: install another build"
+        return None
+
+    def lower(self, program: Program, target: Target, folder: Path) -> Lowered:
+        """Lower each stage into ``stage-<i>/``, an artifact of its own; run the pipeline and compare with the program.
+
+        ``details["check"]`` has the distance on each microbatch of the batch it was compared on.
+
+        Raises:
+            BackendError: the program has no stages, a stage cannot be lowered, a rank fails, or the pipeline computes
+                something else than the program.
+        """
+        if stage_count(program) == 1:
+            raise BackendError("the program has no stages", "add the pass partition: --passes partition")
+        backend = _ready(self.inside, target)
+        account, planned = _account(program)
+        parts = self._microbatches or planned
+        rows = max(1, target.batch // parts) if program.dynamic_batch else len(program.example_inputs[0])
+        entries, layers, files = [], [], []
+        for stage in split(program):
+            predicted = account[stage.index] if len(account) == stage_count(program) else {}
+            threads = _threads(str(predicted.get("device", ""))) or max(1, target.threads // stage_count(program))
+            entry, details = _lower_stage(backend, stage, _target(target, threads, rows), folder, predicted)
+            entries.append(entry)
+            layers.append(details)
+            files += sorted(
+                path.relative_to(folder).as_posix() for path in (folder / entry.folder).rglob("*") if path.is_file()
+            )
+        description = PipelineFile(
+            backend=backend.name,
+            device=target.device,
+            microbatches=parts,
+            rows=None if program.dynamic_batch else rows,
+            stages=tuple(entries),
+        )
+        loaded = (write_pipeline(folder, description), *files)
+        runner = self.load(folder, loaded, target)
+        try:
+            check = _check(program, runner, parts, rows)
+        finally:
+            runner.close()
+        how = f"runs as several processes: torchrun --nproc-per-node {len(entries)} -m optc.distributed FOLDER"
+        details = {"stages": layers, "check": check, "no_run_script": how}
+        return Lowered(loaded, details)
+
+    def load(self, folder: Path, files: tuple[str, ...], target: Target) -> Runner:
+        """Start one process for each stage on this machine and wait until all are ready.
+
+        Raises:
+            BackendError: a rank fails; with its stage and last traceback.
+            ArtifactError: ``pipeline.json`` is not valid.
+        """
+        description = read_pipeline(folder)
+        if description.device != target.device:
+            raise BackendError(
+                f"the stages were lowered for {description.device}, not for {target.device}", "partition it again"
+            )
+        return PipelineRunner(folder, description, target)
+
+
+def staged(program: Program, chosen: list[Backend], automatic: bool) -> list[Backend]:
+    """The backends to lower to: for a program with stages the pipeline, around the backend asked for.
+
+    Args:
+        automatic: whether nobody asked for a backend; the stages are lowered by ``eager`` then.
+    """
+    if stage_count(program) == 1 or any(isinstance(each, PipelineBackend) for each in chosen):
+        return chosen
+    return [PipelineBackend(DEFAULT if automatic else chosen[0].name)]
+
+
+def _ready(name: str, target: Target) -> Backend:
+    if name == PipelineBackend.name:
+        raise BackendError("a stage cannot be a pipeline itself", "lower the stages by eager, inductor or onnxruntime")
+    cls = registry().load("backend", name)
+    reason = cls.unavailable(target)
+    if reason:
+        raise BackendError(f"backend '{name}' cannot run the stages here: {reason}")
+    backend: Backend = cls()
+    return backend
+
+
+def _target(target: Target, threads: int, rows: int) -> Target:
+    return Target(target.device, threads, rows, target.allow_fallback)
+
+
+def _account(program: Program) -> tuple[Sequence[Mapping[str, Any]], int]:
+    """What the partitioner noted of each stage, and into how many microbatches it divided the batch."""
+    for record in reversed(program.history):
+        if record.name == "partition":
+            return record.notes.get("account", ()), int(record.options.get("microbatches") or 1)
+    return (), 1
+
+
+def _threads(device: str) -> int | None:
+    found = re.fullmatch(r"cpu:(\d+)", device)
+    return int(found[1]) if found else None
+
+
+def _lower_stage(
+    backend: Backend, stage: Stage, target: Target, folder: Path, predicted: Mapping[str, Any]
+) -> tuple[StageEntry, dict[str, Any]]:
+    """Lower one stage into an artifact of its own and return its entry and what the backend had to say."""
+    name = f"stage-{stage.index}"
+    scratch = folder / f".{name}"
+    scratch.mkdir()
+    try:
+        lowered = backend.lower(stage.program, target, scratch)
+        report = {"lowering": dict(lowered.details)}
+        write_artifact(folder / name, scratch, lowered, stage.program, backend.name, report, target)
+    except BackendError as error:
+        raise BackendError(f"stage {stage.index}: {error.message}", error.hint) from error
+    finally:
+        shutil.rmtree(scratch)
+    entry = StageEntry(
+        folder=name,
+        manifest_sha256=sha256(folder / name / MANIFEST),
+        threads=target.threads,
+        weight_bytes=stage.program.constant_bytes(),
+        receives=tuple(map(WireEntry.of, stage.receives)),
+        sends=tuple(map(WireEntry.of, stage.sends)),
+        predicted=dict(predicted),
+    )
+    return entry, {"stage": stage.index, **lowered.details}
+
+
+def _check(program: Program, run: Runner, parts: int, rows: int) -> dict[str, Any]:
+    """Compare the pipeline with the unsplit program on every microbatch of one batch.
+
+    Every image of the batch is another one, so that a microbatch in the wrong place shows.
+
+    Raises:
+        BackendError: names the microbatch and output that differ by more than a correct runtime does.
+    """
+    batch = [_different(example, parts * rows) for example in program.example_inputs]
+    outputs = run(*(tensor.numpy() for tensor in batch))
+    found: list[Agreement] = []
+    for part in range(parts):
+        reference = program.run(*(tensor[part * rows : (part + 1) * rows] for tensor in batch))
+        expected = [output.detach().float().numpy() for output in reference]
+        sizes = [len(each) for each in expected]
+        mine = [each[part * size : (part + 1) * size] for each, size in zip(outputs, sizes, strict=True)]
+        names = [f"{index} of microbatch {part}" for index in range(len(expected))]
+        found.append(compare_outputs("pipeline", names, expected, mine, bound_db(program)))
+    worst = min(found, key=lambda each: each.sqnr_db)
+    return {
+        **worst.details(),
+        "against": "the unsplit graph, microbatch by microbatch",
+        "microbatches": [each.details()["sqnr_db"] for each in found],
+    }
+
+
+def _different(example: Tensor, batch: int) -> Tensor:
+    """As many images as asked for, each shifted otherwise along the last axis."""
+    example = example.detach().cpu()
+    rows = [example[index % len(example)] for index in range(batch)]
+    return torch.stack([row.roll(index, -1) if row.ndim else row for index, row in enumerate(rows)])

@@ -1,0 +1,149 @@
+"""A loaded pipeline: this process hands queries to the first rank and takes the last one's outputs."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from optc.errors import ArtifactError, BackendError
+from optc.lowering.backend import Array, Runner
+from optc.lowering.pipeline_file import PipelineFile
+from optc.lowering.pipeline_ranks import LocalRanks
+from optc.target import Target
+
+
+@dataclass(frozen=True)
+class RankFacts:
+    """What a rank told when it was ready.
+
+    Attributes:
+        provider, precision: of its stage's runner.
+        transport: ``"nccl"`` or ``"gloo"``.
+        base_bytes: resident memory before it read its stage.
+    """
+
+    provider: str
+    precision: str
+    transport: str
+    base_bytes: int
+
+
+class PipelineRunner(Runner):
+    """One process a stage. A batch goes through in as many microbatches as planned, or fewer where they do not divide it.
+
+    Attributes:
+        ranks: what each rank told.
+    """
+
+    def __init__(self, folder: Path, description: PipelineFile, target: Target) -> None:
+        self._description = description
+        self._inputs = [entry.wire for entry in description.stages[0].receives]
+        self._processes = LocalRanks(folder, stage_targets(description, target))
+        try:
+            self.ranks = tuple(RankFacts(**self._answer(rank)) for rank in range(len(description.stages)))
+        except BaseException:
+            self.close()
+            raise
+        providers = dict.fromkeys(rank.provider for rank in self.ranks)
+        self.provider = f"pipeline of {len(self.ranks)} ranks over {self.ranks[0].transport}: {', '.join(providers)}"
+        self.precision = _joined([rank.precision for rank in self.ranks])
+
+    @property
+    def pids(self) -> list[int]:
+        """The process of each rank."""
+        return self._processes.pids
+
+    def peak_bytes(self) -> list[int]:
+        """The most resident memory that each rank has had so far."""
+        found = []
+        for pid in self.pids:
+            status = Path(f"/proc/{pid}/status").read_text()
+            found.append(int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024)  # type: ignore[index]
+        return found
+
+    def __call__(self, *inputs: Array) -> tuple[Array, ...]:
+        if self._processes.failure:
+            self._processes.raise_failure()
+        arrays = self._checked(inputs)
+        batch = len(arrays[0])
+        header = json.dumps({"batch": batch, "microbatches": self._description.parts(batch)}).encode()
+        try:
+            for connection in self._processes.connections:
+                connection.send_bytes(header)
+            for array in arrays:
+                self._processes.connections[0].send_bytes(array.view(np.uint8).reshape(-1).data)
+            return self._outputs()
+        except (EOFError, OSError):
+            self._processes.raise_failure()
+            raise
+        except BaseException:
+            self._processes.abandon("a query was interrupted, and the pipeline was ended")
+            raise
+
+    def _checked(self, inputs: Sequence[Array]) -> list[Array]:
+        if len(inputs) != len(self._inputs):
+            raise BackendError(f"the model takes {len(self._inputs)} inputs, not {len(inputs)}")
+        arrays = []
+        for array, wire in zip(inputs, self._inputs, strict=True):
+            if array.shape[1:] != wire.shape[1:] or len(array) != len(inputs[0]) or not len(array):
+                expected = ", ".join(map(str, ("batch", *wire.shape[1:])))
+                raise BackendError(f"input '{wire.name}' has the shape {array.shape}, the model takes ({expected})")
+            dtype = "float32" if str(wire.dtype) == "torch.bfloat16" else str(wire.dtype).removeprefix("torch.")
+            arrays.append(np.ascontiguousarray(array, dtype))
+        return arrays
+
+    def _outputs(self) -> tuple[Array, ...]:
+        told = self._answer(len(self._description.stages) - 1)
+        outputs = []
+        for shape, dtype in told["outputs"]:
+            array = np.empty(shape, dtype)
+            self._processes.connections[-1].recv_bytes_into(array.view(np.uint8).reshape(-1).data)
+            outputs.append(array)
+        return tuple(outputs)
+
+    def _answer(self, rank: int) -> dict[str, Any]:
+        try:
+            told: dict[str, Any] = json.loads(self._processes.connections[rank].recv_bytes())
+        except (EOFError, OSError):
+            self._processes.raise_failure()
+            raise
+        return told
+
+    def close(self) -> None:
+        """End the processes."""
+        with suppress(OSError):
+            self._processes.close()
+
+
+def stage_targets(description: PipelineFile, target: Target) -> list[Target]:
+    """What each stage runs with: the planned threads, or their share of as many as ``target`` has.
+
+    Raises:
+        ArtifactError: the batch is no multiple of a fixed microbatch.
+    """
+    try:
+        parts = description.parts(target.batch)
+    except ArtifactError:
+        parts = 1
+    rows = description.rows or max(1, target.batch // parts)
+    total = description.threads
+    threads = [
+        stage.threads if target.threads == total else max(1, target.threads * stage.threads // total)
+        for stage in description.stages
+    ]
+    return [Target(target.device, each, rows, target.allow_fallback) for each in threads]
+
+
+def _joined(precisions: Sequence[str]) -> str:
+    """What the stages compute in, once where it is the same in all."""
+    different = list(dict.fromkeys(each for each in precisions if not each.startswith("no convolution")))
+    if len(different) <= 1:
+        return different[0] if different else precisions[0]
+    return "; ".join(f"stage {index}: {each}" for index, each in enumerate(precisions))
