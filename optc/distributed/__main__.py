@@ -15,12 +15,16 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from optc.distributed.files import run_files
 from optc.distributed.rank import COMPUTING_LIMIT, Place, StageRank
 from optc.distributed.serve import resident_bytes, serve
-from optc.distributed.watch import Watch, tell_exception
+from optc.distributed.watch import Watch, done_key, tell_exception
 from optc.errors import OptcError
-from optc.lowering.pipeline_file import read_pipeline
+from optc.lowering.pipeline_file import PipelineFile, read_pipeline
 from optc.lowering.pipeline_ranks import JOB_VARIABLE, TIMEOUT, TIMEOUT_VARIABLE, timeout
 from optc.lowering.pipeline_runner import stage_targets
 from optc.target import Target
+
+
+_MEETING = 60.0
+"""Seconds for all ranks to come to where they meet."""
 
 
 def main() -> None:
@@ -29,9 +33,15 @@ def main() -> None:
     if arguments.timeout is not None:
         os.environ[TIMEOUT_VARIABLE] = str(arguments.timeout)
     try:
-        _run(arguments)
+        description = read_pipeline(arguments.artifact)
+        place, seconds = Place.here(len(description.stages)), timeout()
+    except OptcError as error:  # all ranks of a host find the same
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            _say(error)
+        sys.exit(error.exit_code)
+    try:
+        _run(arguments, description, place, seconds)
     except OptcError as error:
-        print(f"optc.distributed: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
 
 
@@ -54,17 +64,19 @@ def _arguments() -> argparse.Namespace:
 
 
 @record
-def _run(arguments: argparse.Namespace) -> None:
-    description = read_pipeline(arguments.artifact)
-    place, seconds = Place.here(len(description.stages)), timeout()
+def _run(arguments: argparse.Namespace, description: PipelineFile, place: Place, seconds: float) -> None:
     job = json.loads(os.environ[JOB_VARIABLE]) if JOB_VARIABLE in os.environ else None
     if job:
         target = Target(**job["target"])
     else:
         planned = Target(description.device, description.threads, arguments.batch or 1)
         target = stage_targets(description, planned)[place.rank]
-    served = place.store(60.0, serve=True)
-    store, current = place.store(seconds), list[StageRank]()
+    try:
+        served, store = place.store(_MEETING, serve=True), place.store(seconds)
+    except OptcError as error:
+        _say(error)
+        raise
+    current = list[StageRank]()
     watch = Watch(
         store,
         place.rank,
@@ -89,6 +101,12 @@ def _run(arguments: argparse.Namespace) -> None:
         raise
     watch.stop()
     dist.destroy_process_group()
+    if place.own_store:  # what the others meet at goes last
+        served.wait([done_key(rank) for rank in range(place.world)])
+
+
+def _say(error: OptcError) -> None:
+    print(f"optc.distributed: {error}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,6 +44,9 @@ def run_files(
             _write(arguments.output, outputs)
         return
     seconds = []
+    dist.barrier()
+    if rank.first:
+        print(f"optc.distributed: {place.world} stages over {rank.transport} are ready", file=sys.stderr, flush=True)
     for query in range(1 + arguments.queries):
         dist.barrier()
         start = time.perf_counter()

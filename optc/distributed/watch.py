@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from optc.errors import OptcError
 from optc.lowering.pipeline_ranks import FAILED, beat_key, silence
 
 _STACK = 0.5
@@ -60,7 +61,7 @@ class Watch(threading.Thread):
         """The work is done: the others may end in any order."""
         self._done.set()
         with suppress(Exception):
-            self._store.set(f"optc/done/{self._rank}", "1")
+            self._store.set(done_key(self._rank), "1")
 
     def run(self) -> None:
         """Beat and look until stopped."""
@@ -89,13 +90,18 @@ class Watch(threading.Thread):
                 self._report(neighbour, now - since)
 
     def _report(self, neighbour: int, seconds: float) -> None:
-        if self._store.check([f"optc/done/{neighbour}"]):
+        if self._store.check([done_key(neighbour)]):
             return
         reason = f"has not answered for {seconds:.0f} s"
         if tell(self._store, neighbour, reason, ""):
             _say(f"rank {neighbour} (stage {neighbour}) {reason}, and the pipeline was ended")
             _end_sibling(self._store, neighbour, self._parent)
         os._exit(1)
+
+
+def done_key(rank: int) -> str:
+    """Key of the store that says that a rank has done its work."""
+    return f"optc/done/{rank}"
 
 
 def tell(store: dist.Store, rank: int, reason: str, trace: str) -> bool:
@@ -114,7 +120,8 @@ def tell_exception(store: dist.Store, rank: int, error: BaseException) -> None:
     trace = "".join(traceback.format_exception(error)).strip()
     last = trace.splitlines()[-1]
     if tell(store, rank, f"raised {last}", trace):
-        _say(f"rank {rank} (stage {rank}) raised {last}, and the pipeline was ended\n{trace}")
+        known = isinstance(error, OptcError)  # says all there is to say
+        _say(f"rank {rank} (stage {rank}) raised {last}, and the pipeline was ended" + ("" if known else f"\n{trace}"))
 
 
 def _end_sibling(store: dist.Store, rank: int, parent: int) -> None:

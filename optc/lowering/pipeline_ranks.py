@@ -32,6 +32,8 @@ JOB_VARIABLE = "OPTC_PIPELINE_JOB"
 """Tells a rank that it serves queries of this process: its connection's descriptor and its target, as JSON."""
 FAILED = "optc/failed"
 """Key of the store under which the first rank that fails leaves why, as JSON."""
+_STARTING = 120.0
+"""Seconds for a rank to start Python and import PyTorch."""
 _DYING = 0.2
 """Seconds for the ranks that die of another's death to die too: the one ended by a signal is to blame."""
 _STACK = 0.5
@@ -172,6 +174,8 @@ class LocalRanks:
         Returns:
             Whether they were ended.
         """
+        if self._closing.is_set():
+            return True
         if any(process.poll() is not None for process in self._processes):
             time.sleep(_DYING)
             self._fail(*self._why_dead())
@@ -182,20 +186,22 @@ class LocalRanks:
             last, since = seen.get(rank, (-1, now))
             if beat != last:
                 seen[rank] = (beat, now)
+            elif not beat and now - since > _STARTING:
+                self._fail(rank, f"has not started within {_STARTING:.0f} s", self._last_traceback(rank))
+                return True
             elif beat and now - since > silence(self._timeout):
                 self._fail(rank, f"has not answered for {now - since:.0f} s", self._stack(rank))
                 return True
         return False
 
     def _why_dead(self) -> tuple[int, str, str]:
-        if not self._closing.is_set():
-            for rank, process in enumerate(self._processes):
-                status = process.poll()
-                if status is not None and status < 0:
-                    return rank, f"was ended by {signal.Signals(-status).name}", self._last_traceback(rank)
-            if self._store.check([FAILED]):
-                told: dict[str, Any] = json.loads(self._store.get(FAILED))
-                return int(told["rank"]), str(told["reason"]), str(told["traceback"])
+        for rank, process in enumerate(self._processes):
+            status = process.poll()
+            if status is not None and status < 0:
+                return rank, f"was ended by {signal.Signals(-status).name}", self._last_traceback(rank)
+        if self._store.check([FAILED]):
+            told: dict[str, Any] = json.loads(self._store.get(FAILED))
+            return int(told["rank"]), str(told["reason"]), str(told["traceback"])
         rank, status = next((r, s) for r, p in enumerate(self._processes) if (s := p.poll()) is not None)
         return rank, f"ended with status {status}", self._last_traceback(rank)
 

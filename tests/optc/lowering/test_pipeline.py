@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,25 +13,187 @@ import torch
 from torch import nn
 
 import optc
-from optc.lowering.backend import Runner
-from optc.lowering.pipeline import PipelineBackend
-from optc.lowering.pipeline_runner import PipelineRunner
-from optc.program import Program
+from optc.errors import ArtifactError, BackendError
+from optc.lowering.artifact import load_artifact, write_artifact
+from optc.lowering.pipeline import PipelineBackend, staged
+from optc.lowering.pipeline_file import PipelineFile, read_pipeline
+from optc.lowering.pipeline_runner import PipelineRunner, stage_targets
+from optc.program import Program, complete_meta
+from optc.rewrite import add_constant
 from optc.target import Target
+from optc.torchvision_ops import declare_torchvision_ops
 
 Cut = Callable[[Program, int], Program]
+TARGET = Target(threads=2, batch=4)
 
 
-def test_it_runs(residual_model: nn.Module, cut: Cut, tmp_path: Path) -> None:
-    program = cut(optc.capture(residual_model, (torch.randn(2, 8),)), 3)
+class Made:
+    """A small ViT in two stages as an artifact, and the program it was made from."""
+
+    def __init__(self, cut: Cut, folder: Path) -> None:
+        declare_torchvision_ops()  # before timm imports torchvision
+        import timm
+
+        torch.manual_seed(0)
+        model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=4, num_classes=7).eval()
+        self.program = cut(optc.capture(model, (torch.randn(2, 3, 32, 32),)), 2)
+        made = folder / "made"
+        made.mkdir()
+        self.lowered = PipelineBackend(microbatches=2).lower(self.program, TARGET, made)
+        self.path = folder / "vit.pipe"
+        write_artifact(self.path, made, self.lowered, self.program, "pipeline", {"precision": "float32"}, TARGET)
+
+
+@pytest.fixture(scope="module")
+def made(cut: Cut, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return Made(cut, tmp_path_factory.mktemp("pipeline"))
+
+
+@pytest.fixture(scope="module")
+def runner(made: Made) -> Iterator[PipelineRunner]:
+    loaded = load_artifact(made.path).runner()
+    assert isinstance(loaded, PipelineRunner)
+    yield loaded
+    loaded.close()
+
+
+def test_every_batch_size_computes_what_the_whole_model_does(made: Made, runner: PipelineRunner) -> None:
+    for batch in (4, 4, 1, 6, 7, 2, 8):  # more sizes than are kept, in one microbatch where two do not divide it
+        x = torch.randn(batch, 3, 32, 32)
+        (found,) = runner(x.numpy())
+        np.testing.assert_allclose(found, made.program.run(x)[0].numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_it_was_checked_on_every_microbatch_when_it_was_made(made: Made) -> None:
+    check = made.lowered.details["check"]
+    assert len(check["microbatches"]) == 2
+    assert check["bound_db"] == 60.0
+    assert all(each == "inf" or each > 60.0 for each in check["microbatches"])
+
+
+def test_the_runner_tells_what_runs_and_each_rank_holds_its_share(made: Made, runner: PipelineRunner) -> None:
+    assert runner.provider.startswith("pipeline of 2 ranks over gloo: eager cpu")
+    assert runner.precision == "float32"
+    assert len(set(runner.pids)) == 2
+    runner(np.zeros((2, 3, 32, 32), np.float32))
+    assert all(peak > rank.base_bytes > 0 for peak, rank in zip(runner.peak_bytes(), runner.ranks, strict=True))
+
+
+def test_stages_are_artifacts_of_their_own_with_their_own_weights(made: Made) -> None:
+    description = read_pipeline(made.path)
+    assert [entry.folder for entry in description.stages] == ["stage-0", "stage-1"]
+    whole = made.program.constant_bytes()
+    weights = [(made.path / entry.folder / "weights.safetensors").stat().st_size for entry in description.stages]
+    assert all(0 < size < 0.75 * whole for size in weights)
+    assert sum(weights) == pytest.approx(whole, rel=0.02)
+    x = np.zeros((2, 3, 32, 32), np.float32)
+    first, second = (load_artifact(made.path / entry.folder).runner() for entry in description.stages)
+    handed_on = first(x)
+    assert [list(each.shape[1:]) for each in handed_on] == [list(w.shape[1:]) for w in description.stages[0].sends]
+    np.testing.assert_allclose(second(*handed_on)[0], made.program.run(torch.zeros(2, 3, 32, 32))[0], atol=1e-5)
+
+
+def test_wrong_inputs_are_refused_and_the_next_query_is_answered(made: Made, runner: PipelineRunner) -> None:
+    with pytest.raises(BackendError, match=r"has the shape \(2, 3, 16, 16\), the model takes \(batch, 3, 32, 32\)"):
+        runner(np.zeros((2, 3, 16, 16), np.float32))
+    with pytest.raises(BackendError, match="takes 1 inputs, not 2"):
+        runner(np.zeros((2, 3, 32, 32), np.float32), np.zeros(2, np.float32))
+    assert runner(np.zeros((2, 3, 32, 32), np.float32))[0].shape == (2, 7)
+
+
+@pytest.mark.parametrize("inside", ["onnxruntime", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_stages_are_lowered_by_other_backends(residual_model: nn.Module, cut: Cut, tmp_path: Path, inside: str) -> None:
+    program = cut(optc.capture(residual_model, (torch.randn(2, 8),)), 2)
+    lowered = PipelineBackend(inside, microbatches=2).lower(program, TARGET, tmp_path)  # compares the outputs
+    assert read_pipeline(tmp_path).backend == inside
+    assert lowered.details["check"]["sqnr_db"] > 60.0
+    assert f"stage-1/{'model.onnx' if inside == 'onnxruntime' else 'model.pt2'}" in lowered.files
+
+
+def test_bfloat16_goes_from_stage_to_stage_as_it_is(residual_model: nn.Module, cut: Cut, tmp_path: Path) -> None:
+    model = nn.Sequential(residual_model.bfloat16())
+    program = cut(optc.capture(model, (torch.randn(2, 8, dtype=torch.bfloat16),)), 2)
+    (tmp_path / "made").mkdir()
+    lowered = PipelineBackend(microbatches=2)._lower_stages(program, TARGET, tmp_path / "made")[0]
+    assert {wire.dtype for wire in lowered.stages[0].sends} == {"bfloat16"}
+
+
+def test_a_fixed_batch_is_a_microbatch(residual_model: nn.Module, cut: Cut, tmp_path: Path) -> None:
+    program = cut(optc.capture(residual_model, (torch.randn(2, 8),), dynamic_batch=False), 2)
     backend = PipelineBackend(microbatches=2)
-    target = Target(threads=3, batch=4)
-    lowered = backend.lower(program, target, tmp_path)
-    runner = backend.load(tmp_path, lowered.files, target)
-    try:
-        print(lowered.details, runner.provider, runner.precision)
-        for batch in (4, 4, 1, 6, 7):
-            x = torch.randn(batch, 8)
-            np.testing.assert_allclose(runner(x.numpy())[0], program.run(x)[0].numpy(), rtol=1e-4, atol=1e-5)
-    finally:
-        runner.close()
+    description, _, _ = backend._lower_stages(program, TARGET, tmp_path)
+    assert (description.rows, description.parts(6)) == (2, 3)
+    with pytest.raises(ArtifactError, match="2 images at a time, which do not divide a batch of 5"):
+        description.parts(5)
+
+
+def test_what_has_no_stages_is_refused(residual_model: nn.Module, cut: Cut, tmp_path: Path) -> None:
+    program = optc.capture(residual_model, (torch.randn(2, 8),))
+    with pytest.raises(BackendError, match="no stages — add the pass partition"):
+        PipelineBackend().lower(program, TARGET, tmp_path)
+    with pytest.raises(BackendError, match="a stage cannot be a pipeline itself"):
+        PipelineBackend("pipeline").lower(cut(program, 2), TARGET, tmp_path)
+
+
+def test_a_wrong_pipeline_is_found_out(residual_model: nn.Module, cut: Cut, tmp_path: Path) -> None:
+    """What the check is for: stages of another model."""
+    program = optc.capture(residual_model, (torch.randn(2, 8),))
+
+    class Wrong(PipelineBackend):
+        def _lower_stages(self, program: Program, target: Target, folder: Path) -> Any:
+            other = program.fork()
+            weight = next(node for node in other.graph.nodes if node.op == "get_attr" and node.name.endswith("weight"))
+            changed = dict(other.constants())[str(weight.target)].detach() * 1.05
+            weight.replace_all_uses_with(add_constant(other, weight, "changed", changed))
+            complete_meta(other)
+            return super()._lower_stages(other, target, folder)
+
+    with pytest.raises(BackendError, match="pipeline computes output '0 of microbatch 0' differently"):
+        Wrong(microbatches=2).lower(cut(program, 2), TARGET, tmp_path)
+
+
+def test_a_staged_program_is_lowered_by_the_backend_asked_for(residual_model: nn.Module, cut: Cut) -> None:
+    from optc.lowering.eager import EagerBackend
+    from optc.lowering.onnxruntime import OnnxRuntimeBackend
+
+    program = optc.capture(residual_model, (torch.randn(2, 8),))
+    asked = [OnnxRuntimeBackend()]
+    assert staged(program, asked, False) is asked
+    (into,) = staged(cut(program, 2), asked, False)
+    assert isinstance(into, PipelineBackend)
+    assert into.inside == "onnxruntime"
+    (into,) = staged(cut(program, 2), [*asked, EagerBackend()], True)
+    assert isinstance(into, PipelineBackend)
+    assert into.inside == "eager"
+
+
+def test_threads_are_shared_out_as_planned(made: Made) -> None:
+    plan = read_pipeline(made.path)
+    stages = tuple(each.model_copy(update={"threads": threads}) for each, threads in zip(plan.stages, (1, 3), strict=True))
+    uneven = plan.model_copy(update={"stages": stages})
+    assert [each.threads for each in stage_targets(uneven, Target(threads=4))] == [1, 3]
+    assert [each.threads for each in stage_targets(uneven, Target(threads=8))] == [2, 6]
+    assert [each.threads for each in stage_targets(uneven, Target(threads=1))] == [1, 1]
+    assert [each.batch for each in stage_targets(uneven, Target(threads=4, batch=8))] == [4, 4]
+
+
+def test_an_altered_pipeline_is_refused(made: Made, tmp_path: Path) -> None:
+    import shutil
+
+    copy = shutil.copytree(made.path, tmp_path / "copy")
+    document = json.loads((copy / "pipeline.json").read_text())
+    document["stages"].reverse()
+    (copy / "pipeline.json").write_text(json.dumps(document))
+    with pytest.raises(ArtifactError, match="altered"):
+        read_pipeline(copy)
+    with pytest.raises(ArtifactError, match=r"pipeline.json has \d+ bytes|altered"):
+        load_artifact(copy)
+    (copy / "manifest.json").unlink()
+    assert isinstance(read_pipeline(copy), PipelineFile)
+    document["stages"][0]["folder"] = "../elsewhere"
+    (copy / "pipeline.json").write_text(json.dumps(document))
+    with pytest.raises(ArtifactError, match=r"is not valid: stages\.0\.folder"):
+        read_pipeline(copy)
+    (copy / "pipeline.json").unlink()
+    with pytest.raises(ArtifactError, match="is no pipeline: it has no pipeline.json"):
+        read_pipeline(copy)

@@ -1,0 +1,117 @@
+"""Ranks that die, hang or raise end the whole pipeline in time, with one message and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import optc
+from optc.errors import BackendError
+from optc.lowering.pipeline import PipelineBackend
+from optc.lowering.pipeline_file import PIPELINE, write_pipeline
+from optc.lowering.pipeline_ranks import TIMEOUT_VARIABLE
+from optc.lowering.pipeline_runner import PipelineRunner
+from optc.program import Program
+from optc.target import Target
+
+Cut = Callable[[Program, int], Program]
+SECONDS = 3.0
+X = np.zeros((2, 8), np.float32)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs or is stopped; a zombie is neither."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it did not happen"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def stages(cut: Cut, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two stages of a small model, as :mod:`optc.distributed` takes them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4)).eval()
+    folder = tmp_path_factory.mktemp("stages")
+    program = cut(optc.capture(model, (torch.randn(2, 8),)), 2)
+    description, _, _ = PipelineBackend(microbatches=2)._lower_stages(program, Target(threads=2, batch=2), folder)
+    write_pipeline(folder, description)
+    return folder
+
+
+@pytest.fixture
+def runner(stages: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PipelineRunner]:
+    monkeypatch.setenv(TIMEOUT_VARIABLE, str(SECONDS))
+    loaded = PipelineBackend().load(stages, (PIPELINE,), Target(threads=2, batch=2))
+    assert isinstance(loaded, PipelineRunner)
+    yield loaded
+    pids = loaded.pids
+    loaded.close()
+    assert not any(map(alive, pids))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_all_with_its_name(runner: PipelineRunner, rank: int) -> None:
+    runner(X)
+    os.kill(runner.pids[rank], signal.SIGKILL)
+    with pytest.raises(BackendError, match=rf"rank {rank} \(stage {rank}\) was ended by SIGKILL"):
+        for _ in range(1000):
+            runner(X)
+    assert not any(map(alive, runner.pids))
+    with pytest.raises(BackendError, match=rf"rank {rank} \(stage {rank}\)"):
+        runner(X)  # what was said once is said again
+
+
+def test_a_stopped_rank_ends_all_in_time_and_tells_where_it_was(runner: PipelineRunner) -> None:
+    runner(X)
+    os.kill(runner.pids[1], signal.SIGSTOP)
+    start = time.monotonic()
+    with pytest.raises(BackendError, match=r"rank 1 \(stage 1\) has not answered for .*; its last words: File") as caught:
+        runner(X)
+    assert time.monotonic() - start < SECONDS + 5  # of which the machine may need some for itself
+    assert "_next" in "".join(caught.value.__notes__)  # it waited for a query
+    assert not any(map(alive, runner.pids))
+
+
+def test_an_exception_in_a_rank_arrives_with_its_traceback(stages: Path, tmp_path: Path) -> None:
+    import shutil
+
+    broken = shutil.copytree(stages, tmp_path / "broken")
+    weights = broken / "stage-1" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
+    with pytest.raises(BackendError, match=r"rank 1 \(stage 1\) raised .*ArtifactError.*weights.safetensors") as caught:
+        PipelineBackend().load(broken, (PIPELINE,), Target(threads=2, batch=2))
+    assert "Traceback" in "".join(caught.value.__notes__)
+
+
+def test_ranks_do_not_outlive_the_process_that_started_them(stages: Path) -> None:
+    script = (
+        "import sys, time; from pathlib import Path; from optc.lowering.pipeline import PipelineBackend;"
+        "from optc.target import Target\n"
+        "runner = PipelineBackend().load(Path(sys.argv[1]), ('pipeline.json',), Target(threads=2, batch=2))\n"
+        "print(*runner.pids, flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, str(stages)], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pids = [int(word) for word in parent.stdout.readline().split()]
+        assert len(pids) == 2
+        assert all(map(alive, pids))
+        parent.kill()
+    wait_for(lambda: not any(map(alive, pids)), 30.0)

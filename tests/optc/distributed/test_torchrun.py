@@ -1,0 +1,146 @@
+"""``torchrun -m optc.distributed``: real agents and ranks, on one host and on what looks like two."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import optc
+from optc.distributed.rank import Place
+from optc.errors import OptcError
+from optc.lowering.pipeline import PipelineBackend
+from optc.lowering.pipeline_file import write_pipeline
+from optc.program import Program
+from optc.target import Target
+
+Cut = Callable[[Program, int], Program]
+
+
+class Made:
+    """Two stages of a small model, as :mod:`optc.distributed` takes them, and the program."""
+
+    def __init__(self, cut: Cut, folder: Path) -> None:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4)).eval()
+        self.folder = folder
+        self.program = cut(optc.capture(model, (torch.randn(2, 8),)), 2)
+        target = Target(threads=2, batch=4)
+        description, _, _ = PipelineBackend(microbatches=2)._lower_stages(self.program, target, folder)
+        write_pipeline(folder, description)
+
+
+@pytest.fixture(scope="module")
+def made(cut: Cut, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return Made(cut, tmp_path_factory.mktemp("stages"))
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def torchrun(*arguments: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+
+
+def children(pid: int) -> dict[int, int]:
+    """Processes that another started, by what ``RANK`` says in their environment."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == pid:
+                entries = (folder / "environ").read_bytes().split(b"\0")
+                found[int(next(e for e in entries if e.startswith(b"RANK=")).removeprefix(b"RANK="))] = int(folder.name)
+        except (OSError, StopIteration):
+            continue
+    return found
+
+
+def test_two_hosts_run_a_file_of_images(made: Made, tmp_path: Path) -> None:
+    """Two agents on this machine, which know of each other by an address only, as on two hosts."""
+    images = np.random.default_rng(0).standard_normal((10, 8)).astype(np.float32)  # two batches and a half
+    np.save(tmp_path / "x.npy", images)
+    files = ("--input", str(tmp_path / "x.npy"), "--output", str(tmp_path / "y.npz"))
+    where = ("--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(free_port()))
+    with ExitStack() as stack:
+        agents = [
+            stack.enter_context(
+                torchrun(*where, "--node-rank", str(node), "-m", "optc.distributed", str(made.folder), *files)
+            )
+            for node in range(2)
+        ]
+        said = [agent.communicate(timeout=120)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], "\n".join(said)
+    with np.load(tmp_path / "y.npz", allow_pickle=False) as found:
+        expected = made.program.run(torch.from_numpy(images))[0].numpy()
+        np.testing.assert_allclose(found["output_0"], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_stopped_rank_ends_the_job_with_its_name_and_where_it_was(made: Made) -> None:
+    work = ("-m", "optc.distributed", str(made.folder), "--queries", "100000000", "--timeout", "3")
+    with torchrun("--standalone", "--nproc-per-node", "2", *work) as agent:
+        try:
+            assert agent.stdout is not None
+            said = ""
+            while "are ready" not in said:
+                line = agent.stdout.readline()
+                assert line, said
+                said += line
+            ranks = children(agent.pid)
+            os.kill(ranks[1], signal.SIGSTOP)
+            start = time.monotonic()
+            said, _ = agent.communicate(timeout=60)
+            seconds = time.monotonic() - start
+        finally:
+            agent.kill()
+    assert agent.returncode != 0
+    assert said.count("and the pipeline was ended") == 1
+    assert "rank 1 (stage 1) has not answered for" in said
+    assert "Current thread" in said or "Stack (most recent call first)" in said
+    assert seconds < 3 + 10  # of which the machine and torchrun may need some for themselves
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
+
+
+def test_the_number_of_ranks_is_that_of_the_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(OptcError, match="was started alone — start it with torchrun --nproc-per-node 2"):
+        Place.here(2)
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "3"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(OptcError, match="has 2 stages, and 3 ranks were started — start 2"):
+        Place.here(2)
+    assert Place.here(3).own_store
+
+
+def test_a_port_in_use_and_nobody_there_are_one_line_each() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(OptcError, match=rf"cannot listen at 127.0.0.1:{port}: the port is in use"):
+            Place(0, 2, 0, 2, "127.0.0.1", port, own_store=True).store(2.0, serve=True)
+    with pytest.raises(OptcError, match=rf"rank 1 reached nobody at 127.0.0.1:{port}"):
+        Place(1, 2, 1, 2, "127.0.0.1", port, own_store=False).store(1.0)
