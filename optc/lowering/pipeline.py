@@ -62,6 +62,22 @@ class PipelineBackend(Backend):
             BackendError: the program has no stages, a stage cannot be lowered, a rank fails, or the pipeline computes
                 something else than the program.
         """
+        description, layers, files = self._lower_stages(program, target, folder)
+        loaded = (write_pipeline(folder, description), *files)
+        runner = self.load(folder, loaded, target)
+        try:
+            rows = description.rows or max(1, target.batch // description.microbatches)
+            check = _check(program, runner, description.microbatches, rows)
+        finally:
+            runner.close()
+        count = len(description.stages)
+        how = f"runs as several processes: torchrun --nproc-per-node {count} -m optc.distributed FOLDER"
+        return Lowered(loaded, {"stages": layers, "check": check, "no_run_script": how})
+
+    def _lower_stages(
+        self, program: Program, target: Target, folder: Path
+    ) -> tuple[PipelineFile, list[dict[str, Any]], list[str]]:
+        """Lower each stage; returns what goes into ``pipeline.json``, details of each stage, and the files."""
         if stage_count(program) == 1:
             raise BackendError("the program has no stages", "add the pass partition: --passes partition")
         backend = _ready(self.inside, target)
@@ -85,15 +101,7 @@ class PipelineBackend(Backend):
             rows=None if program.dynamic_batch else rows,
             stages=tuple(entries),
         )
-        loaded = (write_pipeline(folder, description), *files)
-        runner = self.load(folder, loaded, target)
-        try:
-            check = _check(program, runner, parts, rows)
-        finally:
-            runner.close()
-        how = f"runs as several processes: torchrun --nproc-per-node {len(entries)} -m optc.distributed FOLDER"
-        details = {"stages": layers, "check": check, "no_run_script": how}
-        return Lowered(loaded, details)
+        return description, layers, files
 
     def load(self, folder: Path, files: tuple[str, ...], target: Target) -> Runner:
         """Start one process for each stage on this machine and wait until all are ready.
