@@ -14,7 +14,9 @@ class Slot:
     """What one stage does with one microbatch; times in seconds since the batch began.
 
     Attributes:
-        receive, compute, send: when each begins.
+        receive, compute: when each begins.
+        computed: when computing ends; after that the stage may wait for the next one.
+        send: when sending begins.
         end: when the stage is free for the next microbatch.
     """
 
@@ -22,6 +24,7 @@ class Slot:
     microbatch: int
     receive: float
     compute: float
+    computed: float
     send: float
     end: float
 
@@ -71,7 +74,7 @@ def schedule(compute: Sequence[float], transfer: Sequence[float], microbatches: 
             last = stage == stages - 1
             sent = computed if last else max(computed, free[stage + 1])
             end = computed if last else sent + transfer[stage]
-            slots[stage].append(Slot(stage, microbatch, received, start, sent, end))
+            slots[stage].append(Slot(stage, microbatch, received, start, computed, sent, end))
             free[stage] = end
             received, start = sent, end
     seconds = free[-1]

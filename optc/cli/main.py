@@ -14,6 +14,7 @@ from optc.errors import OptcError, UnknownNameError
 
 COMMANDS = {
     "optimize": "Run passes over a model, prove them, lower it, measure it, save an artifact.",
+    "partition": "Cut a model into stages that run as a pipeline on several devices.",
     "profile": "Measure models or artifacts with MLPerf LoadGen.",
     "compare": "Say which of several models, artifacts or saved runs is faster, and how sure that is.",
     "explain": "Show why each layer of an artifact has the format it has.",

@@ -1,0 +1,207 @@
+"""``optc partition``: a model cut into stages for pipeline parallelism, what to expect of that, and the artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.text import Text
+
+from optc.cli.options import (
+    command_line,
+    json_option,
+    print_json,
+    progress_for,
+    report_option,
+    target_options,
+    verbosity_options,
+)
+from optc.errors import ArtifactError, OptcError
+
+if TYPE_CHECKING:
+    from optc.cli.model import Data
+    from optc.cli.terminal import TerminalProgress
+    from optc.frontend.load import LoadedModel
+    from optc.passmanager.manager import PassManager
+    from optc.program import Program
+    from optc.target import Target
+
+PASS = "partition"
+
+
+@click.command("partition")
+@click.argument("model")
+@click.option("--stages", type=click.IntRange(1), help="Number of stages.  [default: one for each device, or 2]")
+@click.option(
+    "--microbatches",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    help="Parts that a batch goes through the stages in.",
+)
+@click.option("--batch", type=click.IntRange(1), help="Images in a batch.  [default: one in each microbatch]")
+@click.option(
+    "--devices",
+    metavar="DEVICES",
+    help="4xh100, 1xh100,2xa100, 2xcpu:1 (a CPU's threads) or a TOML file.  [default: this machine's threads, shared]",
+)
+@click.option("--simulate", metavar="DEVICES", help="Plan for devices that are not here, with random weights.")
+@click.option("--passes", default="", help="Passes to run before, in order, comma-separated, such as fuse.")
+@click.option("-O", "assignments", multiple=True, metavar="PASS.OPTION=VALUE", help="Set an option of a pass.")
+@click.option(
+    "--weights", help="pretrained, random, or a checkpoint file.  [default: pretrained; random with --simulate]"
+)
+@click.option("--backend", default="auto", show_default=True, help="Runtime to lower the stages to; auto: eager.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Artifact folder to write; must not exist.")
+@target_options
+@click.option("--seed", default=0, show_default=True, help="Seed of random weights.")
+@click.option("--verify/--no-verify", default=True, show_default=True, help="Compare outputs after every pass.")
+@report_option
+@json_option
+@verbosity_options
+def command(
+    model: str,
+    stages: int | None,
+    microbatches: int,
+    batch: int | None,
+    devices: str | None,
+    simulate: str | None,
+    passes: str,
+    assignments: tuple[str, ...],
+    weights: str | None,
+    backend: str,
+    output: Path | None,
+    threads: int | None,
+    allow_fallback: bool,
+    seed: int,
+    verify: bool,
+    report: Path | None,
+    as_json: bool,
+    verbose: bool,
+    quiet: bool,
+) -> None:
+    r"""Cut MODEL into stages that run one after the other on devices of their own.
+
+    The slowest stage, what it hands on included, is as fast as it can be. With -o each stage is lowered and the whole is
+    saved as an artifact for optc profile, optc compare and python -m optc.distributed.
+
+    \b
+    Examples:
+      optc partition vit_huge_patch14_224 --stages 2 --microbatches 8 -o vith.pipe
+      optc partition vit_base_patch16_224 --devices 2xcpu:1 --passes fuse
+      optc partition vit_huge_patch14_224 --simulate 64xh100 --microbatches 256
+    """
+    _check(devices, simulate, output)
+    if report is not None:
+        from optc.report.write import check_path
+
+        check_path(report)
+    progress = progress_for(verbose, quiet)
+    with progress.step("Importing PyTorch"):
+        from optc.cli.model import Data, load
+        from optc.passmanager.manager import build_passes, parse_options
+        from optc.report.stages import Prediction, render
+        from optc.target import Target, available_threads
+
+    own = {"stages": stages, "microbatches": microbatches, "batch": batch, "devices": devices or simulate}
+    own |= {"simulate": True} if simulate else {}
+    options: dict[str, dict[str, Any]] = dict(parse_options(assignments))
+    options[PASS] = {key: value for key, value in own.items() if value is not None} | options.get(PASS, {})
+    pipeline = build_passes(f"{passes},{PASS}", options)
+    target = Target(threads=threads or available_threads(), batch=batch or microbatches, allow_fallback=allow_fallback)
+    loaded, _ = load(model, weights or ("random" if simulate else "pretrained"), None, seed, progress)
+    data = Data(loaded, None)
+    if output is None:
+        program, path = _plan(loaded, data, pipeline, target, verify and not simulate, progress), None
+    else:
+        program, path = _lower(loaded, data, pipeline, target, verify, backend, output, progress)
+    prediction = Prediction.of(program.history)
+    found = {"model": loaded.info.name, "artifact": str(path) if path else None, **prediction.to_dict()}
+    if report is not None:
+        from optc.report.partitioned import partitioned_document
+        from optc.report.write import write_report
+
+        write_report(report, partitioned_document(loaded.info.name, prediction, [command_line()]), found)
+    if as_json:
+        print_json(found)
+        return
+    console = Console(highlight=False)
+    console.print(render(prediction))
+    if path is not None:
+        run = f"torchrun --nproc-per-node {len(prediction.account)} -m optc.distributed {path}"
+        console.print(Text(f"Artifact: {path} (optc profile {path}, or {run})"))
+
+
+def _check(devices: str | None, simulate: str | None, output: Path | None) -> None:
+    if devices and simulate:
+        raise OptcError("--devices and --simulate both name devices", "give one of them")
+    if simulate and output is not None:
+        raise OptcError("--simulate plans for devices that are not here, so there is nothing to lower", "leave -o away")
+    if output is not None and output.exists():
+        raise ArtifactError(f"output folder '{output}' exists", "choose another -o or remove it")
+
+
+def _plan(
+    loaded: LoadedModel, data: Data, pipeline: PassManager, target: Target, verify: bool, progress: TerminalProgress
+) -> Program:
+    """Run the passes and lower nothing."""
+    from optc.frontend.capture import capture
+    from optc.lowering.node_times import node_times
+    from optc.machine import isa, total_memory
+    from optc.passmanager.contract import Instrument, PassContext
+    from optc.passmanager.instruments import Statistics, Timing, Verify
+
+    with progress.step("Capturing the graph") as step:
+        captured = capture(loaded.module, loaded.example_inputs, info=loaded.info)
+        step.done(f"{captured.operator_count()} operators, {captured.constant_bytes() / 1e6:.1f} MB")
+    watchers: list[Instrument] = [Timing(), Statistics()]
+    if verify:
+        with progress.step("Running the captured model on verification inputs"):
+            batches = data.verification() or [captured.example_inputs]
+            watchers.append(Verify(captured, batches, Path.cwd()))
+    with progress.step("Running passes") as step:
+        context = PassContext(
+            target,
+            data.calibration(),
+            watchers,
+            progress=step.update,
+            isa=isa(),
+            note=lambda text: progress.note(text, important=True),
+            node_times=node_times,
+            memory=total_memory(),
+        )
+        program = pipeline(captured, context).program
+        step.done(", ".join(record.name for record in program.history if record.modified))
+    return program
+
+
+def _lower(
+    loaded: LoadedModel,
+    data: Data,
+    pipeline: PassManager,
+    target: Target,
+    verify: bool,
+    backend: str,
+    output: Path,
+    progress: TerminalProgress,
+) -> tuple[Program, Path]:
+    """Run the passes, lower each stage and save the artifact."""
+    from optc import api
+
+    optimized = api.optimize(
+        loaded.module,
+        loaded.example_inputs,
+        pipeline,
+        backend=backend,
+        calibration=data.calibration(),
+        verification=data.verification(),
+        verify=verify,
+        measure=False,
+        target=target,
+        info=loaded.info,
+        progress=progress,
+    )
+    with progress.step(f"Writing {output}"):
+        return optimized.program, optimized.save(output)
