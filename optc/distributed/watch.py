@@ -54,8 +54,10 @@ class Watch(threading.Thread):
         self._computing_since, self._limit = computing_since, limit
         self._done = threading.Event()
         self._parent = os.getppid()
-        faulthandler.register(signal.SIGUSR1, all_threads=False, chain=False)
-        store.set(f"optc/process/{rank}", json.dumps([_host(), self._parent, os.getpid()]))
+        faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)  # the main thread comes last
+        store.set(_process_key(rank), json.dumps([_host(), os.getpid(), _started(os.getpid())]))
+        store.add(beat_key(rank), 1)
+        self._sibling: tuple[int, int] | None = None
 
     def stop(self) -> None:
         """The work is done: the others may end in any order."""
@@ -69,8 +71,11 @@ class Watch(threading.Thread):
         last, since, looked = -1, time.monotonic(), time.monotonic()
         while not self._done.wait(self._interval):
             if os.getppid() != self._parent:
-                os._exit(1)  # whoever started this rank is gone
+                self._leave()  # whoever started this rank is gone
             try:
+                if self._sibling is None and self._store.check([_process_key(neighbour)]):
+                    host, pid, started = json.loads(self._store.get(_process_key(neighbour)))
+                    self._sibling = (pid, started) if host == _host() else (0, 0)
                 began = self._computing_since()
                 if began is None or time.monotonic() - began < self._limit:
                     self._store.add(beat_key(self._rank), 1)
@@ -78,7 +83,7 @@ class Watch(threading.Thread):
                 failed = self._store.check([FAILED])
             except Exception:
                 if not self._done.is_set():
-                    os._exit(1)  # the host where the ranks meet is gone
+                    self._leave()  # the process where the ranks meet is gone
                 return
             now = time.monotonic()
             if beat != last or beat == 0 or now - looked > self._silence / 2:  # or this process itself was held up
@@ -95,8 +100,24 @@ class Watch(threading.Thread):
         reason = f"has not answered for {seconds:.0f} s"
         if tell(self._store, neighbour, reason, ""):
             _say(f"rank {neighbour} (stage {neighbour}) {reason}, and the pipeline was ended")
-            _end_sibling(self._store, neighbour, self._parent)
+            self._end_sibling(_STACK)
         os._exit(1)
+
+    def _leave(self) -> None:
+        """End, with a neighbour that may be stopped and cannot."""
+        self._end_sibling(0.0)
+        os._exit(1)
+
+    def _end_sibling(self, seconds: float) -> None:
+        """Kill the neighbour if it is on this host; give it some seconds before to write where it is."""
+        pid, started = self._sibling or (0, 0)
+        with suppress(ProcessLookupError):
+            if pid and _started(pid) == started:
+                if seconds:
+                    os.kill(pid, signal.SIGUSR1)
+                    os.kill(pid, signal.SIGCONT)
+                    time.sleep(seconds)
+                os.kill(pid, signal.SIGKILL)
 
 
 def done_key(rank: int) -> str:
@@ -124,16 +145,8 @@ def tell_exception(store: dist.Store, rank: int, error: BaseException) -> None:
         _say(f"rank {rank} (stage {rank}) raised {last}, and the pipeline was ended" + ("" if known else f"\n{trace}"))
 
 
-def _end_sibling(store: dist.Store, rank: int, parent: int) -> None:
-    """Have a rank on this host write where it is, then kill it; only one that the same launcher started."""
-    host, its_parent, pid = json.loads(store.get(f"optc/process/{rank}"))
-    if host != _host() or its_parent != parent or _parent_of(pid) != parent:
-        return
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGUSR1)
-        os.kill(pid, signal.SIGCONT)
-        time.sleep(_STACK)
-        os.kill(pid, signal.SIGKILL)
+def _process_key(rank: int) -> str:
+    return f"optc/process/{rank}"
 
 
 def _host() -> str:
@@ -143,10 +156,11 @@ def _host() -> str:
     return socket.gethostname()
 
 
-def _parent_of(pid: int) -> int | None:
+def _started(pid: int) -> int:
+    """When a process of this host began, in ticks: tells it from a later one of its number. 0 if there is none."""
     with suppress(OSError, ValueError, IndexError):
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    return None
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    return 0
 
 
 def _say(text: str) -> None:

@@ -24,6 +24,10 @@ QUANTIZED_DB = 20.0
 amplifies it: with random weights AlexNet keeps 48 dB, Swin-T 36, EfficientNet-B0 26, MobileNetV3 25, and ViT-Tiny 31 dB
 even where ONNX Runtime computes the same quantize/dequantize graph in float. A wrong scale, zero point or saturating
 kernel leaves less than 10 dB."""
+LEAST_QUANTIZED_DB = 10.0
+_CLOSE_DB = 3.0
+_ROUNDING = 2.0**-20
+"""What inputs are shaken by, relative to their size, to see what roundings alone do: some float32 steps."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,30 @@ def check_agreement(runtime: str, program: Program, run: Callable[..., Sequence[
     graph = [output.detach().float().cpu().numpy() for output in program.run(*program.example_inputs)]
     outputs = run(*(tensor.detach().cpu().numpy() for tensor in program.example_inputs))
     names = ["output"] if len(graph) == 1 else [f"output_{index}" for index in range(len(graph))]
-    return compare_outputs(runtime, names, graph, outputs, bound_db(program))
+    bound = bound_db(program)
+    try:
+        return compare_outputs(runtime, names, graph, outputs, bound)
+    except BackendError:
+        if bound != QUANTIZED_DB:
+            raise
+    # Some quantized graphs amplify any rounding: MobileNetV3 with random weights keeps 16 dB of its own outputs when its
+    # inputs move by one millionth. No runtime can then be held to more.
+    own = min(bound, _steadiness_db(program, graph) - _CLOSE_DB)
+    return compare_outputs(runtime, names, graph, outputs, max(LEAST_QUANTIZED_DB, own))
+
+
+def _steadiness_db(program: Program, outputs: Sequence[Array]) -> float:
+    """Least SQNR of the graph's own outputs when its float inputs are shaken by a few roundings."""
+    generator = torch.Generator().manual_seed(0)
+    shaken = [
+        tensor * (1 + _ROUNDING * torch.randn(tensor.shape, generator=generator).to(tensor))
+        if tensor.is_floating_point()
+        else tensor
+        for tensor in program.example_inputs
+    ]
+    moved = [output.detach().float().cpu().numpy() for output in program.run(*shaken)]
+    pairs = [(a.astype(np.float64), b.astype(np.float64)) for a, b in zip(outputs, moved, strict=True)]
+    return min(_sqnr_db(float(np.square(a).sum()), float(np.square(a - b).sum())) for a, b in pairs)
 
 
 def bound_db(program: Program) -> float:

@@ -36,6 +36,8 @@ _STARTING = 120.0
 """Seconds for a rank to start Python and import PyTorch."""
 _DYING = 0.2
 """Seconds for the ranks that die of another's death to die too: the one ended by a signal is to blame."""
+_THREAD = ("Current thread 0x", "Thread 0x")
+"""How the fault handler begins what it writes of a thread."""
 _STACK = 0.5
 """Seconds for a rank that does not answer to write where it is."""
 
@@ -190,6 +192,7 @@ class LocalRanks:
                 self._fail(rank, f"has not started within {_STARTING:.0f} s", self._last_traceback(rank))
                 return True
             elif beat and now - since > silence(self._timeout):
+                self.failure = f"rank {rank} (stage {rank}) does not answer"  # it may once it is woken: too late
                 self._fail(rank, f"has not answered for {now - since:.0f} s", self._stack(rank))
                 return True
         return False
@@ -218,7 +221,7 @@ class LocalRanks:
 
     def _last_traceback(self, rank: int) -> str:
         lines = self._log(rank).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        begins = [i for i, line in enumerate(lines) if line.startswith(("Traceback", "Current thread", "Stack"))]
+        begins = [i for i, line in enumerate(lines) if line.startswith(("Traceback", *_THREAD))]
         return "\n".join(lines[begins[-1] :] if begins else lines[-1:])
 
     def _fail(self, rank: int, reason: str, traceback: str) -> None:
@@ -232,7 +235,7 @@ class LocalRanks:
 def _brief(traceback: str) -> str:
     """The end of a traceback on one line."""
     lines = [line.strip() for line in traceback.strip().splitlines() if line.strip(" ^~")]
-    if lines and lines[0].startswith(("Current thread", "Stack")):
+    if lines and lines[0].startswith(_THREAD):
         lines = lines[1:5]  # innermost first
     return " / ".join(lines[-6:])
 

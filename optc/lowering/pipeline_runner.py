@@ -79,13 +79,16 @@ class PipelineRunner(Runner):
                 connection.send_bytes(header)
             for array in arrays:
                 self._processes.connections[0].send_bytes(array.view(np.uint8).reshape(-1).data)
-            return self._outputs()
+            outputs = self._outputs()
         except (EOFError, OSError):
             self._processes.raise_failure()
             raise
         except BaseException:
             self._processes.abandon("a query was interrupted, and the pipeline was ended")
             raise
+        if self._processes.failure:
+            self._processes.raise_failure()
+        return outputs
 
     def _checked(self, inputs: Sequence[Array]) -> list[Array]:
         if len(inputs) != len(self._inputs):
