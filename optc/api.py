@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,10 +20,11 @@ from optc.frontend.capture import capture
 from optc.lowering.artifact import write_artifact
 from optc.lowering.backend import Backend, Runner
 from optc.lowering.lowering import AUTO, Lowering, backends, has_own_process
-from optc.lowering.pipeline import staged
 from optc.lowering.node_times import node_times
+from optc.lowering.pipeline import staged
 from optc.machine import isa, total_memory
 from optc.ops.costs import node_costs
+from optc.passmanager.compare import compare
 from optc.passmanager.contract import Calibration, Instrument, Pass, PassContext
 from optc.passmanager.instruments import Statistics, Timing, Verify
 from optc.passmanager.manager import PassManager, build_passes
@@ -172,9 +174,12 @@ def optimize(
 
     whole = budget_of(search, model, captured, max_drop)
     tried: list[str] = []
+    least_db = -math.inf
     for trial in _trials(pipeline, max_drop):
         with run.step(trial.title) as step:
-            budget = replace(whole, max_drop=trial.max_drop) if whole and trial.max_drop is not None else None
+            budget = None
+            if whole and trial.max_drop is not None:
+                budget = replace(whole, max_drop=trial.max_drop, min_sqnr_db=least_db)
             given = replace(context, progress=step.update, budget=budget)
             program = trial.passes(captured, given).program
             step.done(", ".join(record.name for record in program.history if record.modified) or "no changes")
@@ -190,6 +195,7 @@ def optimize(
         if max_drop is None or accuracy.drop is None or not exceeds(accuracy.drop, max_drop):
             break
         tried.append(f"{trial.what} lost {accuracy.drop:.2f} points")
+        least_db = _sqnr_db(captured, program, batches) + _MORE_DB
     optimized.report = Report(
         model=program.info,
         passes=program.history,
@@ -210,6 +216,10 @@ def optimize(
     return optimized
 
 
+_MORE_DB = 3.0
+"""By how much the outputs have to come closer, half the noise, when a trial lost too much of the metric."""
+
+
 @dataclass(frozen=True)
 class _Trial:
     """One way to stay within the budget: passes, and the drop that they may search within."""
@@ -224,12 +234,18 @@ class _Trial:
 
 
 def _trials(pipeline: PassManager, max_drop: float | None) -> Iterator[_Trial]:
-    """As asked; with half the budget, should the runtime or other data cost more; what is exact alone."""
+    """As asked; with less of the budget, should the runtime or other data cost more; what is exact alone."""
     yield _Trial("the passes", pipeline, max_drop)
     if max_drop is not None:
         yield _Trial("half the budget", pipeline, max_drop / 2)
+        yield _Trial("a quarter of the budget", pipeline, max_drop / 4)
         exact = PassManager([each for each in pipeline.leaves() if each.numerics.exact])
         yield _Trial("exact passes alone", exact, None)
+
+
+def _sqnr_db(captured: Program, program: Program, batches: Sequence[tuple[Tensor, ...]]) -> float:
+    outputs = ([each.run(*batch) for batch in batches] for each in (captured, program))
+    return compare(*outputs).sqnr_db
 
 
 def _representative(ranges: Calibration | None, captured: Program) -> list[tuple[Tensor, ...]]:

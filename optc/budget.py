@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,11 +59,16 @@ def _largest(outputs: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class Budget:
-    """A metric that may fall ``max_drop`` percentage points below ``reference``, the model's own score (0 to 1)."""
+    """A metric that may fall ``max_drop`` percentage points below ``reference``, the model's own score (0 to 1).
+
+    Attributes:
+        min_sqnr_db: least SQNR of the outputs, in dB: tells apart what a score on a few hundred samples cannot.
+    """
 
     metric: Metric
     reference: float
     max_drop: float
+    min_sqnr_db: float = -math.inf
 
     def drop(self, call: Call) -> float:
         """Percentage points by which ``call`` scores below the reference; negative if above."""

@@ -77,8 +77,8 @@ def check_agreement(runtime: str, program: Program, run: Callable[..., Sequence[
     except BackendError:
         if bound != QUANTIZED_DB:
             raise
-    # Some quantized graphs amplify any rounding: MobileNetV3 with random weights keeps 16 dB of its own outputs when its
-    # inputs move by one millionth. No runtime can then be held to more.
+    # Some quantized graphs amplify any rounding: MobileNetV3 with random weights keeps 16 dB of its own outputs when
+    # its inputs move by one millionth. No runtime can then be held to more.
     own = min(bound, _steadiness_db(program, graph) - _CLOSE_DB)
     return compare_outputs(runtime, names, graph, outputs, max(LEAST_QUANTIZED_DB, own))
 

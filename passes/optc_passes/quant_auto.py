@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from torch import Tensor, fx
@@ -17,6 +18,10 @@ from optc_passes.quant_plan import Layer
 
 _TRIES = 12
 """Most times the budget of noise is tightened, by half each, where the sum of the layers' noise was too optimistic."""
+
+Latency = Callable[[Sequence[Program]], list[float]]
+_measured: WeakKeyDictionary[Latency, dict[str, dict[str, float]]] = WeakKeyDictionary()
+"""Seconds by what measures, kind of layer and format: a second trial of the same run measures nothing again."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ def measure_layers(
     layers: LayerFormats,
     forms: Mapping[str, Sequence[str]],
     backend: str,
-    latency: Callable[[Sequence[Program]], list[float]],
+    latency: Latency,
     context: PassContext,
 ) -> dict[Pair, float]:
     """Seconds that each layer takes by itself in each of its formats. Layers of the same kind are measured once.
@@ -58,7 +63,7 @@ def measure_layers(
     A format that the backend cannot run for one layer is not tried for others of the same operator. Empty if the
     backend cannot run some layer in float.
     """
-    measured: dict[str, dict[str, float]] = {}
+    measured = _measured.setdefault(latency, {})
     seconds: dict[Pair, float] = {}
     refused: set[tuple[object, str]] = set()
     for number, layer in enumerate(layers.plan.layers, 1):

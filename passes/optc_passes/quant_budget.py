@@ -11,8 +11,9 @@ MIN_SQNR_DB = 10.0
 
 def over_budget(attempt: Attempt, context: PassContext) -> str | None:
     """What is wrong with an attempt, in words that end a sentence, or ``None``."""
-    if not attempt.sqnr >= MIN_SQNR_DB:
-        return f"the model's outputs have {attempt.sqnr:.1f} dB, below {MIN_SQNR_DB:g} dB"
+    least = max(MIN_SQNR_DB, context.budget.min_sqnr_db if context.budget else MIN_SQNR_DB)
+    if not attempt.sqnr >= least:
+        return f"the model's outputs have {attempt.sqnr:.1f} dB, below {least:.3g} dB"
     return context.budget.excess(attempt.program.call) if context.budget else None
 
 

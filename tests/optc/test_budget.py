@@ -124,7 +124,8 @@ def test_what_only_shows_in_the_end_is_mended_too() -> None:
     budget = optimized.report.budget
     assert asked
     assert budget is not None
-    assert budget.tried == ("the passes lost 100.00 points", "half the budget lost 100.00 points")
+    trials = ("the passes", "half the budget", "a quarter of the budget")
+    assert budget.tried == tuple(f"{trial} lost 100.00 points" for trial in trials)
     assert not budget.quantized
     assert optimized.report.accuracy.after == 1.0
     assert "half the budget lost 100.00 points" in optimized.report.verdict
@@ -175,3 +176,29 @@ def test_the_search_looks_at_the_unquantized_model_once() -> None:
 
     optc.optimize(model, IMAGES[0][:1], "quant", evaluate=same_as(model, 1e-5), validate=metric, max_drop=1, **OPTIONS)
     assert sum(call is model for call in seen) == 1
+
+
+def test_another_trial_comes_closer_to_the_model() -> None:
+    model = Clean()
+    calls: list[int] = []
+    runtime: list[float] = []
+
+    def only_once_close(call: object) -> float:
+        """Full marks for all but the first runtime that is asked."""
+        calls.append(1)
+        with torch.no_grad():
+            outputs, wanted = call(IMAGES[0]), model(IMAGES[0])  # type: ignore[operator]
+        runtime.append(sqnr_db(wanted, outputs))
+        return 0.5 if len(calls) == 2 else 1.0
+
+    optimized = optc.optimize(
+        model, IMAGES[0][:1], "quant", evaluate=only_once_close, validate=lambda call: 1.0, max_drop=1.0, **OPTIONS
+    )
+    budget = optimized.report.budget
+    assert budget is not None
+    assert budget.tried == ("the passes lost 50.00 points",)
+    assert runtime[-1] > runtime[1] + 2.5
+
+
+def sqnr_db(reference: torch.Tensor, outputs: torch.Tensor) -> float:
+    return float(10 * torch.log10(reference.square().sum() / (reference - outputs).square().sum()))

@@ -6,8 +6,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
 
-from optc import Program
+from optc import Program, capture
 from optc.errors import BackendError
 from optc.lowering.agreement import FLOAT_DB, QUANTIZED_DB, bound_db, check_agreement, compare_outputs
 
@@ -66,3 +67,27 @@ def test_a_program_is_compared_on_its_example_inputs_under_its_bound(cnn: Progra
     assert found.details()["sqnr_db"] == "inf"
     with pytest.raises(BackendError, match=r"rt computes output 'output' differently"):
         check_agreement("rt", cnn, lambda *arrays: [output * 1.1 for output in run(*arrays)])
+
+
+class Amplifies(torch.nn.Module):
+    """Quantized, and a hundred thousand times more sensitive to its input than that is large."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = torch.ops.quantized_decomposed
+        y = torch.sin(1.5e5 * x)
+        integers = q.quantize_per_tensor(y, 1 / 127, 0, -128, 127, torch.int8)
+        return q.dequantize_per_tensor(integers, 1 / 127, 0, -128, 127, torch.int8)
+
+
+def test_a_graph_that_amplifies_roundings_holds_runtimes_to_its_own_steadiness() -> None:
+    x = torch.randn(2, 512, generator=torch.Generator().manual_seed(1))
+    program = capture(Amplifies().eval(), (x,))
+
+    def other_rounding(*inputs: np.ndarray) -> list[np.ndarray]:
+        moved = torch.from_numpy(inputs[0] * (1 + 2.0**-20 * np.random.default_rng(2).standard_normal((2, 512))))
+        return [program.run(moved.float())[0].numpy()]
+
+    found = check_agreement("rt", program, other_rounding)
+    assert 10.0 <= found.bound_db < found.sqnr_db < QUANTIZED_DB
+    with pytest.raises(BackendError, match="differently from the optimized graph"):
+        check_agreement("rt", program, lambda *inputs: [1.6 * other_rounding(*inputs)[0]])
