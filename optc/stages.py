@@ -1,8 +1,8 @@
 """A program whose nodes have stages (``node.meta["stage"]``), as one program for each stage and what they hand on.
 
-Each stage hands values to the next one only, as pipeline stages do: what is read later is relayed by the stages between.
-What depends on no input of the model (weights, masks made of them, tensors filled with a number) is not handed on but
-made anew in each stage that reads it, and so are numbers such as the batch size.
+Each stage hands values to the next one only, as pipeline stages do; what is read later goes through those between. What
+depends on no input of the model (weights, masks made of them, tensors filled with a number) is not handed on but made
+anew in each stage that reads it, and so are numbers such as the batch size.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ class _Builder:
                 rest = [size for position, size in enumerate(sizes) if position != axis]
                 value = self.graph.call_function(aten.view.default, (value, [-1, *rest]))
             if axis:
-                order = list(range(1, axis + 1)) + [0] + list(range(axis + 1, node.meta["val"].ndim))
+                order = [*range(1, axis + 1), 0, *range(axis + 1, node.meta["val"].ndim)]
                 value = self.graph.call_function(aten.permute.default, (value, order))
                 value = self._contiguous(value)
             self._values[node] = value
@@ -286,7 +286,7 @@ class _Builder:
         """The value as it is handed on: batch first."""
         if node in self._wires:
             return self._wires[node]
-        value = self.value(node)
+        value: fx.Node = self.value(node)
         axis, factor = self._varying.axis(node)
         if axis:
             order = [axis, *(position for position in range(node.meta["val"].ndim) if position != axis)]
@@ -312,9 +312,7 @@ class _Varying:
 
     def _propagate(self, program: Program, batch: int) -> None:
         mode = next(
-            node.meta["val"].fake_mode
-            for node in program.graph.nodes
-            if isinstance(node.meta.get("val"), FakeTensor)
+            node.meta["val"].fake_mode for node in program.graph.nodes if isinstance(node.meta.get("val"), FakeTensor)
         )
         with mode, torch.no_grad():
             for node in program.graph.nodes:

@@ -22,7 +22,6 @@ from optc.lowering.pipeline_ranks import JOB_VARIABLE, TIMEOUT, TIMEOUT_VARIABLE
 from optc.lowering.pipeline_runner import stage_targets
 from optc.target import Target
 
-
 _MEETING = 60.0
 """Seconds for all ranks to come to where they meet."""
 

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
+from torch._C._distributed_c10d import Store
 
 from optc.distributed.rank import Place, StageRank
 from optc.errors import DataError
@@ -23,7 +24,7 @@ from optc.lowering.pipeline_file import PipelineFile
 
 
 def run_files(
-    rank: StageRank, store: dist.Store, place: Place, description: PipelineFile, arguments: argparse.Namespace
+    rank: StageRank, store: Store, place: Place, description: PipelineFile, arguments: argparse.Namespace
 ) -> None:
     """Run all of ``--input`` through the stages in batches and write ``--output``, or time ``--queries`` of noise.
 
@@ -39,7 +40,9 @@ def run_files(
         store.set("optc/images", str(len(inputs[0])))
     images = int(store.get("optc/images"))
     if arguments.input:
-        outputs = [_batch(rank, description, inputs, begin, min(batch, images - begin)) for begin in range(0, images, batch)]
+        outputs = [
+            _batch(rank, description, inputs, begin, min(batch, images - begin)) for begin in range(0, images, batch)
+        ]
         if rank.last and arguments.output:
             _write(arguments.output, outputs)
         return
@@ -56,8 +59,9 @@ def run_files(
             seconds.append(time.perf_counter() - start)
     if rank.first and seconds:
         median = statistics.median(seconds)
+        parts = description.parts(batch)
         print(
-            f"{place.world} stages over {rank.transport}, batches of {batch} in {description.parts(batch)} microbatches:"
+            f"{place.world} stages over {rank.transport}, batches of {batch} in {parts} microbatches:"
             f" {median * 1e3:.1f} ms, {batch / median:.1f} images/s (median of {len(seconds)})",
             flush=True,
         )
@@ -72,7 +76,9 @@ def _batch(
 def _read(paths: Sequence[Path], rank: StageRank) -> list[Tensor]:
     wires = rank.wires()
     if len(paths) != len(wires):
-        raise DataError(f"the model takes {len(wires)} inputs, and {len(paths)} files were given", "give --input for each")
+        raise DataError(
+            f"the model takes {len(wires)} inputs, and {len(paths)} files were given", "give --input for each"
+        )
     found = []
     for path, wire in zip(paths, wires, strict=True):
         try:

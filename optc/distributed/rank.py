@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
 from optc.errors import ArtifactError, BackendError, OptcError
@@ -68,7 +69,7 @@ class Place:
         agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         return cls(rank, world, *local, address, port, own_store=rank == 0 and not agent)
 
-    def store(self, seconds: float, *, serve: bool = False) -> dist.TCPStore:
+    def store(self, seconds: float, *, serve: bool = False) -> TCPStore:
         """A connection to the store where the ranks meet.
 
         Args:
@@ -79,7 +80,7 @@ class Place:
         """
         serving = serve and self.own_store
         try:
-            return dist.TCPStore(
+            return TCPStore(
                 self.address,
                 self.port,
                 self.world,
@@ -105,7 +106,7 @@ class StageRank:
         computing_since: when the microbatch at work began, by :func:`time.monotonic`; ``None`` between two.
     """
 
-    def __init__(self, place: Place, store: dist.Store, folder: Path, description: PipelineFile, target: Target) -> None:
+    def __init__(self, place: Place, store: Store, folder: Path, description: PipelineFile, target: Target) -> None:
         self._place, self._description = place, description
         entry = description.stages[place.rank]
         self.computing_since: float | None = None
@@ -151,11 +152,10 @@ class StageRank:
         outputs = self.runner.run_tensors(*inputs)
         self.computing_since = None
         return tuple(
-            output.to(self._device, wire.dtype).contiguous()
-            for output, wire in zip(outputs, self._sends, strict=True)
+            output.to(self._device, wire.dtype).contiguous() for output, wire in zip(outputs, self._sends, strict=True)
         )
 
-    def _meet(self, store: dist.Store, target: Target) -> str:
+    def _meet(self, store: Store, target: Target) -> str:
         """Join the others, over NCCL if every rank has a GPU for itself."""
         place, self._device = self._place, torch.device("cpu")
         gpus = torch.cuda.device_count() if target.device == "cuda" else 0
@@ -170,7 +170,7 @@ class StageRank:
             self._device = torch.device("cuda", place.local_rank)
         dist.init_process_group(
             transport,
-            store=dist.PrefixStore("optc/group", store),
+            store=PrefixStore("optc/group", store),
             rank=place.rank,
             world_size=place.world,
             timeout=_COLLECTIVE,

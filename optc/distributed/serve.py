@@ -34,7 +34,9 @@ def serve(rank: StageRank, descriptor: int, base_bytes: int) -> None:
         connection.send_bytes(json.dumps(ready).encode())
         while (query := _next(connection)) is not None:
             batch = int(query["batch"])
-            inputs = [_receive(connection, wire.sizes(batch), wire.dtype) for wire in rank.wires()] if rank.first else []
+            inputs = (
+                [_receive(connection, wire.sizes(batch), wire.dtype) for wire in rank.wires()] if rank.first else []
+            )
             outputs = rank.run(batch, int(query["microbatches"]), inputs)
             if rank.last:
                 _send(connection, outputs)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 
 from optc.errors import OptcError
 from optc.lowering.pipeline_ranks import FAILED, beat_key, silence
@@ -41,7 +41,7 @@ class Watch(threading.Thread):
 
     def __init__(
         self,
-        store: dist.Store,
+        store: Store,
         rank: int,
         world: int,
         seconds: float,
@@ -125,13 +125,13 @@ def done_key(rank: int) -> str:
     return f"optc/done/{rank}"
 
 
-def tell(store: dist.Store, rank: int, reason: str, trace: str) -> bool:
+def tell(store: Store, rank: int, reason: str, trace: str) -> bool:
     """Leave word of the first failure; ``False`` if another one was first."""
     mine = json.dumps({"rank": rank, "reason": reason, "traceback": trace})
     return bool(store.compare_set(FAILED, "", mine) == mine.encode())
 
 
-def tell_exception(store: dist.Store, rank: int, error: BaseException) -> None:
+def tell_exception(store: Store, rank: int, error: BaseException) -> None:
     """Leave word of an exception of this rank, unless it only is a consequence of another rank's end.
 
     A broken connection is one: the rank that is to blame has a moment to be found out by whoever watches it.
@@ -152,7 +152,7 @@ def _process_key(rank: int) -> str:
 def _host() -> str:
     """This host, even among containers of one name."""
     with suppress(OSError):
-        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+        return f"{socket.gethostname()} {Path('/proc/self/ns/pid').readlink()}"
     return socket.gethostname()
 
 

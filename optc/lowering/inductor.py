@@ -166,7 +166,7 @@ class InductorRunner(Runner):
         with torch.inference_mode():
             return tuple(self._loader.boxed_run(tensors))
 
-    def _check(self, inputs: Sequence[Array] | Sequence[Tensor]) -> None:
+    def _check(self, inputs: Sequence[Array | Tensor]) -> None:
         if len(inputs) != len(self._inputs):
             raise BackendError(f"the model takes {len(self._inputs)} inputs, not {len(inputs)}")
         for array, entry in zip(inputs, self._inputs, strict=True):

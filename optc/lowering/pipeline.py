@@ -1,4 +1,4 @@
-"""The ``pipeline`` backend: a program cut into stages, each lowered by another backend and run by a process of its own."""
+"""The ``pipeline`` backend: a program's stages, each lowered by another backend and run by a process of its own."""
 
 from __future__ import annotations
 

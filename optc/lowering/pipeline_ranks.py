@@ -20,14 +20,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 from optc.errors import BackendError
 from optc.target import Target
 
 TIMEOUT_VARIABLE = "OPTC_PIPELINE_TIMEOUT"
 TIMEOUT = 10.0
-"""Seconds within which the whole job ends after a rank died or stopped answering, unless the variable says otherwise."""
+"""Seconds within which the whole job ends after a rank died or stopped answering, unless the variable says more."""
 JOB_VARIABLE = "OPTC_PIPELINE_JOB"
 """Tells a rank that it serves queries of this process: its connection's descriptor and its target, as JSON."""
 FAILED = "optc/failed"
@@ -82,7 +82,7 @@ class LocalRanks:
         self._timeout = timeout()
         self._logs = tempfile.TemporaryDirectory(prefix="optc-pipeline-")
         world = len(targets)
-        self._store = dist.TCPStore(
+        self._store = TCPStore(
             "127.0.0.1", 0, world, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=self._timeout)
         )
         self.connections: list[Connection] = []
@@ -114,7 +114,7 @@ class LocalRanks:
             "MASTER_PORT": str(self._store.port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             "OMP_NUM_THREADS": str(target.threads),
-            TIMEOUT_VARIABLE: str(self._timeout),
+            TIMEOUT_VARIABLE: str(2 * self._timeout),  # this process watches them; they watch each other besides
             JOB_VARIABLE: json.dumps({"descriptor": theirs.fileno(), "target": asdict(target)}),
         }
         if Path("/sys/class/net/lo").exists():

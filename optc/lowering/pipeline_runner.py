@@ -36,7 +36,7 @@ class RankFacts:
 
 
 class PipelineRunner(Runner):
-    """One process a stage. A batch goes through in as many microbatches as planned, or fewer where they do not divide it.
+    """One process a stage. A batch goes through in as many microbatches as planned, or fewer if they do not divide it.
 
     Attributes:
         ranks: what each rank told.

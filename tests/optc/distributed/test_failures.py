@@ -71,9 +71,9 @@ def runner(stages: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PipelineRu
 def test_a_killed_rank_ends_all_with_its_name(runner: PipelineRunner, rank: int) -> None:
     runner(X)
     os.kill(runner.pids[rank], signal.SIGKILL)
+    wait_for(lambda: not alive(runner.pids[rank]))
     with pytest.raises(BackendError, match=rf"rank {rank} \(stage {rank}\) was ended by SIGKILL"):
-        for _ in range(1000):
-            runner(X)
+        runner(X)
     assert not any(map(alive, runner.pids))
     with pytest.raises(BackendError, match=rf"rank {rank} \(stage {rank}\)"):
         runner(X)  # what was said once is said again
@@ -83,7 +83,7 @@ def test_a_stopped_rank_ends_all_in_time_and_tells_where_it_was(runner: Pipeline
     runner(X)
     os.kill(runner.pids[1], signal.SIGSTOP)
     start = time.monotonic()
-    with pytest.raises(BackendError, match=r"rank 1 \(stage 1\) has not answered for .*; its last words: File") as caught:
+    with pytest.raises(BackendError, match=r"rank 1 \(stage 1\) has not answered for .* last words: File") as caught:
         runner(X)
     assert time.monotonic() - start < SECONDS + 5  # of which the machine may need some for itself
     assert "_next" in "".join(caught.value.__notes__)  # it waited for a query

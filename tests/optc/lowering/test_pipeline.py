@@ -169,7 +169,8 @@ def test_a_staged_program_is_lowered_by_the_backend_asked_for(residual_model: nn
 
 def test_threads_are_shared_out_as_planned(made: Made) -> None:
     plan = read_pipeline(made.path)
-    stages = tuple(each.model_copy(update={"threads": threads}) for each, threads in zip(plan.stages, (1, 3), strict=True))
+    first, second = plan.stages
+    stages = (first.model_copy(update={"threads": 1}), second.model_copy(update={"threads": 3}))
     uneven = plan.model_copy(update={"stages": stages})
     assert [each.threads for each in stage_targets(uneven, Target(threads=4))] == [1, 3]
     assert [each.threads for each in stage_targets(uneven, Target(threads=8))] == [2, 6]
@@ -195,5 +196,5 @@ def test_an_altered_pipeline_is_refused(made: Made, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"is not valid: stages\.0\.folder"):
         read_pipeline(copy)
     (copy / "pipeline.json").unlink()
-    with pytest.raises(ArtifactError, match="is no pipeline: it has no pipeline.json"):
+    with pytest.raises(ArtifactError, match="is no pipeline: it has no"):
         read_pipeline(copy)
