@@ -29,8 +29,8 @@ def node_times(program: Program, device: str, threads: int, batch: int) -> dict[
     """Median seconds of each node in the eager backend, zero for those it does away with.
 
     Layers are laid out as that backend does at load. The profiler gives each node's part; it takes time itself, so the
-    parts are scaled to add up to what the whole takes without it: the median of three openings, or of fewer where a model
-    takes seconds.
+    parts are scaled to add up to what the whole takes without it: the median of three openings, or of fewer where a
+    model takes seconds.
 
     Args:
         device: ``"cpu"`` or ``"cuda"``.

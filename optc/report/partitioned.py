@@ -53,7 +53,7 @@ def timeline_chart(plan: Schedule) -> Chart:
             axes.broken_barh([each for each in received + sent if each[1] > 0], row, color=MUTED, linewidth=0)
         axes.set_ylim(stages - 0.4, -0.6)
         axes.set_xlim(0, plan.seconds * 1e3 or 1)
-        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.set_yticks(range(0, stages, 1 + stages // 17))
         axes.set(xlabel="ms", ylabel="stage")
         title = "What each stage does over one batch (ms)"
         alt = (

@@ -155,7 +155,7 @@ def stage_rows(prediction: Prediction) -> list[tuple[str, ...]]:
 
 def handed_on_rows(prediction: Prediction) -> list[tuple[str, ...]]:
     """For each cut the stages, the size and the tensors."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for row in prediction.account[:-1]:
         named = [f"{each['name']} {each['shape']} {each['dtype']}" for each in row["cut"][:_VALUES_NAMED]]
         more = f" and {len(row['cut']) - len(named)} more" if len(row["cut"]) > len(named) else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -174,7 +174,8 @@ def _too_large(each: Row, devices: tuple[Device, ...], times: Times) -> OptcErro
     return OptcError(
         f"the model does not fit: however it is cut into {len(devices)} stages, one is too large for its device."
         f" At best stage {worst['stage']} needs {needed / GB:.3g} GB (weights {worst['weight_bytes'] / GB:.3g},"
-        f" activations {worst['activation_bytes'] / GB:.3g}) and {worst['device']} has {worst['memory_bytes'] / GB:.3g} GB",
+        f" activations {worst['activation_bytes'] / GB:.3g}) and {worst['device']} has"
+        f" {worst['memory_bytes'] / GB:.3g} GB",
         "use more stages, larger devices or smaller microbatches",
     )
 
@@ -213,34 +214,40 @@ def _tensor(work: Work, node: fx.Node) -> dict[str, Any]:
 
 
 def _write(program: Program, plan: _Plan) -> None:
-    """Give every call its stage, in the plan's order; what is free comes just before it is first read."""
-    free = plan.row.work.free
-    stages: dict[fx.Node, int] = {}
-
-    def emit(node: fx.Node, stage: int) -> None:
-        pending = [node]
-        while pending:
-            each = pending[-1]
-            missing = [
-                one for one in each.all_input_nodes if one in free and one not in stages and one.op != "get_attr"
-            ]
-            pending += missing
-            if not missing:
-                stages.setdefault(pending.pop(), stage)
-
+    """Give every call its stage; where the plan's order is another than the graph's, move the calls into it."""
     ends = (0, *plan.found.cuts, len(plan.row.units))
-    for stage, (begin, end) in enumerate(itertools.pairwise(ends)):
-        for unit in plan.row.units[begin:end]:
-            for node in unit.nodes:
-                emit(node, stage)
+    planned = {
+        node: stage
+        for stage, (begin, end) in enumerate(itertools.pairwise(ends))
+        for unit in plan.row.units[begin:end]
+        for node in unit.nodes
+    }
     calls = [node for node in program.graph.nodes if node.op == "call_function"]
+    stages: dict[fx.Node, int] = {}
     for node in calls:
-        emit(node, len(plan.devices) - 1)  # what only an output reads
-    if list(stages) != calls:
-        output = program.graph.output_node()
+        stages[node] = planned.get(node, next(reversed(stages.values()), 0))
+    same_order = [node for node in calls if node in planned] == list(planned)
+    if not same_order:
+        stages = _in_order(planned, calls, plan.row.work.free)
         for node in stages:
-            output.prepend(node)
+            program.graph.output_node().prepend(node)
     for node, stage in stages.items():
         node.meta["stage"] = stage
     sent = {node for at in plan.found.cuts for node in plan.row.crossing(at)}
     loosen_layout(node for node in sent if not node.meta["val"].is_contiguous())  # they arrive contiguous
+
+
+def _in_order(planned: Mapping[fx.Node, int], calls: Sequence[fx.Node], free: set[fx.Node]) -> dict[fx.Node, int]:
+    """All calls with their stages in the planned order; what is free comes just before it is first read."""
+    stages: dict[fx.Node, int] = {}
+    for node in (*planned, *calls):  # in the end what only an output reads
+        pending = [node]
+        while pending:
+            each = pending[-1]
+            needed = (one for one in each.all_input_nodes if one in free and one.op != "get_attr")
+            missing = [one for one in needed if one not in stages]
+            pending += missing
+            if not missing:
+                last = next(reversed(stages.values()), 0)
+                stages.setdefault(pending.pop(), planned.get(node, last))
+    return stages
