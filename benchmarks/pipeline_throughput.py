@@ -16,7 +16,7 @@ from optc.api import Optimized
 from optc.bench.measure import measure
 from optc.bench.results import Candidate
 from optc.frontend.load import load_model
-from optc.lowering.pipeline_runner import PipelineRunner
+from optc.lowering.pipeline_runner import PipelineRunner, RankMemory
 from optc.schedule import schedule
 from optc.target import Target
 
@@ -58,10 +58,10 @@ def one(name: str, kind: str, rounds: int) -> dict[str, Any]:
         Candidate("one process, 1 thread", kind, False, lambda: _with_threads(whole, 1), inputs=(query,)),
     ]
     say(f"{name}: measuring")
-    peaks: list[int] = []
+    memory: list[RankMemory] = []
     measured = measure(
         candidates, [query], target, blocks=rounds, block_queries=3, limit_seconds=600, together=True,
-        progress=lambda text: _look(runners, peaks),
+        progress=lambda text: _look(runners, memory),
     )  # fmt: skip
     seconds = {}
     for result in measured.results:
@@ -71,7 +71,8 @@ def one(name: str, kind: str, rounds: int) -> dict[str, Any]:
     check = cut.details["check"]
     cut.close()
     return {"model": name, "kind": kind, "account": account, "seconds": seconds, "check": check,
-            "peaks": peaks, "bases": bases, "weights": [row["weight_bytes"] for row in account]}  # fmt: skip
+            "allocated": [each.allocated_bytes for each in memory], "peaks": [each.peak_bytes for each in memory],
+            "bases": bases, "weights": [row["weight_bytes"] for row in account]}  # fmt: skip
 
 
 def _kept(cut: Optimized, runners: list[PipelineRunner]) -> PipelineRunner:
@@ -81,10 +82,10 @@ def _kept(cut: Optimized, runners: list[PipelineRunner]) -> PipelineRunner:
     return runner
 
 
-def _look(runners: Sequence[PipelineRunner], peaks: list[int]) -> None:
-    """Peak memory of each rank so far; asked before each block, as the ranks are gone in the end."""
+def _look(runners: Sequence[PipelineRunner], memory: list[RankMemory]) -> None:
+    """Memory of each rank; asked before each block, as the ranks are gone in the end."""
     if runners:
-        peaks[:] = runners[-1].peak_bytes()
+        memory[:] = runners[-1].memory()
 
 
 def _with_threads(whole: Optimized, threads: int) -> Any:
@@ -100,8 +101,10 @@ def row(found: Mapping[str, Any]) -> dict[str, str | int | float]:
     )
     ideal = seconds["one process, 1 thread"] / STAGES / (1 - plan.ideal_bubble)
     memory = [
-        f"{(peak - base) / MIB:,.0f} of {weights / MIB:,.0f}"
-        for peak, base, weights in zip(found["peaks"], found["bases"], found["weights"], strict=True)
+        f"{weights / MIB:,.0f} / {(allocated - base) / MIB:,.0f} / {peak / MIB:,.0f}"
+        for weights, allocated, base, peak in zip(
+            found["weights"], found["allocated"], found["bases"], found["peaks"], strict=True
+        )
     ]
     return {
         "model": f"{found['model']} {found['kind']}",
@@ -112,7 +115,7 @@ def row(found: Mapping[str, Any]) -> dict[str, str | int | float]:
         "ideal for the bubble": BATCH / ideal,
         "one process, 2 threads": BATCH / seconds["one process, 2 threads"],
         "bubble": f"{plan.bubble:.1%} (ideal {plan.ideal_bubble:.1%})",
-        "MiB a rank, of weights": "; ".join(memory),
+        "MiB a rank": "; ".join(memory),
         "SQNR dB": found["check"]["sqnr_db"],
     }
 
@@ -132,7 +135,7 @@ def benchmark(models: Sequence[str], rounds: int) -> Result:
         notes=[
             "Predicted: GPipe's schedule over the partitioner's account, which times each node in eager PyTorch.",
             "Ideal for the bubble: all stages take half of what one process with one thread takes, transfers nothing.",
-            "Memory: the most that a rank had beyond Python and PyTorch, buffers included; its share of the weights.",
+            "Memory: a rank's weights / what it allocated beyond Python and PyTorch / the most that was ever resident.",
             "SQNR: the pipeline's outputs against the unsplit graph's, the worst microbatch, when it was lowered.",
         ],
     )

@@ -66,10 +66,17 @@ def _counters() -> dict[str, float]:
         "total": time.perf_counter() * len(rows),
         "busy": busy,
         "steal": steal,
-        "own": times.user + times.system + times.children_user + times.children_system,
+        "own": times.user + times.system + times.children_user + times.children_system + _running_children(tick),
         "heat": sum(_count(path) for path in _CPUS.glob("cpu[0-9]*/thermal_throttle/core_throttle_count")),
         "quota": next((int(line.split()[1]) for line in _read(_QUOTA).splitlines() if "nr_throttled" in line), 0),
     }
+
+
+def _running_children(tick: int) -> float:
+    """CPU seconds of the child processes that run now, such as a pipeline's ranks; :func:`os.times` has ended ones."""
+    pids = " ".join(map(_read, Path("/proc/self/task").glob("*/children"))).split()
+    rows = [_read(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split() for pid in pids]
+    return sum((int(row[11]) + int(row[12])) / tick for row in rows if row)
 
 
 def _read(path: Path) -> str:

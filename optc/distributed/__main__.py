@@ -14,12 +14,12 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from optc.distributed.files import run_files
 from optc.distributed.rank import COMPUTING_LIMIT, Place, StageRank
-from optc.distributed.serve import resident_bytes, serve
+from optc.distributed.serve import serve
 from optc.distributed.watch import Watch, done_key, tell_exception
 from optc.errors import OptcError
 from optc.lowering.pipeline_file import PipelineFile, read_pipeline
 from optc.lowering.pipeline_ranks import JOB_VARIABLE, TIMEOUT, TIMEOUT_VARIABLE, timeout
-from optc.lowering.pipeline_runner import stage_targets
+from optc.lowering.pipeline_runner import memory_bytes, stage_targets
 from optc.target import Target
 
 _MEETING = 60.0
@@ -85,7 +85,7 @@ def _run(arguments: argparse.Namespace, description: PipelineFile, place: Place,
         COMPUTING_LIMIT,
     )
     watch.start()
-    base = resident_bytes()
+    base = memory_bytes("RssAnon")
     try:
         warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed")
         rank = StageRank(place, served, arguments.artifact, description, target)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
-from contextlib import suppress
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +19,7 @@ def serve(rank: StageRank, descriptor: int, base_bytes: int) -> None:
 
     Args:
         descriptor: of this end of the connection.
-        base_bytes: resident memory before the stage was read.
+        base_bytes: memory allocated before the stage was read.
     """
     with Connection(descriptor) as connection:
         ready = {
@@ -40,14 +37,6 @@ def serve(rank: StageRank, descriptor: int, base_bytes: int) -> None:
             outputs = rank.run(batch, int(query["microbatches"]), inputs)
             if rank.last:
                 _send(connection, outputs)
-
-
-def resident_bytes() -> int:
-    """Memory of this process that is in RAM; 0 where the system does not tell."""
-    with suppress(OSError):
-        found = re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())
-        return int(found[1]) * 1024 if found else 0
-    return 0
 
 
 def _next(connection: Connection) -> dict[str, Any] | None:

@@ -26,13 +26,26 @@ class RankFacts:
     Attributes:
         provider, precision: of its stage's runner.
         transport: ``"nccl"`` or ``"gloo"``.
-        base_bytes: resident memory before it read its stage.
+        base_bytes: memory it had allocated before it read its stage.
     """
 
     provider: str
     precision: str
     transport: str
     base_bytes: int
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Memory of a rank.
+
+    Attributes:
+        allocated_bytes: now, without what is mapped from files: libraries, and weights as long as they are read.
+        peak_bytes: the most that was resident at once, mapped files included.
+    """
+
+    allocated_bytes: int
+    peak_bytes: int
 
 
 class PipelineRunner(Runner):
@@ -60,13 +73,9 @@ class PipelineRunner(Runner):
         """The process of each rank."""
         return self._processes.pids
 
-    def peak_bytes(self) -> list[int]:
-        """The most resident memory that each rank has had so far."""
-        found = []
-        for pid in self.pids:
-            status = Path(f"/proc/{pid}/status").read_text()
-            found.append(int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024)  # type: ignore[index]
-        return found
+    def memory(self) -> list[RankMemory]:
+        """What each rank takes; 0 where the system does not tell."""
+        return [RankMemory(memory_bytes("RssAnon", pid), memory_bytes("VmHWM", pid)) for pid in self.pids]
 
     def __call__(self, *inputs: Array) -> tuple[Array, ...]:
         if self._processes.failure:
@@ -123,6 +132,14 @@ class PipelineRunner(Runner):
         """End the processes."""
         with suppress(OSError):
             self._processes.close()
+
+
+def memory_bytes(what: str, pid: int | str = "self") -> int:
+    """What Linux says of a process's memory under a name such as ``RssAnon``; 0 where the system does not tell."""
+    with suppress(OSError):
+        found = re.search(rf"{what}:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+        return int(found[1]) * 1024 if found else 0
+    return 0
 
 
 def stage_targets(description: PipelineFile, target: Target) -> list[Target]:

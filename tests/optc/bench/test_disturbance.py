@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,3 +92,18 @@ def test_this_machine_can_be_read() -> None:
     with watch:
         sum(range(1000))
     assert watch._sums["total"] > 0
+
+
+def test_what_running_child_processes_take_is_this_process_own() -> None:
+    work = (
+        "import time; input(); end = time.process_time() + 0.3\nwhile time.process_time() < end: pass\nprint(); input()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", work], **pipes) as child, Watch() as watch:  # type: ignore[call-overload]
+        assert child.stdin is not None
+        assert child.stdout is not None
+        print(file=child.stdin, flush=True)
+        child.stdout.readline()
+        watch.__exit__()
+        assert watch._sums["own"] >= 0.25
+        print(file=child.stdin, flush=True)
