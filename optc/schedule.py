@@ -37,7 +37,7 @@ class Schedule:
         slots: by stage, one for each microbatch.
         seconds: until the last microbatch is out of the last stage.
         period: seconds between two microbatches once all stages work: what the slowest one takes.
-        bubble: share of all stages' time, 0 to 1, in which they neither compute nor transfer.
+        bubble: share of all stages' time, 0 to 1, in which they do not compute.
     """
 
     slots: tuple[tuple[Slot, ...], ...]
@@ -47,7 +47,7 @@ class Schedule:
 
     @property
     def ideal_bubble(self) -> float:
-        """The bubble if all stages took the same time: (stages - 1) / (microbatches + stages - 1)."""
+        """The bubble if all stages took the same time and transfers none: (stages - 1) / (microbatches + stages - 1)."""
         stages, microbatches = len(self.slots), len(self.slots[0])
         return (stages - 1) / (microbatches + stages - 1)
 
@@ -78,7 +78,7 @@ def schedule(compute: Sequence[float], transfer: Sequence[float], microbatches: 
             free[stage] = end
             received, start = sent, end
     seconds = free[-1]
-    busy = microbatches * (sum(compute) + 2 * sum(transfer))
+    busy = microbatches * sum(compute)
     takes = [
         sum(transfer[max(stage - 1, 0) : stage]) + each + sum(transfer[stage : stage + 1])
         for stage, each in enumerate(compute)

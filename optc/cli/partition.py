@@ -84,8 +84,8 @@ def command(
 ) -> None:
     r"""Cut MODEL into stages that run one after the other on devices of their own.
 
-    The slowest stage, what it hands on included, is as fast as it can be. With -o each stage is lowered and the whole is
-    saved as an artifact for optc profile, optc compare and python -m optc.distributed.
+    The slowest stage, what it hands on included, is as fast as it can be. With -o each stage is lowered and all are
+    saved as one artifact for optc profile, optc compare and python -m optc.distributed.
 
     \b
     Examples:
@@ -111,7 +111,7 @@ def command(
     options[PASS] = {key: value for key, value in own.items() if value is not None} | options.get(PASS, {})
     pipeline = build_passes(f"{passes},{PASS}", options)
     target = Target(threads=threads or available_threads(), batch=batch or microbatches, allow_fallback=allow_fallback)
-    loaded, _ = load(model, weights or ("random" if simulate else "pretrained"), None, seed, progress)
+    loaded, _ = load(model, weights or _default_weights(model, simulate), None, seed, progress)
     data = Data(loaded, None)
     if output is None:
         program, path = _plan(loaded, data, pipeline, target, verify and not simulate, progress), None
@@ -132,6 +132,13 @@ def command(
     if path is not None:
         run = f"torchrun --nproc-per-node {len(prediction.account)} -m optc.distributed {path}"
         console.print(Text(f"Artifact: {path} (optc profile {path}, or {run})"))
+
+
+def _default_weights(model: str, simulate: str | None) -> str:
+    """For a simulation no download: but files and the user's own code bring their weights."""
+    from optc.frontend.load import find_source
+
+    return "random" if simulate and find_source(model)[0].name in ("timm", "torchvision") else "pretrained"
 
 
 def _check(devices: str | None, simulate: str | None, output: Path | None) -> None:

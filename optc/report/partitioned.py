@@ -58,7 +58,7 @@ def timeline_chart(plan: Schedule) -> Chart:
         title = "What each stage does over one batch (ms)"
         alt = (
             f"{stages} stages work on {len(plan.slots[0])} microbatches for {milliseconds(plan.seconds)}; for"
-            f" {plan.bubble:.0%} of their time they wait."
+            f" {plan.bubble:.0%} of their time they do not compute."
         )
         note = "Colours alternate between microbatches, grey is transfer, and where nothing is drawn a stage waits."
         return Chart(title, alt, element(drawn, title, alt), note)

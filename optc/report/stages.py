@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from optc.schedule import Schedule, Slot, schedule
 _MOST = 16
 """Stages that are drawn, and cuts that are listed, one by one."""
 _VALUES_NAMED = 3
+_SHADES = "·░▒▓█"
 _WIDTH = 96
 """Letters that a batch's time is drawn in at most."""
 
@@ -165,25 +167,26 @@ def handed_on_rows(prediction: Prediction) -> list[tuple[str, ...]]:
 
 def words(prediction: Prediction) -> list[str]:
     """What to expect of one batch, in sentences."""
-    plan, images = prediction.schedule, prediction.images
-    count = len(plan.slots[0])
-    alone = prediction.alone_seconds
-    fits = "" if prediction.alone_fits else ", into whose memory the model does not fit"
-    lines = [
+    plan, images, alone = prediction.schedule, prediction.images, prediction.alone_seconds
+    stages, count = len(plan.slots), len(plan.slots[0])
+    batch = (
         f"A batch of {images} in {count} microbatches: {milliseconds(plan.seconds)}, {_rate(images, plan.seconds)}"
-        f" images/s; with batches without end {_rate(images, count * plan.period)} images/s.",
+        f" images/s; with batches without end {_rate(images, count * plan.period)} images/s."
+    )
+    fits = "" if prediction.alone_fits else ", into whose memory the model does not fit"
+    device = (
         f"One {prediction.alone_device}{fits}: {milliseconds(alone)}, {_rate(images, alone)} images/s. The pipeline has"
-        f" {short(prediction.speedup)} times that; {len(plan.slots)} equal stages that send for nothing would have"
-        f" {short(len(plan.slots) * (1 - plan.ideal_bubble))} times.",
-        f"Bubble: {plan.bubble:.1%} of the stages' time; {plan.ideal_bubble:.1%} if all stages were equal.",
-    ]
-    if "roofline" in prediction.timing:
-        lines.append(
-            "Times are rooflines, the least that the devices' data sheets allow: expect more, and more of small operators."
-        )
-    else:
-        lines.append("Times are measured here, node by node, in the eager backend.")
-    return lines
+        f" {short(prediction.speedup)} times that; {stages} equal stages that send for nothing would have"
+        f" {short(stages * (1 - plan.ideal_bubble))} times."
+    )
+    bubble = f"Bubble: {plan.bubble:.1%} of their time stages do not compute; those equal ones {plan.ideal_bubble:.1%}."
+    return [batch, device, bubble, _TIMING.get(prediction.timing, " ".join(_TIMING.values()))]
+
+
+_TIMING = {
+    "measured": "Times are measured here, node by node, in the eager backend.",
+    "roofline": "Times are rooflines, the least that the devices' data sheets allow: small operators take more.",
+}
 
 
 def _rate(images: int, seconds: float) -> str:
@@ -203,19 +206,26 @@ class _Drawing:
 def timeline(plan: Schedule, width: int) -> list[Text]:
     """A line for each stage: the microbatch it computes, ``-`` while it sends or receives, ``·`` while it waits.
 
+    Where a microbatch is not two letters wide, shades instead: how much of a letter's time the stage computes.
+
     Args:
         width: letters that the batch's time is drawn in.
     """
     label = len(str(len(plan.slots) - 1))
-    title = f"One batch, {milliseconds(plan.seconds)} (digits: microbatch computed, -: transfer, ·: bubble)"
-    lines = [Text(title, style="bold")]
+    letter = plan.seconds / width
+    dense = 2 * letter > plan.period
+    legend = "the darker, the more it computes" if dense else "digits: microbatch computed, -: transfer, ·: waiting"
+    lines = [Text(f"One batch, {milliseconds(plan.seconds)} ({legend})", style="bold")]
     for stage in _first_and_last(len(plan.slots)):
         if stage is None:
             lines.append(Text(f"{'…':>{label}}", style="dim"))
             continue
         line = Text(f"{stage:>{label}} ", no_wrap=True)
         for column in range(width):
-            line.append(*_letter(plan.slots[stage], (column + 0.5) / width * plan.seconds))
+            if dense:
+                line.append(_shade(plan.slots[stage], column * letter, (column + 1) * letter))
+            else:
+                line.append(*_letter(plan.slots[stage], (column + 0.5) * letter))
         lines.append(line)
     return lines
 
@@ -224,6 +234,14 @@ def _first_and_last(count: int) -> list[int | None]:
     """Indices to show: all of a few, else the first and the last ones with ``None`` between."""
     half = _MOST // 2
     return list(range(count)) if count <= _MOST else [*range(half), None, *range(count - half, count)]
+
+
+def _shade(slots: Sequence[Slot], begin: float, end: float) -> str:
+    """How much of the time between two moments a stage computes."""
+    first = max(bisect_right(slots, begin, key=lambda slot: slot.receive) - 1, 0)
+    inside = itertools.takewhile(lambda slot: slot.receive < end, slots[first:])
+    busy = sum(max(0.0, min(slot.computed, end) - max(slot.compute, begin)) for slot in inside)
+    return _SHADES[round(busy / (end - begin) * (len(_SHADES) - 1))] if end > begin else _SHADES[0]
 
 
 def _letter(slots: Sequence[Slot], moment: float) -> tuple[str, str]:
