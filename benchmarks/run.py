@@ -16,6 +16,7 @@ NAMES = (
     "overhead",
     "quantization",
     "peers",
+    "pipeline_throughput",
     "vit_huge",
 )
 ARGUMENTS = {"peers": ("--short",)}

@@ -141,6 +141,6 @@ def test_a_port_in_use_and_nobody_there_are_one_line_each() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(OptcError, match=rf"cannot listen at 127.0.0.1:{port}: the port is in use"):
-            Place(0, 2, 0, 2, "127.0.0.1", port, own_store=True).store(2.0, serve=True)
+            Place(0, 2, 0, 2, "127.0.0.1", port, own_store=True).store(1.0, serve=True)
     with pytest.raises(OptcError, match=rf"rank 1 reached nobody at 127.0.0.1:{port}"):
         Place(1, 2, 1, 2, "127.0.0.1", port, own_store=False).store(1.0)
