@@ -16,6 +16,7 @@ NAMES = (
     "overhead",
     "quantization",
     "peers",
+    "partition",
     "pipeline_throughput",
     "vit_huge",
 )

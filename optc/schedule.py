@@ -47,7 +47,7 @@ class Schedule:
 
     @property
     def ideal_bubble(self) -> float:
-        """The bubble if all stages took the same time and transfers none: (stages - 1) / (microbatches + stages - 1)."""
+        """The bubble of equal stages that send for nothing: (stages - 1) / (microbatches + stages - 1)."""
         stages, microbatches = len(self.slots), len(self.slots[0])
         return (stages - 1) / (microbatches + stages - 1)
 
