@@ -176,8 +176,8 @@ def benchmark(models: Sequence[str], rounds: int) -> Result:
         table=table,
         raw={"rows": table, "long_graph_seconds": long},
         notes=[
-            "The cut is chosen on one measurement; then all nodes are timed anew, and on those times every cut is tried.",
-            "'same, both run': the chosen cut's slowest stage over the best one's, both run in turns; 1 if it is that cut.",
+            "The cut is chosen on one measurement; then all nodes are timed anew, and every cut is tried on that.",
+            "'same, both run': the chosen cut's slowest stage over the best one's, run in turns; 1 if it is that cut.",
             "'predicted' is the slowest stage's computing, 'run alone' the same stage run for real on one thread.",
         ],
     )
