@@ -18,7 +18,7 @@ from torch import nn
 import optc
 from optc.frontend.load import load_model
 from optc.lowering.eager import EagerRunner
-from optc.lowering.node_times import node_times
+from optc.lowering.node_times import each_node_time, node_times
 from optc.program import Program
 from optc.stages import split
 from optc.target import Target
@@ -100,7 +100,7 @@ def model_row(name: str, kind: str, rounds: int) -> dict[str, Any]:
     )
     seconds = time.perf_counter() - begin
     say(f"{name}: measuring anew and trying every cut")
-    fresh = node_times(program, "cpu", THREADS, 1)
+    fresh = each_node_time(program, "cpu", THREADS, 1)
     work = Work(program, 1)
     rows = [row(work, units) for units in (work.units, few_alive(work))]
     cuts = [slowest_of_all_cuts(each, fresh) for each in rows]
@@ -186,6 +186,6 @@ def benchmark(models: Sequence[str], rounds: int) -> Result:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", default=",".join(MODELS), help="of " + ", ".join(MODELS))
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     publish("partition", lambda: benchmark(arguments.models.split(","), arguments.rounds))

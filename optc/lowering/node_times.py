@@ -26,16 +26,22 @@ _SECONDS = 10.0
 
 
 def node_times(program: Program, device: str, threads: int, batch: int) -> dict[str, float]:
-    """Median seconds of each node in the eager backend, zero for those it does away with.
-
-    Layers are laid out as that backend does at load. The profiler gives each node's part; it takes time itself, so the
-    parts are scaled to add up to what the whole takes without it: the median of three openings, or of fewer where a
-    model takes seconds.
+    """Seconds of each node in the eager backend, zero for those it does away with; the same for nodes that do the same.
 
     Args:
         device: ``"cpu"`` or ``"cuda"``.
         threads: intra-op threads; this process has as many as before afterwards.
         batch: images; where the batch is not dynamic the one captured.
+    """
+    return _evened(program, each_node_time(program, device, threads, batch))
+
+
+def each_node_time(program: Program, device: str, threads: int, batch: int) -> dict[str, float]:
+    """Median seconds of each node as it was measured; arguments as for :func:`node_times`.
+
+    Layers are laid out as that backend does at load. The profiler gives each node's part; it takes time itself, so the
+    parts are scaled to add up to what the whole takes without it: the median of three openings, or of fewer where a
+    model takes seconds.
     """
     before, start = torch.get_num_threads(), time.perf_counter()
     inputs = [_resized(tensor, batch) for tensor in program.example_inputs]
@@ -60,7 +66,7 @@ def node_times(program: Program, device: str, threads: int, batch: int) -> dict[
                 found[name] += part.seconds / len(part.nodes)
     total = sum(found.values())
     scale = statistics.median(wholes) / total if total else 1.0
-    return {name: seconds * scale for name, seconds in _evened(program, found).items()}
+    return {name: seconds * scale for name, seconds in found.items()}
 
 
 def _evened(program: Program, found: dict[str, float]) -> dict[str, float]:
