@@ -41,6 +41,10 @@ class Wire:
         """The shape at a batch size."""
         return tuple(batch if size is None else size for size in self.shape)
 
+    def batched(self, batch: int) -> tuple[int, ...]:
+        """The shape with so many images, also where the program takes fewer at a time."""
+        return (batch, *self.sizes(batch)[1:])
+
     def bytes(self, batch: int) -> int:
         """Size in bytes at a batch size."""
         return int(torch.Size(self.sizes(batch)).numel()) * self.dtype.itemsize

@@ -94,7 +94,7 @@ def _read(paths: Sequence[Path], rank: StageRank) -> list[Tensor]:
 
 def _noise(rank: StageRank, batch: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(wire.sizes(batch), generator=generator).to(wire.dtype) for wire in rank.wires()]
+    return [torch.randn(wire.batched(batch), generator=generator).to(wire.dtype) for wire in rank.wires()]
 
 
 def _write(path: Path, outputs: Sequence[tuple[Tensor, ...]]) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from multiprocessing.connection import Connection
+import socket
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from optc.distributed.rank import StageRank
+from optc.lowering.pipeline_channel import Channel
+from optc.stages import Wire
 
 
 def serve(rank: StageRank, descriptor: int, base_bytes: int) -> None:
@@ -21,41 +22,40 @@ def serve(rank: StageRank, descriptor: int, base_bytes: int) -> None:
         descriptor: of this end of the connection.
         base_bytes: memory allocated before the stage was read.
     """
-    with Connection(descriptor) as connection:
-        ready = {
-            "provider": rank.runner.provider,
-            "precision": rank.runner.precision,
-            "transport": rank.transport,
-            "base_bytes": base_bytes,
-        }
-        connection.send_bytes(json.dumps(ready).encode())
-        while (query := _next(connection)) is not None:
+    with socket.socket(fileno=descriptor) as connected:
+        channel = Channel(connected)
+        channel.send(
+            {
+                "provider": rank.runner.provider,
+                "precision": rank.runner.precision,
+                "transport": rank.transport,
+                "base_bytes": base_bytes,
+            }
+        )
+        while (query := _next(channel)) is not None:
             batch = int(query["batch"])
-            inputs = (
-                [_receive(connection, wire.sizes(batch), wire.dtype) for wire in rank.wires()] if rank.first else []
-            )
-            outputs = rank.run(batch, int(query["microbatches"]), inputs)
+            wires = rank.wires() if rank.first else []
+            outputs = rank.run(batch, int(query["microbatches"]), [_receive(channel, wire, batch) for wire in wires])
             if rank.last:
-                _send(connection, outputs)
+                _send(channel, outputs)
 
 
-def _next(connection: Connection) -> dict[str, Any] | None:
+def _next(channel: Channel) -> dict[str, Any] | None:
     try:
-        told: dict[str, Any] = json.loads(connection.recv_bytes())
+        return channel.receive()
     except (EOFError, ConnectionResetError):
         return None
-    return told
 
 
-def _receive(connection: Connection, sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _receive(channel: Channel, wire: Wire, batch: int) -> Tensor:
     """One input; bfloat16, which numpy has not, comes as float32."""
-    tensor = torch.empty(sizes, dtype=torch.float32 if dtype == torch.bfloat16 else dtype)
-    connection.recv_bytes_into(tensor.view(-1).view(torch.uint8).numpy().data)
+    tensor = torch.empty(wire.batched(batch), dtype=torch.float32 if wire.dtype == torch.bfloat16 else wire.dtype)
+    channel.receive_into(tensor.numpy())
     return tensor
 
 
-def _send(connection: Connection, outputs: tuple[Tensor, ...]) -> None:
+def _send(channel: Channel, outputs: tuple[Tensor, ...]) -> None:
     arrays = [(each.float() if each.dtype == torch.bfloat16 else each).cpu().contiguous().numpy() for each in outputs]
-    connection.send_bytes(json.dumps({"outputs": [[each.shape, str(each.dtype)] for each in arrays]}).encode())
+    channel.send({"outputs": [[each.shape, str(each.dtype)] for each in arrays]})
     for each in arrays:
-        connection.send_bytes(each.reshape(-1).view("uint8").data)
+        channel.send_array(each)

@@ -80,6 +80,7 @@ class PipelineBackend(Backend):
         """Lower each stage; returns what goes into ``pipeline.json``, details of each stage, and the files."""
         if stage_count(program) == 1:
             raise BackendError("the program has no stages", "add the pass partition: --passes partition")
+        _check_outputs(program)
         backend = _ready(self.inside, target)
         account, planned = _account(program)
         parts = self._microbatches or planned
@@ -138,6 +139,23 @@ def _ready(name: str, target: Target) -> Backend:
         raise BackendError(f"backend '{name}' cannot run the stages here: {reason}")
     backend: Backend = cls()
     return backend
+
+
+def _check_outputs(program: Program) -> None:
+    """Refuse outputs that cannot be put together from those of microbatches.
+
+    Raises:
+        BackendError: an output's first dimension is not the batch, or a multiple of it.
+    """
+    batch = len(program.example_inputs[0])
+    for index, output in enumerate(program.graph.output_node().args[0]):  # type: ignore[arg-type]
+        sizes = list(output.meta["val"].shape)
+        if not sizes or sizes[0] == 0 or sizes[0] % batch:
+            raise BackendError(
+                f"output {index} has the shape {sizes} at a batch of {batch}: it cannot be put together from those of"
+                " microbatches",
+                "leave it out of the model's outputs",
+            )
 
 
 def _target(target: Target, threads: int, rows: int) -> Target:

@@ -16,13 +16,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from torch._C._distributed_c10d import TCPStore
 
 from optc.errors import BackendError
+from optc.lowering.pipeline_channel import Channel
 from optc.target import Target
 
 TIMEOUT_VARIABLE = "OPTC_PIPELINE_TIMEOUT"
@@ -73,7 +73,7 @@ class LocalRanks:
 
     Attributes:
         failure: why all were ended; empty while they run.
-        connections: to each rank, for messages of bytes.
+        connections: to each rank.
     """
 
     def __init__(self, folder: Path, targets: Sequence[Target]) -> None:
@@ -85,7 +85,7 @@ class LocalRanks:
         self._store = TCPStore(
             "127.0.0.1", 0, world, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=self._timeout)
         )
-        self.connections: list[Connection] = []
+        self.connections: list[Channel] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         self._closing, self._ended = threading.Event(), threading.Event()
         try:
@@ -100,9 +100,6 @@ class LocalRanks:
 
     def _start(self, rank: int, world: int, folder: Path, target: Target) -> None:
         mine, theirs = socket.socketpair()
-        for end in (mine, theirs):
-            for direction in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-                end.setsockopt(socket.SOL_SOCKET, direction, 1 << 20)
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
@@ -130,7 +127,7 @@ class LocalRanks:
                 start_new_session=True,  # Ctrl-C is for this process, which ends them in order
             )
         self._processes.append(process)
-        self.connections.append(Connection(mine.detach()))
+        self.connections.append(Channel(mine))
 
     @property
     def pids(self) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -82,12 +81,12 @@ class PipelineRunner(Runner):
             self._processes.raise_failure()
         arrays = self._checked(inputs)
         batch = len(arrays[0])
-        header = json.dumps({"batch": batch, "microbatches": self._description.parts(batch)}).encode()
+        header = {"batch": batch, "microbatches": self._description.parts(batch)}
         try:
             for connection in self._processes.connections:
-                connection.send_bytes(header)
+                connection.send(header)
             for array in arrays:
-                self._processes.connections[0].send_bytes(array.view(np.uint8).reshape(-1).data)
+                self._processes.connections[0].send_array(array)
             outputs = self._outputs()
         except (EOFError, OSError):
             self._processes.raise_failure()
@@ -116,17 +115,16 @@ class PipelineRunner(Runner):
         outputs = []
         for shape, dtype in told["outputs"]:
             array = np.empty(shape, dtype)
-            self._processes.connections[-1].recv_bytes_into(array.view(np.uint8).reshape(-1).data)
+            self._processes.connections[-1].receive_into(array)
             outputs.append(array)
         return tuple(outputs)
 
     def _answer(self, rank: int) -> dict[str, Any]:
         try:
-            told: dict[str, Any] = json.loads(self._processes.connections[rank].recv_bytes())
+            return self._processes.connections[rank].receive()
         except (EOFError, OSError):
             self._processes.raise_failure()
             raise
-        return told
 
     def close(self) -> None:
         """End the processes."""

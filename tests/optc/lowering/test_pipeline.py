@@ -138,8 +138,9 @@ def test_bfloat16_goes_from_stage_to_stage_as_it_is(residual_model: nn.Module, c
 
 def test_a_fixed_batch_is_a_microbatch(residual_model: nn.Module, cut: Cut, tmp_path: Path) -> None:
     program = cut(optc.capture(residual_model, (torch.randn(2, 8),), dynamic_batch=False), 2)
-    backend = PipelineBackend(microbatches=2)
-    description, _, _ = backend._lower_stages(program, TARGET, tmp_path)
+    lowered = PipelineBackend(microbatches=2).lower(program, TARGET, tmp_path)  # compares two microbatches
+    assert len(lowered.details["check"]["microbatches"]) == 2
+    description = read_pipeline(tmp_path)
     assert (description.rows, description.parts(6)) == (2, 3)
     with pytest.raises(ArtifactError, match="2 images at a time, which do not divide a batch of 5"):
         description.parts(5)
@@ -151,6 +152,24 @@ def test_what_has_no_stages_is_refused(residual_model: nn.Module, cut: Cut, tmp_
         PipelineBackend().lower(program, TARGET, tmp_path)
     with pytest.raises(BackendError, match="a stage cannot be a pipeline itself"):
         PipelineBackend("pipeline").lower(cut(program, 2), TARGET, tmp_path)
+
+
+class Mean(nn.Module):
+    """One output for each image, one for all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.relu(self.layer(x))
+        return x, x.mean()
+
+
+def test_an_output_of_the_whole_batch_is_refused(cut: Cut, tmp_path: Path) -> None:
+    program = cut(optc.capture(Mean(), (torch.randn(2, 8),)), 2)
+    with pytest.raises(BackendError, match=r"output 1 has the shape \[\] at a batch of 2: it cannot be put together"):
+        PipelineBackend(microbatches=2).lower(program, TARGET, tmp_path)
 
 
 def test_a_wrong_pipeline_is_found_out(residual_model: nn.Module, cut: Cut, tmp_path: Path) -> None:
