@@ -73,7 +73,21 @@ def test_every_node_has_a_stage_and_the_stages_compute_what_the_model_did(vit: P
     assert not Partition(devices="4xa100", microbatches=4)(result.program).modified
 
 
-def test_it_runs_after_fuse_and_before_nothing(vit: Program) -> None:
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_100"])
+def test_convolutional_networks(name: str) -> None:
+    declare_torchvision_ops()  # before timm imports torchvision
+    import timm
+
+    program = Fuse()(optc.capture(timm.create_model(name).eval(), (torch.randn(1, 3, 64, 64),))).program
+    result = Partition(devices="4xl4", microbatches=4)(program)
+    check_split(program, result.program)
+    for each, stage in zip(account_of(result), split(result.program), strict=True):
+        assert each["weight_bytes"] == stage.program.constant_bytes()
+        if each["stage"] < 3:
+            assert each["send_bytes"] == sum(wire.bytes(1) for wire in stage.sends)
+
+
+def test_it_runs_after_fuse(vit: Program) -> None:
     fused = Fuse()(vit).program
     result = Partition(stages=3)(fused)
     assert set(stages_of(result.program)) == {0, 1, 2}
