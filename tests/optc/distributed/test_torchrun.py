@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -79,7 +80,11 @@ def children(pid: int) -> dict[int, int]:
 
 
 def test_two_hosts_run_a_file_of_images(made: Made, tmp_path: Path) -> None:
-    """Two agents on this machine, which know of each other by an address only, as on two hosts."""
+    """Two agents on this machine, which know of each other by an address only, each with its own stage's files alone."""
+    hosts = [
+        shutil.copytree(made.folder, tmp_path / f"host-{node}", ignore=shutil.ignore_patterns(f"stage-{1 - node}"))
+        for node in range(2)
+    ]
     images = np.random.default_rng(0).standard_normal((10, 8)).astype(np.float32)  # two batches and a half
     np.save(tmp_path / "x.npy", images)
     files = ("--input", str(tmp_path / "x.npy"), "--output", str(tmp_path / "y.npz"))
@@ -87,7 +92,7 @@ def test_two_hosts_run_a_file_of_images(made: Made, tmp_path: Path) -> None:
     with ExitStack() as stack:
         agents = [
             stack.enter_context(
-                torchrun(*where, "--node-rank", str(node), "-m", "optc.distributed", str(made.folder), *files)
+                torchrun(*where, "--node-rank", str(node), "-m", "optc.distributed", str(hosts[node]), *files)
             )
             for node in range(2)
         ]
