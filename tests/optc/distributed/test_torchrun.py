@@ -80,7 +80,7 @@ def children(pid: int) -> dict[int, int]:
 
 
 def test_two_hosts_run_a_file_of_images(made: Made, tmp_path: Path) -> None:
-    """Two agents on this machine, which know of each other by an address only, each with its own stage's files alone."""
+    """Two agents on this machine, which know of each other by an address only, each with its own stage's files."""
     hosts = [
         shutil.copytree(made.folder, tmp_path / f"host-{node}", ignore=shutil.ignore_patterns(f"stage-{1 - node}"))
         for node in range(2)
