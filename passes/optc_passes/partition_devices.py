@@ -72,10 +72,11 @@ KNOWN = {
 def cpu(threads: int) -> Device:
     """So many threads of a CPU, described by rough figures: what runs here is measured instead.
 
-    The link is gloo's between two processes of one machine (TCP over loopback), as measured on a server with two cores.
+    The link is gloo's between two processes of one machine: on a server with two Zen 4 cores, half a round trip took
+    65 µs for 8 bytes and 2.0 ms for 8 MB.
     """
     flops = {"float32": threads * _NOMINAL_CPU_FLOPS}
-    return Device(f"cpu:{threads}", flops, threads * _NOMINAL_CPU_BANDWIDTH, None, 1.5 * GB, 100 * MICRO, threads)
+    return Device(f"cpu:{threads}", flops, threads * _NOMINAL_CPU_BANDWIDTH, None, 4 * GB, 70 * MICRO, threads)
 
 
 def parse(text: str) -> tuple[Device, ...]:
