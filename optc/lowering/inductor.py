@@ -26,6 +26,8 @@ from optc.errors import BackendError
 from optc.lowering.agreement import check_agreement
 from optc.lowering.backend import Array, Backend, Lowered, Runner
 from optc.lowering.graph_file import refusal, write_graph
+from optc.lowering.inductor_times import kernel_times
+from optc.lowering.kernel_times import KernelTime
 from optc.lowering.layer_precision import layer_precision
 from optc.program import Program
 from optc.rewrite import argument, label
@@ -119,6 +121,23 @@ class InductorBackend(Backend):
                 for another device.
         """
         return InductorRunner(folder / files[0], target)
+
+    def profile(
+        self, folder: Path, files: tuple[str, ...], target: Target, inputs: Sequence[Array]
+    ) -> list[KernelTime]:
+        """How long each kernel takes, by PyTorch's profiler.
+
+        Raises:
+            BackendError: as :meth:`load`; or the package does not say what its kernels compute.
+        """
+        kernels = read_facts(folder / files[0]).get("kernels")
+        if not kernels:
+            raise BackendError("the package does not say what its kernels compute", "optimize the model again on a CPU")
+        runner = self.load(folder, files, target)
+        try:
+            return kernel_times(lambda: runner(*inputs), kernels)
+        finally:
+            runner.close()
 
 
 class InductorRunner(Runner):

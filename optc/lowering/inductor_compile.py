@@ -30,6 +30,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.pt2_archive._package import package_pt2
 
 from optc.errors import BackendError
+from optc.lowering import inductor_kernels
 from optc.lowering.graph_file import read_graph
 from optc.lowering.prepack import LAYERS
 from optc.ops import decompose
@@ -75,13 +76,16 @@ def compile_package(folder: Path, target: Target) -> dict[str, Any]:
     torch.set_grad_enabled(False)  # Inductor freezes weights in inference only
     # 0 and 1 would be taken for constants of a dynamic batch.
     program = read_graph(folder, max(2, target.batch), target.device)
-    exported = _export(_int8_form(decompose(program), target.device == "cpu"))
+    plain = _int8_form(decompose(program), target.device == "cpu")
+    exported = _export(plain)
     module = exported.module(check_guards=False)
-    _name_layers(module, [node.name for node in program.graph.nodes if node.target in LAYERS])
+    layers = [node.name for node in program.graph.nodes if node.target in LAYERS]
+    _name_layers(module, layers)
     seen = _Layers()
     args, kwargs = exported.example_inputs or ((), {})
     inductor.post_grad_custom_pre_pass = seen  # not an option of aot_compile, which takes a copy of those
-    files = aot_compile(module, args, kwargs, options=_options(folder, target))
+    with inductor_kernels.provenance() as mapping:
+        files = aot_compile(module, args, kwargs, options=_options(folder, target))
     facts = {
         "torch": torch.__version__,
         "device": target.device,
@@ -89,6 +93,7 @@ def compile_package(folder: Path, target: Target) -> dict[str, Any]:
         "capability": torch.cuda.get_device_capability() if target.device == "cuda" else None,
         "inputs": json.loads((folder / "graph.json").read_text(encoding="utf-8"))["inputs"],
         "layers": seen.types,
+        "kernels": inductor_kernels.kernels(mapping, plain.graph, module.graph, layers),
     }
     package_pt2(folder / PACKAGE, aoti_files=files, extra_files={FACTS: json.dumps(facts)})  # type: ignore[arg-type]
     return {
@@ -109,7 +114,7 @@ def _options(folder: Path, target: Target) -> dict[str, Any]:
     }
     if target.device == "cpu":
         # Threads as at run time, not as now. Nothing is left to a pool of processes: C++ is compiled by this one.
-        options |= {"cpp.dynamic_threads": True, "compile_threads": 1}
+        options |= {"cpp.dynamic_threads": True, "compile_threads": 1, **inductor_kernels.OPTIONS}
     if platform.machine() == "x86_64":
         # Not the default -march=native: then code needs what Inductor's own -mavx… flags say, and not all this CPU has.
         inductor.cpp.march = ""
@@ -168,7 +173,7 @@ def _name_layers(module: fx.GraphModule, names: list[str]) -> None:
 
 
 class _Layers(CustomGraphPass):
-    """Looks at Inductor's graph when weights are packed and int8 layers are their oneDNN operators; changes nothing.
+    """Looks at Inductor's graph when weights are packed and int8 layers are their oneDNN operators; computes the same.
 
     Attributes:
         types: how many layers compute in each type.
@@ -184,6 +189,7 @@ class _Layers(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         varying: set[fx.Node] = set()
         for node in graph.nodes:
+            node.meta.pop("stack_trace", None)  # it would be written into the code, with paths of this machine
             if node.op == "placeholder" or not varying.isdisjoint(node.all_input_nodes):
                 varying.add(node)
             operator = getattr(getattr(node.target, "_schema", None), "name", "")

@@ -39,4 +39,4 @@ def registry_kept() -> Iterator[None]:
     try:
         yield
     finally:
-        ONNXRegistry.from_torchlib = original
+        ONNXRegistry.from_torchlib = original  # type: ignore[assignment, method-assign]

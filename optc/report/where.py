@@ -90,6 +90,9 @@ def in_words(profile: LayerProfile) -> list[str]:
     return lines
 
 
+_WIDEST_OPERATOR = 26
+
+
 def where_table(profile: LayerProfile, name: str) -> TerminalTable:
     """The slowest operators of a profile of ``name`` for a terminal; those beyond :data:`SHOWN` in one row."""
     columns = ("layer", "runs", "type", "ms", "share", "of roof", "bound by")
@@ -99,7 +102,9 @@ def where_table(profile: LayerProfile, name: str) -> TerminalTable:
     )  # fmt: skip
     for column in (3, 4, 5):
         table.columns[column].justify = "right"
-    table.columns[1].no_wrap = table.columns[2].no_wrap = table.columns[6].no_wrap = True
+    for each in table.columns[1:]:
+        each.no_wrap = True
+    table.columns[1].max_width = _WIDEST_OPERATOR
     rows = sorted(_rows(profile), key=lambda row: -float(row[3]))
     for row in rows[:SHOWN]:
         table.add_row(*map(Text, (*row[:5], row[8], row[9])))

@@ -120,10 +120,32 @@ def test_a_float_program_gets_prepacked_onednn_kernels(floating: Made) -> None:
 def test_an_int8_program_runs_int8_kernels_in_every_layer(int8: Made) -> None:
     assert int8.load().precision == "int8 (4 of 4 layers)"
     assert int8.lowered.details["not_int8"] == {}
-    calls = re.findall(r"aoti_torch_cpu__(qconv|qlinear)_pointwise\w*\(", int8.wrapper())
+    calls = re.findall(r"(?<!record_)aoti_torch_cpu__(qconv|qlinear)_pointwise\w*\(", int8.wrapper())
     assert sorted(calls) == ["qconv", "qconv", "qlinear", "qlinear"]
     assert not re.search(r"aoti_torch_cpu_(mkldnn_|convolution|addmm|mm)", int8.wrapper())
     assert agreement(int8) > 30
+
+
+@pytest.mark.parametrize("name", ["floating", "int8"])
+def test_a_profile_names_the_layers_of_the_graph(name: str, request: pytest.FixtureRequest) -> None:
+    made: Made = request.getfixturevalue(name)
+    query = (np.ones((2, 3, 16, 16), np.float32),)
+    times = InductorBackend().profile(made.folder, made.lowered.files, TARGET, query)
+    kind = {node: kernel.kind for kernel in times for node in kernel.nodes}
+    layers = [node for node in made.program.graph.nodes if re.search("conv2d|linear", str(node.target))]
+    assert len(layers) == 4
+    assert {kind.get(layer.name) for layer in layers} == {"int8" if name == "int8" else "float32"}
+    assert set(kind) <= {node.name for node in made.program.graph.nodes}
+    assert len({kernel.name for kernel in times}) == len(times)
+    assert all(kernel.seconds >= 0 for kernel in times)
+    slowest = max(times, key=lambda kernel: kernel.seconds)
+    assert slowest.nodes
+
+
+def test_the_code_holds_no_stack_traces_of_the_machine_it_was_made_on(floating: Made) -> None:
+    traces = re.findall(r'KernelContextGuard \w+\("\w+", R"\((.*?)\)"\)', floating.wrapper(), re.DOTALL)
+    assert len(traces) >= 4
+    assert set(traces) == {""}
 
 
 def test_layers_that_stay_in_float_are_listed_with_reasons(tmp_path: Path) -> None:
