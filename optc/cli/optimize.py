@@ -13,6 +13,7 @@ from rich.console import Console
 from optc.cli.model import Data, load
 from optc.cli.options import (
     command_line,
+    device_option,
     json_option,
     print_json,
     progress_for,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     help="Runtime to lower to (see 'optc backends'); auto: the fastest measured of all that run here.",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Artifact folder to write; must not exist.")
+@device_option
 @target_options
 @click.option("--seed", default=0, show_default=True, help="Seed of random weights.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Compare outputs after every pass.")
@@ -63,6 +65,7 @@ def command(
     max_drop: float | None,
     backend: str,
     output: Path | None,
+    device: str,
     threads: int | None,
     allow_fallback: bool,
     seed: int,
@@ -125,7 +128,7 @@ def command(
         verification=role.verification(),
         verify=verify,
         measure=measure,
-        target=Target(threads=threads or available_threads(), allow_fallback=allow_fallback),
+        target=Target(device, threads or available_threads(), allow_fallback=allow_fallback),
         info=loaded.info,
         instruments=instruments,
         progress=progress,

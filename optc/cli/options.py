@@ -39,6 +39,13 @@ def target_options(command: Command) -> Command:
     )(command)
 
 
+def device_option(command: Command) -> Command:
+    """``--device``: what the model is lowered for."""
+    return click.option(
+        "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Device to lower for."
+    )(command)
+
+
 def limit_options(command: Command) -> Command:
     """``--cpu-affinity`` and ``--memory-limit``: measure as on a smaller machine."""
     command = click.option("--memory-limit", metavar="SIZE", help="Most memory to allocate, such as 512MB or 2GiB.")(

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from optc.cli.options import (
     command_line,
+    device_option,
     json_option,
     print_json,
     progress_for,
@@ -55,6 +56,7 @@ PASS = "partition"
 )
 @click.option("--backend", default="auto", show_default=True, help="Runtime to lower the stages to; auto: eager.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Artifact folder to write; must not exist.")
+@device_option
 @target_options
 @click.option("--seed", default=0, show_default=True, help="Seed of random weights.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Compare outputs after every pass.")
@@ -73,6 +75,7 @@ def command(
     weights: str | None,
     backend: str,
     output: Path | None,
+    device: str,
     threads: int | None,
     allow_fallback: bool,
     seed: int,
@@ -110,7 +113,7 @@ def command(
     options: dict[str, dict[str, Any]] = dict(parse_options(assignments))
     options[PASS] = {key: value for key, value in own.items() if value is not None} | options.get(PASS, {})
     pipeline = build_passes(f"{passes},{PASS}", options)
-    target = Target(threads=threads or available_threads(), batch=batch or microbatches, allow_fallback=allow_fallback)
+    target = Target(device, threads or available_threads(), batch=batch or microbatches, allow_fallback=allow_fallback)
     loaded, _ = load(model, weights or _default_weights(model, simulate), None, seed, progress)
     data = Data(loaded, None)
     if output is None:

@@ -83,6 +83,7 @@ class PipelineBackend(Backend):
         _check_outputs(program)
         backend = _ready(self.inside, target)
         account, planned = _account(program)
+        _refuse_others(account, target)
         parts = self._microbatches or planned
         rows = max(1, target.batch // parts) if program.dynamic_batch else len(program.example_inputs[0])
         entries, layers, files = [], [], []
@@ -168,6 +169,21 @@ def _account(program: Program) -> tuple[Sequence[Mapping[str, Any]], int]:
         if record.name == "partition":
             return record.notes.get("account", ()), int(record.options.get("microbatches") or 1)
     return (), 1
+
+
+def _refuse_others(account: Sequence[Mapping[str, Any]], target: Target) -> None:
+    """Refuse a plan for devices that the stages would not be lowered for.
+
+    Raises:
+        BackendError: names the first such device.
+    """
+    names = [str(row.get("device", "")) for row in account]
+    other = next((name for name in names if target.device == "cpu" and _threads(name) is None), None)
+    if other is not None:
+        raise BackendError(
+            f"the stages were planned for {other}, and lowering is for the CPU",
+            "plan for 2xcpu:1 or the like, or lower with --device cuda where such GPUs are",
+        )
 
 
 def _threads(device: str) -> int | None:

@@ -132,6 +132,11 @@ def test_print_after_and_bisect(folder: Path, optc: Run) -> None:
         (["optimize", "mine:small", "-o", "empty"], "output folder 'empty' exists"),
         (["optimize", "mine:branches"], "mine.py:13"),
         (["optimize", "alexnet", "--weights", "wrong.safetensors"], "classifier.6.weight"),
+        pytest.param(
+            ["optimize", "mine:small", "--device", "cuda"],
+            "sees no GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
         (["profile", "empty"], "is no optc artifact"),
         (["optimise"], "unknown command 'optimise' — did you mean optimize"),
     ],

@@ -109,6 +109,7 @@ def test_a_plan_is_verified_lowered_and_runs(command: Command, folder: Path) -> 
         (("--simulate", "99xh100"), "99 stages for 31 operators"),
         (("--simulate", "2xh100", "--stages", "3"), "2 devices ('2xh100') for 3 stages"),
         (("--simulate", "tiny.toml"), "too large for its device"),
+        (("--devices", "2xh100", "-o", "x.pipe"), "the stages were planned for h100, and lowering is for the CPU"),
         (("-o", "mine_in_stages.py"), "output folder 'mine_in_stages.py' exists"),
     ],
 )

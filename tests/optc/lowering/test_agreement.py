@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
 from optc import Program, capture
 from optc.errors import BackendError
 from optc.lowering.agreement import FLOAT_DB, QUANTIZED_DB, bound_db, check_agreement, compare_outputs
+from optc.passmanager.contract import PassRecord
 
 REFERENCE = np.array([[3.0, 4.0]], np.float32)
 
@@ -91,3 +93,30 @@ def test_a_graph_that_amplifies_roundings_holds_runtimes_to_its_own_steadiness()
     assert 10.0 <= found.bound_db < found.sqnr_db < QUANTIZED_DB
     with pytest.raises(BackendError, match="differently from the optimized graph"):
         check_agreement("rt", program, lambda *inputs: [1.6 * other_rounding(*inputs)[0]])
+
+
+def test_a_runtime_may_add_half_the_noise_that_quantization_made() -> None:
+    x = torch.randn(2, 512, generator=torch.Generator().manual_seed(1))
+    program = capture(Rounds().eval(), (x,))
+    notes = {"verify": {"from_captured": {"sqnr_db": 12.0}}}
+    verified = replace(program, history=(PassRecord("quant", {}, True, (), (), notes),))
+
+    def noisy(db: float) -> Callable[..., list[np.ndarray]]:
+        graph = program.run(x)[0].numpy()
+        noise = np.random.default_rng(3).standard_normal(graph.shape)
+        return lambda *inputs: [graph + noise * 10 ** (-db / 20) * np.linalg.norm(graph) / np.linalg.norm(noise)]
+
+    assert check_agreement("rt", verified, noisy(17.0)).bound_db == 15.0
+    for given, db in ((verified, 14.0), (program, 17.0)):
+        with pytest.raises(BackendError):
+            check_agreement("rt", given, noisy(db))
+
+
+class Rounds(torch.nn.Module):
+    """Quantized, and steady."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = torch.ops.quantized_decomposed
+        return q.dequantize_per_tensor(
+            q.quantize_per_tensor(x, 0.1, 0, -128, 127, torch.int8), 0.1, 0, -128, 127, torch.int8
+        )
