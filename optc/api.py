@@ -16,6 +16,7 @@ from optc.accuracy import after_of, before_of, budget_of, metric_of
 from optc.batches import Batches, as_calibration
 from optc.bench.latency import latencies
 from optc.budget import Call, exceeds
+from optc.errors import BackendError
 from optc.frontend.capture import capture
 from optc.lowering.artifact import write_artifact
 from optc.lowering.backend import Backend, Runner
@@ -188,7 +189,14 @@ def optimize(
             gc.collect()
         into = staged(program, chosen, backend == AUTO)
         several = backend == AUTO and into is chosen
-        lowered = select(run, model, inputs, program, into, refused, target, several, measure)
+        try:
+            lowered = select(run, model, inputs, program, into, refused, target, several, measure)
+        except BackendError as error:
+            if trial.max_drop is None:
+                raise
+            tried.append(f"{trial.what}: {error.message}")
+            least_db = _sqnr_db(captured, program, batches) + _MORE_DB
+            continue
         optimized = Optimized(program, lowered.kept, lowered.folder)
         accuracy = after_of(run, metric, before, program, optimized)
         optimized.close()

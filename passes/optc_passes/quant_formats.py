@@ -152,20 +152,22 @@ class LayerFormats:
         Static int8 convolutions read and write integers, as they do between others; linear layers read and write float.
         """
         graph, root = fx.Graph(), torch.nn.Module()
-        example = torch.randn(batch, *shape(layer.activation)[1:])
-        values = {layer.activation: graph.placeholder("x")}
-        for name in ("weight", "bias"):
-            node = argument(layer.node, name)
-            if isinstance(node, fx.Node):
-                value = constant_of(self._work, node)
-                root.register_buffer(name, value)
-                values[node] = graph.get_attr(name)
+        values: dict[fx.Node, fx.Node] = {}
+        examples: list[Tensor] = []
+        for node in dict.fromkeys((layer.activation, *layer.node.all_input_nodes)):
+            value = constant_of(self._work, node)
+            if value is None:  # the activation, and a residual where one is added
+                values[node] = graph.placeholder(f"x{len(examples)}")
+                examples.append(torch.randn(batch, *shape(node)[1:]))
+            else:
+                root.register_buffer(node.name, value)
+                values[node] = graph.get_attr(node.name)
         for node in dict.fromkeys((layer.node, layer.tail)):
             values[node] = graph.node_copy(node, values.__getitem__)
             del values[node].meta["val"]
         graph.output((values[layer.tail],))
         module = fx.GraphModule(root, graph, class_name="Program").eval()
-        program = Program(module, (example,), False, ModelInfo(layer.node.name))
+        program = Program(module, tuple(examples), False, ModelInfo(layer.node.name))
         complete_meta(program)
         if form in self.local:
             node = values[layer.node]
@@ -175,10 +177,10 @@ class LayerFormats:
         elif form == INT8:
             plan = make_plan(program)
             prepared, _ = prepare(program, plan, self._observer, self.kernels)
-            prepared(example)
+            prepared(*examples)
             program = convert(prepared, plan, program)
             if layer.is_conv:
-                program = _between_integers(program, example)
+                program = _between_integers(program, examples[0])
         return program
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import optc
+from optc import api
 from optc.batches import in_batches_of
 from optc.budget import AGREEMENT, Budget, Metric, agreement
+from optc.errors import BackendError
+from optc.lowering.backend import Lowered
+from optc.lowering.eager import EagerBackend
 
 IMAGES = [torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
 OPTIONS: dict[str, Any] = {"backend": "onnxruntime", "calibration": IMAGES, "measure": False}
@@ -198,6 +203,26 @@ def test_another_trial_comes_closer_to_the_model() -> None:
     assert budget is not None
     assert budget.tried == ("the passes lost 50.00 points",)
     assert runtime[-1] > runtime[1] + 2.5
+
+
+class FloatAlone(EagerBackend):
+    """A runtime without integers."""
+
+    def lower(self, program: optc.Program, target: optc.Target, folder: Path) -> Lowered:
+        if any("::quantize_" in str(getattr(node.target, "_schema", "")) for node in program.graph.nodes):
+            raise BackendError("float-alone has no integers")
+        return super().lower(program, target, folder)
+
+
+def test_a_runtime_that_refuses_what_a_trial_made_gets_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "backends", lambda name, target: ([FloatAlone()], {}))
+    model = Clean()
+    asked: dict[str, Any] = {**OPTIONS, "backend": "eager", "evaluate": same_as(model, 1e-3)}
+    optimized = optc.optimize(model, IMAGES[0][:1], "fuse,quant", max_drop=100.0, **asked)
+    assert optimized.report.precision == "float32"
+    assert "the passes: float-alone has no integers" in optimized.report.verdict
+    with pytest.raises(BackendError, match="float-alone has no integers"):
+        optc.optimize(model, IMAGES[0][:1], "fuse,quant", **asked)
 
 
 def sqnr_db(reference: torch.Tensor, outputs: torch.Tensor) -> float:

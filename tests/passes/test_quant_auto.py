@@ -74,6 +74,37 @@ def test_auto_measures_every_layer_and_says_what_it_chose() -> None:
     assert 20 * torch.log10(want.norm() / (optimized(x) - want).norm()) > 10
 
 
+class Block(nn.Module):
+    """Its last layer adds a residual, which is an input of that layer when it is measured."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.b(self.a(x).relu())
+
+
+def test_auto_measures_a_layer_that_adds_a_residual() -> None:
+    torch.manual_seed(0)
+    batches = [torch.randn(8, 4, 64)]
+    optimized = optc.optimize(
+        Block(),
+        batches[0][:1],
+        "fuse,quant",
+        pass_options={"quant": {"formats": "auto"}},
+        backend="onnxruntime",
+        calibration=batches,
+        measure=False,
+        target=optc.Target(threads=1),
+    )
+    fused = [record for record in optimized.report.passes if record.name == "fuse-residual"]
+    assert fused[0].modified
+    account = optimized.report.passes[-1].notes["account"]
+    assert {row["module"] for row in account} == {"a", "b"}
+    assert all(row["seconds"] for row in account if row["form"] in ("float", "int8"))
+
+
 def test_auto_without_a_backend_is_one_line() -> None:
     program = optc.capture(nn.Linear(32, 4), (torch.randn(2, 32),))
 
