@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field
 from optc import Numerics, OptcError, Pass, PassContext, PassOptions, PassResult, Program, Skip
 from optc_passes.observers import ActivationObserver, EntropyObserver, MseObserver, PercentileObserver
 from optc_passes.quant_account import Entry, account, entries, noisiest
-from optc_passes.quant_auto import Choice, choose, measure_layers, possible_formats
+from optc_passes.quant_auto import Choice, choose, measure_layers, no_faster, possible_formats
 from optc_passes.quant_budget import MIN_SQNR_DB, over_budget
 from optc_passes.quant_formats import FLOAT, INT8, WEIGHTS_ALONE, Attempt, Formats, LayerFormats
 from optc_passes.quantizer import SATURATES
@@ -132,6 +132,10 @@ class Quant(Pass):
         skipped = (*layers.plan.skipped, *(Skip("auto", name, best.why(name)) for name in floats))
         if not best.attempt.layers:
             return PassResult(program, modified=False, skipped=skipped, account=rows)
+        if reason := no_faster(program, best, context):
+            rows = account(best.table, {}, dict.fromkeys(layers.names, reason))
+            skips = tuple(Skip("auto", name, reason) for name in layers.names)
+            return PassResult(program, modified=False, skipped=(*layers.plan.skipped, *skips), account=rows)
         return PassResult(best.attempt.program, True, best.attempt.layers, skipped, rows)
 
     def _give_back(

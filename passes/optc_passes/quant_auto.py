@@ -81,6 +81,20 @@ def measure_layers(
     return seconds
 
 
+def no_faster(program: Program, choice: Choice, context: PassContext) -> str | None:
+    """Why the chosen formats are no gain over the float program when both are measured as a whole, or ``None``.
+
+    What layers take by themselves leaves out the conversions between them.
+    """
+    backend = choice.table[0].backend
+    context.progress(f"measuring the whole model on {backend}")
+    before, after = context.latency[backend]([program, choice.attempt.program])
+    if not after >= before:  # NaN where the backend cannot run one of them, which lowering will say
+        return None
+    quick, slow = (f"{seconds * 1e6:.0f} µs" for seconds in (before, after))
+    return f"the whole model takes {slow} on {backend} with the formats chosen, {quick} in float"
+
+
 def choose(layers: LayerFormats, table: Sequence[Entry], context: PassContext) -> Choice:
     """Solve, make the program, and tighten the budget of noise until the program as a whole is within its budget."""
     noise_budget = 10 ** (-MIN_SQNR_DB / 10)

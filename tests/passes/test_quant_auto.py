@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import product
 
 import pytest
@@ -103,6 +104,32 @@ def test_auto_measures_a_layer_that_adds_a_residual() -> None:
     account = optimized.report.passes[-1].notes["account"]
     assert {row["module"] for row in account} == {"a", "b"}
     assert all(row["seconds"] for row in account if row["form"] in ("float", "int8"))
+
+
+def test_auto_stays_in_float_where_the_whole_model_is_no_faster() -> None:
+    torch.manual_seed(0)
+    program = optc.capture(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).eval(), (torch.randn(2, 64),))
+    wholes: list[int] = []
+
+    def latency(programs: Sequence[optc.Program]) -> list[float]:
+        """Each layer is fastest in its last format by itself, and the whole model is not."""
+        whole = programs[0].operator_count() > 1
+        wholes.extend([len(programs)] if whole else [])
+        return [1.0, 1.5] if whole else [1.0 / (1 + rank) for rank in range(len(programs))]
+
+    class Batches:
+        description = "noise"
+
+        def __iter__(self):  # type: ignore[no-untyped-def]
+            return iter([(torch.randn(8, 64),)])
+
+    context = optc.PassContext(calibration=Batches(), latency={"slow": latency})
+    result = Quant(formats="auto")(program, context)
+    assert wholes == [2]
+    assert not result.modified
+    reason = "the whole model takes 1500000 µs on slow with the formats chosen, 1000000 µs in float"
+    assert {skip.reason for skip in result.skipped} == {reason}
+    assert {row["form"] for row in result.account if row["chosen"]} == {"float"}
 
 
 def test_auto_without_a_backend_is_one_line() -> None:

@@ -66,11 +66,14 @@ def test_the_table_of_auto_has_latencies_and_the_whole_models_noise(
     out = capsys.readouterr().out
     for column in ("own SQNR dB", "model SQNR dB", "points lost", "µs in float", "MB in float", "why"):
         assert column in out
-    assert "its fastest format on onnxruntime" in out or "adds more noise than the budget has left" in out
     assert "int4-weights" in out
     drawn = (tmp_path / "formats.svg").read_text()
     assert "<svg" in drawn
     assert [path.name for path in tmp_path.iterdir()] == ["formats.svg"]
+    assert run(["explain", str(artifacts / "auto"), "--json"]) == 0
+    account = json.loads(capsys.readouterr().out)["account"]
+    reasons = ("its fastest format on onnxruntime", "adds more noise than the budget", "the whole model takes")
+    assert all(any(reason in row["why"] for reason in reasons) for row in account if row["chosen"])
 
 
 def test_an_account_of_another_kind_is_not_shown(
