@@ -124,7 +124,7 @@ def test_a_stopped_rank_ends_the_job_with_its_name_and_where_it_was(made: Made) 
     assert said.count("and the pipeline was ended") == 1
     assert "rank 1 (stage 1) has not answered for" in said
     assert "most recent call first" in said
-    assert seconds < 3 + 10  # of which the machine and torchrun may need some for themselves
+    assert seconds < 3 + 40  # of which the machine and torchrun may need some for themselves
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
 
 
