@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field
 from optc import Numerics, OptcError, Pass, PassContext, PassOptions, PassResult, Program, Skip
 from optc_passes.observers import ActivationObserver, EntropyObserver, MseObserver, PercentileObserver
 from optc_passes.quant_account import Entry, account, entries, noisiest
-from optc_passes.quant_auto import Choice, choose, measure_layers, no_faster, possible_formats
+from optc_passes.quant_auto import CHOSEN, Choice, choose, in_words, measure_layers, possible_formats, whole_seconds
 from optc_passes.quant_budget import MIN_SQNR_DB, over_budget
 from optc_passes.quant_formats import FLOAT, INT8, WEIGHTS_ALONE, Attempt, Formats, LayerFormats
 from optc_passes.quantizer import SATURATES
@@ -132,10 +132,22 @@ class Quant(Pass):
         skipped = (*layers.plan.skipped, *(Skip("auto", name, best.why(name)) for name in floats))
         if not best.attempt.layers:
             return PassResult(program, modified=False, skipped=skipped, account=rows)
-        if reason := no_faster(program, best, context):
-            rows = account(best.table, {}, dict.fromkeys(layers.names, reason))
-            skips = tuple(Skip("auto", name, reason) for name in layers.names)
-            return PassResult(program, modified=False, skipped=(*layers.plan.skipped, *skips), account=rows)
+        backend = best.table[0].backend
+        wholes = {FLOAT: program, CHOSEN: best.attempt.program}
+        plain = layers.attempt({name: INT8 for name, each in forms.items() if INT8 in each})
+        if over_budget(plain, context) is None:
+            wholes[INT8] = plain.program
+        taken = whole_seconds(wholes, backend, context)
+        quickest = min((name for name in taken if taken[name] >= 0), key=taken.__getitem__, default=CHOSEN)
+        if quickest != CHOSEN and not taken[CHOSEN] <= taken[quickest]:
+            reason = in_words(taken, backend)
+            formats = {change.node: INT8 for change in plain.layers} if quickest == INT8 else {}
+            floats = [name for name in layers.names if name not in formats]
+            skipped = (*layers.plan.skipped, *(Skip("auto", name, reason) for name in floats))
+            rows = account(best.table, formats, dict.fromkeys(layers.names, reason))
+            if not formats:
+                return PassResult(program, modified=False, skipped=skipped, account=rows)
+            return PassResult(plain.program, True, plain.layers, skipped, rows)
         return PassResult(best.attempt.program, True, best.attempt.layers, skipped, rows)
 
     def _give_back(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -81,18 +81,31 @@ def measure_layers(
     return seconds
 
 
-def no_faster(program: Program, choice: Choice, context: PassContext) -> str | None:
-    """Why the chosen formats are no gain over the float program when both are measured as a whole, or ``None``.
+CHOSEN = "the formats chosen"
+"""Name of the chosen mix among the whole models that are measured."""
+
+
+def whole_seconds(wholes: Mapping[str, Program], backend: str, context: PassContext) -> dict[str, float]:
+    """Seconds of a query of the target's batch for whole models, NaN for what the backend cannot run.
 
     What layers take by themselves leaves out the conversions between them.
     """
-    backend = choice.table[0].backend
-    context.progress(f"measuring the whole model on {backend}")
-    before, after = context.latency[backend]([program, choice.attempt.program])
-    if not after >= before:  # NaN where the backend cannot run one of them, which lowering will say
-        return None
-    quick, slow = (f"{seconds * 1e6:.0f} µs" for seconds in (before, after))
-    return f"the whole model takes {slow} on {backend} with the formats chosen, {quick} in float"
+    context.progress(f"measuring {len(wholes)} whole models on {backend}")
+    at_batch = [
+        replace(
+            whole, example_inputs=tuple(x[: context.target.batch] for x in whole.example_inputs), dynamic_batch=False
+        )
+        if whole.dynamic_batch
+        else whole
+        for whole in wholes.values()
+    ]
+    return dict(zip(wholes, context.latency[backend](at_batch), strict=True))
+
+
+def in_words(seconds: Mapping[str, float], backend: str) -> str:
+    """What whole models take, the fastest first."""
+    ranked = sorted((taken, name) for name, taken in seconds.items() if math.isfinite(taken))
+    return f"on {backend} the whole model takes " + ", ".join(f"{s * 1e6:.0f} µs in {name}" for s, name in ranked)
 
 
 def choose(layers: LayerFormats, table: Sequence[Entry], context: PassContext) -> Choice:

@@ -106,16 +106,20 @@ def test_auto_measures_a_layer_that_adds_a_residual() -> None:
     assert all(row["seconds"] for row in account if row["form"] in ("float", "int8"))
 
 
-def test_auto_stays_in_float_where_the_whole_model_is_no_faster() -> None:
+@pytest.mark.parametrize(
+    ("seconds", "form"), [((1.0, 1.5, 2.0), "float"), ((2.0, 1.5, 1.0), "int8"), ((2.0, 1.0, 1.5), "int4-weights")]
+)
+def test_what_is_fastest_as_a_whole_is_kept(seconds: tuple[float, ...], form: str) -> None:
     torch.manual_seed(0)
     program = optc.capture(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).eval(), (torch.randn(2, 64),))
-    wholes: list[int] = []
+    batches: list[int] = []
 
     def latency(programs: Sequence[optc.Program]) -> list[float]:
-        """Each layer is fastest in its last format by itself, and the whole model is not."""
-        whole = programs[0].operator_count() > 1
-        wholes.extend([len(programs)] if whole else [])
-        return [1.0, 1.5] if whole else [1.0 / (1 + rank) for rank in range(len(programs))]
+        """Each layer is fastest in its last format by itself; whole models take what they are said to."""
+        if programs[0].operator_count() == 1:
+            return [1.0 / (1 + rank) for rank in range(len(programs))]
+        batches.extend(len(each.example_inputs[0]) for each in programs)
+        return list(seconds)
 
     class Batches:
         description = "noise"
@@ -123,13 +127,17 @@ def test_auto_stays_in_float_where_the_whole_model_is_no_faster() -> None:
         def __iter__(self):  # type: ignore[no-untyped-def]
             return iter([(torch.randn(8, 64),)])
 
-    context = optc.PassContext(calibration=Batches(), latency={"slow": latency})
-    result = Quant(formats="auto")(program, context)
-    assert wholes == [2]
-    assert not result.modified
-    reason = "the whole model takes 1500000 µs on slow with the formats chosen, 1000000 µs in float"
-    assert {skip.reason for skip in result.skipped} == {reason}
-    assert {row["form"] for row in result.account if row["chosen"]} == {"float"}
+    result = Quant(formats="auto")(program, optc.PassContext(calibration=Batches(), latency={"slow": latency}))
+    assert batches == [1, 1, 1]
+    assert {row["form"] for row in result.account if row["chosen"]} == {form}
+    assert {change.rule for change in result.applied} == ({form} if form != "float" else set())
+    if form != "int4-weights":
+        whole = [
+            f"{seconds[i] * 1e6:.0f} µs in {name}" for i, name in enumerate(("float", "the formats chosen", "int8"))
+        ]
+        reasons = {row["why"] for row in result.account if row["chosen"]}
+        assert len(reasons) == 1
+        assert all(text in reasons.copy().pop() for text in whole)
 
 
 def test_auto_without_a_backend_is_one_line() -> None:
