@@ -133,11 +133,11 @@ class Quant(Pass):
         if not best.attempt.layers:
             return PassResult(program, modified=False, skipped=skipped, account=rows)
         backend = best.table[0].backend
-        wholes = {FLOAT: program, CHOSEN: best.attempt.program}
+        models = {FLOAT: program, CHOSEN: best.attempt.program}
         plain = layers.attempt({name: INT8 for name, each in forms.items() if INT8 in each})
         if over_budget(plain, context) is None:
-            wholes[INT8] = plain.program
-        taken = whole_seconds(wholes, backend, context)
+            models[INT8] = plain.program
+        taken = whole_seconds(models, backend, context)
         quickest = min((name for name in taken if taken[name] >= 0), key=taken.__getitem__, default=CHOSEN)
         if quickest != CHOSEN and not taken[CHOSEN] <= taken[quickest]:
             reason = in_words(taken, backend)
