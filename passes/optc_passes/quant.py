@@ -139,7 +139,7 @@ class Quant(Pass):
             models[INT8] = plain.program
         taken = whole_seconds(models, backend, context)
         quickest = min((name for name in taken if taken[name] >= 0), key=taken.__getitem__, default=CHOSEN)
-        if quickest != CHOSEN and not taken[CHOSEN] <= taken[quickest]:
+        if taken[CHOSEN] > taken[quickest]:  # not where the backend could not run the mix: lowering says why
             reason = in_words(taken, backend)
             formats = {change.node: INT8 for change in plain.layers} if quickest == INT8 else {}
             floats = [name for name in layers.names if name not in formats]
