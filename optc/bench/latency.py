@@ -23,6 +23,9 @@ _ROUND_SECONDS = 0.01
 def latencies(programs: Sequence[Program], backend: Backend, target: Target) -> list[float]:
     """Seconds of a query on each program's example inputs: the least of seven medians, taken in turns.
 
+    Where the batch may vary, a query has the target's. The program is lowered as it is all the same: runtimes fuse
+    otherwise where they know the batch.
+
     Other load only ever adds to a latency, so the least round is the closest to its own. NaN for a program that the
     backend cannot lower or run.
     """
@@ -34,7 +37,7 @@ def latencies(programs: Sequence[Program], backend: Backend, target: Target) -> 
         for _ in range(ROUNDS):
             for index, (runner, program) in enumerate(zip(runners, programs, strict=True)):
                 if runner is not None:
-                    found[index] = min(found[index], _median(runner, [t.numpy() for t in program.example_inputs]))
+                    found[index] = min(found[index], _median(runner, _query(program, target)))
         return found
 
 
@@ -43,6 +46,11 @@ def _runner(program: Program, backend: Backend, target: Target, folder: Path) ->
         return lower(backend, program, target, folder).load()
     except BackendError:
         return None
+
+
+def _query(program: Program, target: Target) -> list[Array]:
+    rows = target.batch if program.dynamic_batch else None
+    return [tensor[:rows].numpy() for tensor in program.example_inputs]
 
 
 def _median(runner: Runner, inputs: list[Array]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -86,20 +86,12 @@ CHOSEN = "the formats chosen"
 
 
 def whole_seconds(wholes: Mapping[str, Program], backend: str, context: PassContext) -> dict[str, float]:
-    """Seconds of a query of the target's batch for whole models, NaN for what the backend cannot run.
+    """Seconds of a query for whole models, NaN for what the backend cannot run.
 
     What layers take by themselves leaves out the conversions between them.
     """
     context.progress(f"measuring {len(wholes)} whole models on {backend}")
-    at_batch = [
-        replace(
-            whole, example_inputs=tuple(x[: context.target.batch] for x in whole.example_inputs), dynamic_batch=False
-        )
-        if whole.dynamic_batch
-        else whole
-        for whole in wholes.values()
-    ]
-    return dict(zip(wholes, context.latency[backend](at_batch), strict=True))
+    return dict(zip(wholes, context.latency[backend](list(wholes.values())), strict=True))
 
 
 def in_words(seconds: Mapping[str, float], backend: str) -> str:

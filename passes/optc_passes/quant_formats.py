@@ -150,24 +150,32 @@ class LayerFormats:
         """A program of one layer and its rectifier in a format, to be measured.
 
         Static int8 convolutions read and write integers, as they do between others; linear layers read and write float.
+        The batch varies where the model's does, as runtimes fuse otherwise where they know it; not where the layer's
+        rows are parts of images, which have their fixed number.
+
+        Args:
+            batch: images in a query.
         """
         graph, root = fx.Graph(), torch.nn.Module()
-        values: dict[fx.Node, fx.Node] = {}
-        examples: list[Tensor] = []
-        for node in dict.fromkeys((layer.activation, *layer.node.all_input_nodes)):
-            value = constant_of(self._work, node)
-            if value is None:  # the activation, and a residual where one is added
-                values[node] = graph.placeholder(f"x{len(examples)}")
-                examples.append(torch.randn(batch, *shape(node)[1:]))
-            else:
-                root.register_buffer(node.name, value)
-                values[node] = graph.get_attr(node.name)
+        operands = dict.fromkeys((layer.activation, *layer.node.all_input_nodes))
+        constants = {node: value for node in operands if (value := constant_of(self._work, node)) is not None}
+        inputs = [node for node in operands if node not in constants]  # the activation, and a residual if one is added
+        images = len(self._program.example_inputs[0])
+        varies = self._program.dynamic_batch and all(shape(node)[0] == images for node in inputs)
+        sizes = [
+            (shape(node) if varies else (max(1, shape(node)[0] * batch // images), *shape(node)[1:])) for node in inputs
+        ]
+        examples = tuple(torch.randn(*size) for size in sizes)
+        values = {node: graph.placeholder(f"x{number}") for number, node in enumerate(inputs)}
+        for node, value in constants.items():
+            root.register_buffer(node.name, value)
+            values[node] = graph.get_attr(node.name)
         for node in dict.fromkeys((layer.node, layer.tail)):
             values[node] = graph.node_copy(node, values.__getitem__)
             del values[node].meta["val"]
         graph.output((values[layer.tail],))
         module = fx.GraphModule(root, graph, class_name="Program").eval()
-        program = Program(module, tuple(examples), False, ModelInfo(layer.node.name))
+        program = Program(module, examples, varies, ModelInfo(layer.node.name))
         complete_meta(program)
         if form in self.local:
             node = values[layer.node]

@@ -1,0 +1,63 @@
+"""Quick latencies: what a query is, and what cannot run."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+import optc
+from optc.bench.latency import latencies
+from optc.errors import BackendError
+from optc.lowering.backend import Array, Lowered, Runner
+from optc.lowering.eager import EagerBackend
+from optc.program import Program
+from optc.target import Target
+
+
+class Watched(EagerBackend):
+    """Eager PyTorch that notes the batch of each query, and refuses models of three outputs."""
+
+    def __init__(self) -> None:
+        self.batches: set[int] = set()
+
+    def lower(self, program: Program, target: Target, folder: Path) -> Lowered:
+        if program.graph.output_node().args[0][0].meta["val"].shape[-1] == 3:  # type: ignore[index, union-attr]
+            raise BackendError("three are too many")
+        return super().lower(program, target, folder)
+
+    def load(self, folder: Path, files: tuple[str, ...], target: Target) -> Runner:
+        runner, batches = super().load(folder, files, target), self.batches
+
+        class Noting(Runner):
+            provider, precision = runner.provider, runner.precision
+
+            def __call__(self, *inputs: Array) -> tuple[Array, ...]:
+                batches.add(len(inputs[0]))
+                return runner(*inputs)
+
+        return Noting()
+
+
+def captured(outputs: int, dynamic: bool = True) -> Program:
+    program = optc.capture(nn.Linear(4, outputs).eval(), (torch.randn(2, 4),))
+    assert program.dynamic_batch
+    program.dynamic_batch = dynamic
+    return program
+
+
+def test_a_query_has_the_targets_batch_where_that_may_vary() -> None:
+    for batch, dynamic, asked in ((1, True, 1), (2, True, 2), (1, False, 2)):
+        backend = Watched()
+        (seconds,) = latencies([captured(5, dynamic)], backend, Target(threads=1, batch=batch))
+        assert backend.batches == {asked}
+        assert np.isfinite(seconds)
+
+
+def test_what_cannot_be_lowered_takes_no_number() -> None:
+    found = latencies([captured(3), captured(5)], Watched(), Target(threads=1))
+    assert math.isnan(found[0])
+    assert found[1] > 0
