@@ -32,6 +32,7 @@ def main() -> None:
     if arguments.timeout is not None:
         os.environ[TIMEOUT_VARIABLE] = str(arguments.timeout)
     try:
+        _check(arguments)
         description = read_pipeline(arguments.artifact)
         place, seconds = Place.here(len(description.stages)), timeout()
     except OptcError as error:  # all ranks of a host find the same
@@ -60,6 +61,20 @@ def _arguments() -> argparse.Namespace:
         "--timeout", type=float, help=f"seconds in which all end after a rank failed [default: {TIMEOUT:g}]"
     )
     return parser.parse_args()
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse what could only be ignored.
+
+    Raises:
+        OptcError: a number below 1, or an output of noise.
+    """
+    for name in ("batch", "queries"):
+        given = getattr(arguments, name)
+        if given is not None and given < 1:
+            raise OptcError(f"--{name} {given} is too few", "give 1 or more")
+    if arguments.output and not arguments.input:
+        raise OptcError("--output without --input: batches of noise are timed, not kept", "give --input")
 
 
 @record

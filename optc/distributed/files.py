@@ -31,8 +31,10 @@ def run_files(
     Only the first rank reads the inputs and only the last one writes; how many images there are goes over the store.
 
     Raises:
-        DataError: an input file cannot be read or does not fit the model.
+        DataError: an input file cannot be read or does not fit the model, or the output cannot be written.
     """
+    if rank.last and arguments.output and not arguments.output.parent.is_dir():
+        raise DataError(f"there is no folder '{arguments.output.parent}' to write the outputs to", "make it first")
     batch = arguments.batch or description.microbatches * (description.rows or 1)
     inputs: list[Tensor] = []
     if rank.first:
@@ -102,5 +104,9 @@ def _write(path: Path, outputs: Sequence[tuple[Tensor, ...]]) -> None:
     joined = [torch.cat(parts).cpu() for parts in zip(*outputs, strict=True)]
     arrays = [(each.float() if each.dtype == torch.bfloat16 else each).numpy() for each in joined]
     temporary = path.with_name(f".{path.name}.{os.getpid()}.npz")
-    np.savez(temporary, allow_pickle=False, **{f"output_{index}": each for index, each in enumerate(arrays)})
-    os.replace(temporary, path)
+    try:
+        np.savez(temporary, allow_pickle=False, **{f"output_{index}": each for index, each in enumerate(arrays)})
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise DataError(f"cannot write '{path}': {error.strerror or error}", "choose another --output") from error

@@ -15,11 +15,11 @@ from optc.errors import BackendError
 from optc.lowering.agreement import Agreement, bound_db, compare_outputs
 from optc.lowering.artifact import write_artifact
 from optc.lowering.backend import Backend, Lowered, Runner
+from optc.lowering.lowering import backends
 from optc.lowering.manifest import NAME as MANIFEST
 from optc.lowering.manifest import sha256
 from optc.lowering.pipeline_file import PipelineFile, StageEntry, WireEntry, read_pipeline, write_pipeline
 from optc.lowering.pipeline_runner import PipelineRunner
-from optc.plugins.registry import registry
 from optc.stages import Stage, split, stage_count
 from optc.target import Target
 
@@ -134,11 +134,7 @@ def staged(program: Program, chosen: list[Backend], automatic: bool) -> list[Bac
 def _ready(name: str, target: Target) -> Backend:
     if name == PipelineBackend.name:
         raise BackendError("a stage cannot be a pipeline itself", "lower the stages by eager, inductor or onnxruntime")
-    cls = registry().load("backend", name)
-    reason = cls.unavailable(target)
-    if reason:
-        raise BackendError(f"backend '{name}' cannot run the stages here: {reason}")
-    backend: Backend = cls()
+    (backend,), _ = backends(name, target)
     return backend
 
 

@@ -47,7 +47,7 @@ def timeline_chart(plan: Schedule) -> Chart:
             row = (stage - 0.4, 0.8)
             for parity in (0, 1):
                 turns = [(s.compute * 1e3, (s.computed - s.compute) * 1e3) for s in slots if s.microbatch % 2 == parity]
-                axes.broken_barh(turns, row, color=SERIES[parity], linewidth=0)
+                axes.broken_barh(turns, row, color=SERIES[1 + parity], linewidth=0)
             received = [(s.receive * 1e3, (s.compute - s.receive) * 1e3) for s in slots]
             sent = [(s.send * 1e3, (s.end - s.send) * 1e3) for s in slots]
             axes.broken_barh([each for each in received + sent if each[1] > 0], row, color=MUTED, linewidth=0)

@@ -23,6 +23,7 @@ from optc.distributed.rank import Place
 from optc.errors import OptcError
 from optc.lowering.pipeline import PipelineBackend
 from optc.lowering.pipeline_file import write_pipeline
+from optc.lowering.pipeline_ranks import TIMEOUT_VARIABLE
 from optc.program import Program
 from optc.target import Target
 
@@ -101,6 +102,47 @@ def test_two_hosts_run_a_file_of_images(made: Made, tmp_path: Path) -> None:
     with np.load(tmp_path / "y.npz", allow_pickle=False) as found:
         expected = made.program.run(torch.from_numpy(images))[0].numpy()
         np.testing.assert_allclose(found["output_0"], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_outputs_that_have_no_folder_end_the_job_in_one_line(made: Made, tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.zeros((4, 8), np.float32))
+    files = ("--input", str(tmp_path / "x.npy"), "--output", str(tmp_path / "none" / "y.npz"))
+    with torchrun("--standalone", "--nproc-per-node", "2", "-m", "optc.distributed", str(made.folder), *files) as agent:
+        said, _ = agent.communicate(timeout=120)
+    assert agent.returncode != 0
+    assert said.count("optc.distributed: rank 1 (stage 1) raised") == 1
+    assert "there is no folder" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["x.npy"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--batch", "0"), "--batch 0 is too few — give 1 or more"),
+        (("--queries", "0"), "--queries 0 is too few"),
+        (("--output", "y.npz"), "--output without --input"),
+        (("--timeout", "-1"), "is no number of seconds, 1 or more"),
+    ],
+)
+def test_bad_options_are_one_line(
+    made: Made,
+    options: tuple[str, ...],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from optc.distributed.__main__ import main
+
+    place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", TIMEOUT_VARIABLE: "10"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["optc.distributed", str(made.folder), *options])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
 
 
 def test_a_stopped_rank_ends_the_job_with_its_name_and_where_it_was(made: Made) -> None:
