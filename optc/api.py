@@ -25,10 +25,11 @@ from optc.lowering.node_times import node_times
 from optc.lowering.pipeline import staged
 from optc.machine import isa, total_memory
 from optc.ops.costs import node_costs
+from optc.passmanager.alternatives import Alternatives
 from optc.passmanager.compare import compare
 from optc.passmanager.contract import Calibration, Instrument, Pass, PassContext
 from optc.passmanager.instruments import Statistics, Timing, Verify
-from optc.passmanager.manager import PassManager, build_passes
+from optc.passmanager.manager import PassManager
 from optc.program import ModelInfo, Program
 from optc.progress import Progress, Run
 from optc.report.report import BudgetOutcome, Report
@@ -95,7 +96,7 @@ class Optimized:
 def optimize(
     model: nn.Module,
     example_inputs: Tensor | Sequence[Tensor],
-    passes: str | Sequence[str | Pass] | PassManager = "fuse,quant",
+    passes: str | Sequence[str | Pass] | PassManager | Alternatives = "fuse,quant",
     *,
     pass_options: Mapping[str, Mapping[str, Any]] | None = None,
     backend: str = AUTO,
@@ -116,7 +117,9 @@ def optimize(
     Args:
         model: put into eval mode for the time of the run; never changed.
         example_inputs: one tensor per positional argument of ``model``, batch first.
-        passes: names as in ``"fuse,quant"``, or a list of names and :class:`Pass` objects.
+        passes: names as in ``"fuse,quant"``, or a list of names and :class:`Pass` objects. Of several lists, as in
+            ``"fuse,quant | fuse,bf16"``, each is run and the fastest result kept; ``"auto"`` stands for those that are
+            worth trying: float, bf16, int8, and int8 with bf16 between.
         pass_options: by pass name, its options.
         backend: name of the runtime to lower to, or ``"auto"``: lower to every one that runs here and takes the model,
             and keep the fastest. What was measured before on this machine with these versions is not measured again.
@@ -144,7 +147,7 @@ def optimize(
     run = Run(progress or Progress())
     target = target or Target()
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    pipeline = passes if isinstance(passes, PassManager) else build_passes(passes, pass_options)
+    asked = Alternatives.of(passes, pass_options)
     chosen, refused = backends(backend, target)
 
     with run.step("Capturing the graph") as step:
@@ -176,27 +179,29 @@ def optimize(
     whole = budget_of(search, model, captured, max_drop)
     tried: list[str] = []
     least_db = -math.inf
-    for trial in _trials(pipeline, max_drop):
+    for trial in _trials(asked, max_drop):
         with run.step(trial.title) as step:
             budget = None
             if whole and trial.max_drop is not None:
                 budget = replace(whole, max_drop=trial.max_drop, min_sqnr_db=least_db)
             given = replace(context, progress=step.update, budget=budget)
-            program = trial.passes(captured, given).program
-            step.done(", ".join(record.name for record in program.history if record.modified) or "no changes")
+            made = trial.passes.run(captured, given, step.update)
+            step.done("; ".join(map(_modified, made.programs.values())))
+        program = next(iter(made.programs.values()))
         if max_drop is None:
             del captured, watchers, batches, context, given, whole, budget  # frees the float weights
             gc.collect()
         into = staged(program, chosen, backend == AUTO)
         several = backend == AUTO and into is chosen
         try:
-            lowered = select(run, model, inputs, program, into, refused, target, several, measure)
+            lowered = select(run, model, inputs, made, into, refused, target, several, measure)
         except BackendError as error:
             if trial.max_drop is None:
                 raise
             tried.append(f"{trial.what}: {error.message}")
             least_db = _sqnr_db(captured, program, batches) + _MORE_DB
             continue
+        program = made.programs[lowered.kept.passes]
         optimized = Optimized(program, lowered.kept, lowered.folder)
         accuracy = after_of(run, metric, before, program, optimized)
         optimized.close()
@@ -204,6 +209,7 @@ def optimize(
             break
         tried.append(f"{trial.what} lost {accuracy.drop:.2f} points")
         least_db = _sqnr_db(captured, program, batches) + _MORE_DB
+    kept = asked.lists.get(lowered.kept.passes, asked.first)
     optimized.report = Report(
         model=program.info,
         passes=program.history,
@@ -213,7 +219,7 @@ def optimize(
         model_bytes=model_bytes,
         file_bytes=lowered.kept.bytes,
         accuracy=accuracy,
-        budget=BudgetOutcome.of(max_drop, accuracy, pipeline, program.history, tried),
+        budget=BudgetOutcome.of(max_drop, accuracy, kept, program.history, tried),
         measurement=lowered.measurement if measure else None,
         backends=lowered.outcomes,
         calibration=ranges.description if ranges is not None else "",
@@ -233,7 +239,7 @@ class _Trial:
     """One way to stay within the budget: passes, and the drop that they may search within."""
 
     what: str
-    passes: PassManager
+    passes: Alternatives
     max_drop: float | None
 
     @property
@@ -241,14 +247,17 @@ class _Trial:
         return "Running passes" if self.what == "the passes" else f"Running passes again: {self.what}"
 
 
-def _trials(pipeline: PassManager, max_drop: float | None) -> Iterator[_Trial]:
+def _trials(asked: Alternatives, max_drop: float | None) -> Iterator[_Trial]:
     """As asked; with less of the budget, should the runtime or other data cost more; what is exact alone."""
-    yield _Trial("the passes", pipeline, max_drop)
+    yield _Trial("the passes", asked, max_drop)
     if max_drop is not None:
-        yield _Trial("half the budget", pipeline, max_drop / 2)
-        yield _Trial("a quarter of the budget", pipeline, max_drop / 4)
-        exact = PassManager([each for each in pipeline.leaves() if each.numerics.exact])
-        yield _Trial("exact passes alone", exact, None)
+        yield _Trial("half the budget", asked, max_drop / 2)
+        yield _Trial("a quarter of the budget", asked, max_drop / 4)
+        yield _Trial("exact passes alone", asked.exact(), None)
+
+
+def _modified(program: Program) -> str:
+    return ", ".join(record.name for record in program.history if record.modified) or "no changes"
 
 
 def _sqnr_db(captured: Program, program: Program, batches: Sequence[tuple[Tensor, ...]]) -> float:

@@ -14,6 +14,8 @@ from optc.target import available_threads
 
 ISA_FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 """Instruction sets that decide how fast int8 and bf16 run, as Linux spells them."""
+BF16_FLAGS = frozenset(("avx512_bf16", "amx_bf16"))
+"""Those without which bfloat16 is emulated."""
 
 PACKAGES = (
     "optc",

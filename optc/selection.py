@@ -1,12 +1,12 @@
-"""Which of several runtimes a program is kept in: lowered to each in question, measured, one kept."""
+"""Which of several runtimes, and lists of passes, a model is kept in: each lowered, all measured, one kept."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -16,15 +16,21 @@ from optc.bench.baselines import baselines
 from optc.bench.choice import Outcome, choose
 from optc.bench.measure import measure as measure_candidates
 from optc.bench.results import Candidate, Measurement
+from optc.errors import BackendError
 from optc.evaluation import evaluation_mode
 from optc.lowering.backend import Backend
 from optc.lowering.lowering import Lowering, lower_all
+from optc.passmanager.alternatives import SEPARATOR, Made
 from optc.program import Program
 from optc.progress import Run
 from optc.target import Target
 
 OPTIMIZED = "optc"
 """What the optimized model is called among the measured candidates."""
+WORTHWHILE = 2.0
+"""How many times the fastest backend's latency the first list of passes may take on one that others are tried on."""
+LOOK_BLOCKS, LOOK_SECONDS = 2, 0.1
+"""How long the first look at each backend is."""
 
 
 class TemporaryFolder:
@@ -37,7 +43,7 @@ class TemporaryFolder:
 
 @dataclass(frozen=True)
 class Selection:
-    """The lowering that was kept, what became of each backend, what was measured, lines for the user."""
+    """The lowering that was kept, what became of each other, what was measured, lines for the user."""
 
     kept: Lowering
     outcomes: tuple[Outcome, ...]
@@ -50,36 +56,146 @@ def select(
     run: Run,
     model: nn.Module,
     inputs: tuple[Tensor, ...],
-    program: Program,
+    made: Made,
     chosen: list[Backend],
     refused: Mapping[str, str],
     target: Target,
-    several: bool,
+    automatic: bool,
     measure: bool,
 ) -> Selection:
-    """Lower to every backend in question, measure, keep one."""
-    remembered = choice_cache.file_of(program, target, chosen) if several and len(chosen) > 1 else None
+    """Lower every program to every backend in question, measure, keep one.
+
+    Where there are several of both, all backends get the first program, and the others only those on which it took
+    at most :data:`WORTHWHILE` times what it took on the fastest one.
+
+    Args:
+        made: programs by the lists of passes that made them, and the lists that came to nothing.
+        refused: backends that cannot run here, with the reason.
+        automatic: whether nobody asked for a backend in particular.
+
+    Raises:
+        BackendError: no backend takes any program.
+    """
+    programs = made.programs
+    remembered = None
+    if (automatic and len(chosen) > 1) or len(programs) > 1:
+        remembered = choice_cache.file_of(programs, target, chosen)
     known = choice_cache.recall(remembered) if remembered else None
     if known:
-        chosen = [each for each in chosen if each.name == known.outcomes[0].backend]
-    folder = TemporaryFolder()
-    with run.step(f"Lowering to {', '.join(each.name for each in chosen)}") as step:
-        lowerings, failed = lower_all(chosen, program, target, folder.path, step.update)
-        step.done("; ".join(f"{made.provider}, {made.precision}" for made in lowerings))
-    names = {f"{OPTIMIZED} {made.backend.name}" if several else OPTIMIZED: made for made in lowerings}
+        first = known.outcomes[0]
+        chosen, programs = (
+            [each for each in chosen if each.name == first.backend],
+            {first.passes: programs[first.passes]},
+        )
+    contest = _Contest(run, inputs, target, TemporaryFolder())
+    contest.enter(programs, chosen)
+    names = contest.names(several=automatic)
     measurement = _measure(run, model, inputs, names, target, measure) if measure or len(names) > 1 else None
-    kept, outcomes, notes = lowerings[0], tuple[Outcome, ...](), tuple[str, ...]()
+    kept, outcomes, notes = next(iter(names.values())), tuple[Outcome, ...](), tuple[str, ...]()
     if known:
         outcomes = known.outcomes
-        notes = (f"backend chosen by the measurement of {known.measured}; to measure again, delete {remembered}",)
-    elif several:
-        kept, outcomes = choose(names, {**refused, **failed}, measurement)
+        notes = (f"chosen by the measurement of {known.measured}; to measure again, delete {remembered}",)
+    elif automatic or len(made.programs) + len(made.dropped) > 1:
+        left = [
+            *contest.left,
+            *(Outcome(backend, False, reason) for backend, reason in refused.items()),
+            *(Outcome("", False, reason, passes=passes) for passes, reason in made.dropped.items()),
+        ]
+        kept, outcomes = choose(names, left, measurement)
         if remembered and measurement is not None:
             choice_cache.remember(remembered, outcomes)
-    for made in lowerings:
-        if made is not kept:
-            shutil.rmtree(made.folder)
-    return Selection(kept, outcomes, measurement, notes, folder)
+    for each in contest.lowerings:
+        if each is not kept:
+            shutil.rmtree(each.folder)
+    return Selection(kept, outcomes, measurement, notes, contest.folder)
+
+
+class _Contest:
+    """Lowers programs to backends, those that cannot win left out.
+
+    Attributes:
+        lowerings: what came of it.
+        left: what was not lowered, with the reason.
+    """
+
+    def __init__(self, run: Run, inputs: tuple[Tensor, ...], target: Target, folder: TemporaryFolder) -> None:
+        self.folder = folder
+        self.lowerings: list[Lowering] = []
+        self.left: list[Outcome] = []
+        self._run, self._inputs, self._target = run, inputs, target
+
+    def enter(self, programs: Mapping[str, Program], chosen: Sequence[Backend]) -> None:
+        """Lower the programs.
+
+        Raises:
+            BackendError: no backend takes any of them.
+        """
+        failure: BackendError | None = None
+        for number, (passes, program) in enumerate(programs.items()):
+            folder = self.folder.path / str(number)
+            folder.mkdir()
+            names = ", ".join(each.name for each in chosen)
+            try:
+                with self._run.step(f"Lowering {passes} to {names}" if passes else f"Lowering to {names}") as step:
+                    lowered, refused = lower_all(list(chosen), program, self._target, folder, step.update)
+                    step.done("; ".join(f"{each.provider}, {each.precision}" for each in lowered))
+            except BackendError as error:
+                failure = failure or error
+                self.left += [Outcome(each.name, False, str(error), passes=passes) for each in chosen]
+                continue
+            self.lowerings += [replace(each, passes=passes) for each in lowered]
+            self.left += [Outcome(name, False, reason, passes=passes) for name, reason in refused.items()]
+            if len(programs) > 1 and len(lowered) == len(self.lowerings) and len(chosen) > 1:
+                chosen = self._worthwhile(chosen, [each for each in programs if each != passes])
+        if not self.lowerings and failure is not None:
+            raise failure
+
+    def _worthwhile(self, chosen: Sequence[Backend], others: Sequence[str]) -> list[Backend]:
+        """The backends that other programs are worth lowering to, by a first look at what each made of this one."""
+        looked_at = {each.backend.name: each for each in self.lowerings}
+        candidates = [_candidate(name, each) for name, each in looked_at.items()]
+        query = [tuple(tensor.numpy() for tensor in _query(self._inputs, self._target))]
+        with self._run.step("Comparing the backends") as step:
+            found = measure_candidates(
+                candidates,
+                query,
+                self._target,
+                blocks=LOOK_BLOCKS,
+                block_seconds=LOOK_SECONDS,
+                progress=step.update,
+            )
+            p50 = {each.name: each.percentiles.p50_ns for each in found.results if each.percentiles and not each.error}
+            best = min(p50.values(), default=0.0)
+            worthwhile = [each for each in chosen if p50.get(each.name, 0.0) <= WORTHWHILE * best]
+            step.done(f"{', '.join(others)} on {', '.join(each.name for each in worthwhile)}")
+        first, rest = self.lowerings[0].passes, SEPARATOR.join(others)
+        for each in chosen:
+            if each not in worthwhile:
+                times = f"{p50[each.name] / best:.1f} times the latency that it has on the fastest backend"
+                self.left.append(Outcome(each.name, False, f"not tried: {first} has {times}", passes=rest))
+        return worthwhile
+
+    def names(self, several: bool) -> dict[str, Lowering]:
+        """The lowerings by the names that they are measured under.
+
+        Args:
+            several: whether a single one is called by its backend, too.
+        """
+
+        def name(each: Lowering) -> str:
+            backend = each.backend.name if several else ""
+            return " ".join(filter(None, (OPTIMIZED, backend, each.passes)))
+
+        return {name(each): each for each in self.lowerings}
+
+
+def _query(inputs: tuple[Tensor, ...], target: Target) -> tuple[Tensor, ...]:
+    return tuple(tensor[: target.batch].contiguous() for tensor in inputs)
+
+
+def _candidate(name: str, made: Lowering) -> Candidate:
+    quantized = "int8" in made.precision or "int4" in made.precision
+    return Candidate(name, made.precision, quantized, made.load, made.bytes)
 
 
 def _measure(
@@ -91,11 +207,9 @@ def _measure(
     with_baselines: bool,
 ) -> Measurement:
     """Latency of what was lowered and, if wanted, of the device's baselines, in turns."""
-    query = tuple(tensor[: target.batch].contiguous() for tensor in inputs)
+    query = _query(inputs, target)
     candidates = baselines(model, query, target) if with_baselines else []
-    for name, made in lowerings.items():
-        quantized = "int8" in made.precision or "int4" in made.precision
-        candidates.append(Candidate(name, made.precision, quantized, made.load, made.bytes))
+    candidates += [_candidate(name, made) for name, made in lowerings.items()]
     arrays = [tuple(tensor.numpy() for tensor in query)]
     with run.step("Measuring with MLPerf LoadGen") as step, evaluation_mode(model):
         measurement = measure_candidates(candidates, arrays, target, optimized=tuple(lowerings), progress=step.update)

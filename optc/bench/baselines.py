@@ -17,11 +17,10 @@ from optc.bench.results import Candidate
 from optc.errors import MeasurementError
 from optc.evaluation import set_evaluation_mode
 from optc.lowering.backend import Array, Runner
-from optc.machine import isa
+from optc.machine import BF16_FLAGS, isa
 from optc.target import Target
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
 
 
 def baselines(module: nn.Module, example_inputs: Sequence[Tensor], target: Target) -> list[Candidate]:
@@ -54,7 +53,7 @@ def baselines(module: nn.Module, example_inputs: Sequence[Tensor], target: Targe
         candidate("eager", halves, size // 2),
         candidate("compile", halves, size // 2),
     ]
-    if device.type == "cpu" and not _BF16_FLAGS.intersection(isa() or _BF16_FLAGS):
+    if device.type == "cpu" and BF16_FLAGS.isdisjoint(isa() or BF16_FLAGS):
         candidates.append(candidate("compile", fulls, size))
     return candidates
 

@@ -1,4 +1,4 @@
-"""Which backend a model is kept in: the fastest one measured, with the reason for every other."""
+"""Which backend and list of passes a model is kept in: the fastest one measured, with the reason for every other."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from optc.lowering.lowering import Lowering
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one backend.
+    """What became of one backend, or of one list of passes on it.
 
     Attributes:
+        backend: empty where a list of passes came to nothing on any.
         reason: why it was kept or not, in plain words with the numbers.
         p50_ms: median latency; ``None`` if it was not measured.
         file_bytes, seconds: size of its files and time to lower, check and load them; ``None`` if it was not lowered.
@@ -27,26 +28,26 @@ class Outcome:
     p50_ms: float | None = None
     file_bytes: int | None = None
     seconds: float | None = None
+    passes: str = ""
 
 
 def choose(
-    lowerings: Mapping[str, Lowering], refused: Mapping[str, str], measured: Measurement | None
+    lowerings: Mapping[str, Lowering], left: Sequence[Outcome], measured: Measurement | None
 ) -> tuple[Lowering, tuple[Outcome, ...]]:
     """Keep the lowering with the lowest median latency; ties within the noise go to it as well, and say so.
 
     Args:
         lowerings: by the name of their candidate in ``measured``; at least one.
         measured: may be ``None`` where there is but one.
-        refused: why other backends were left out, by backend.
+        left: what was not lowered or not measured.
 
     Returns:
-        The one to keep, and the outcome of every backend: the kept one first, then by latency, then what was not run.
+        The one to keep, and every outcome: the kept one first, then by latency, then what was not run.
     """
-    left = [Outcome(backend, False, reason) for backend, reason in refused.items()]
     if measured is None:
         (only,) = lowerings.values()
         reason = "the only one that runs here and takes the model"
-        kept = Outcome(only.backend.name, True, reason, only.precision, None, only.bytes, only.seconds)
+        kept = Outcome(only.backend.name, True, reason, only.precision, None, only.bytes, only.seconds, only.passes)
         return only, (kept, *left)
     results = [measured[name] for name in lowerings]
     ranked = sorted(results, key=_p50)
@@ -68,6 +69,7 @@ def _outcome(result: CandidateResult, lowering: Lowering, best: CandidateResult,
         p50_ms=result.percentiles.p50_ns / 1e6 if result.percentiles else None,
         file_bytes=lowering.bytes,
         seconds=lowering.seconds,
+        passes=lowering.passes,
     )
 
 
@@ -85,7 +87,7 @@ def rows(outcomes: Sequence[Outcome]) -> list[tuple[str, str, str, str, str, str
     """The outcomes as text cells: backend, precision, p50 in ms, size in MB, seconds to make, why."""
     return [
         (
-            f"{outcome.backend} (kept)" if outcome.chosen else outcome.backend,
+            " ".join(filter(None, (outcome.backend, outcome.passes, "(kept)" if outcome.chosen else ""))),
             outcome.precision,
             _cell(outcome.p50_ms, ".2f"),
             _cell(outcome.file_bytes and outcome.file_bytes / 1e6, ".1f"),

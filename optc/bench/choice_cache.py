@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,13 +32,13 @@ def folder() -> Path:
     return cache_folder("choices")
 
 
-def file_of(program: Program, target: Target, backends: Sequence[Backend]) -> Path:
-    """The file of a choice: named by a hash of the program with its weights, the target, the machine and the versions
-    of everything the choice may depend on, plugins included.
+def file_of(programs: Mapping[str, Program], target: Target, backends: Sequence[Backend]) -> Path:
+    """The file of a choice: named by a hash of the programs with their weights, by the lists of passes that made them,
+    the target, the machine and the versions of everything the choice may depend on, plugins included.
     """
     parts = {
-        "program": program.fingerprint(contents=True),
-        "inputs": [[str(t.dtype), *t.shape[1:]] for t in program.example_inputs],
+        "programs": {passes: program.fingerprint(contents=True) for passes, program in programs.items()},
+        "inputs": [[str(t.dtype), *t.shape[1:]] for t in next(iter(programs.values())).example_inputs],
         "target": asdict(target),
         "backends": sorted(backend.name for backend in backends),
         "surroundings": surroundings(target),

@@ -29,7 +29,13 @@ if TYPE_CHECKING:
 
 @click.command("optimize")
 @click.argument("model")
-@click.option("--passes", default="fuse,quant", show_default=True, help="Passes to run, in order, comma-separated.")
+@click.option(
+    "--passes",
+    default="fuse,quant",
+    show_default=True,
+    help="Passes to run, in order, comma-separated. Of several lists, separated by '|', the fastest is kept; auto:"
+    " 'fuse,quant | fuse,quant,bf16 | fuse,bf16 | fuse'.",
+)
 @click.option("-O", "assignments", multiple=True, metavar="PASS.OPTION=VALUE", help="Set an option of a pass.")
 @click.option("--weights", default="pretrained", show_default=True, help="pretrained, random, or a checkpoint file.")
 @click.option("--data", help="Dataset for calibration and accuracy: digits, or a folder of images.")
@@ -97,11 +103,12 @@ def command(
     with progress.step("Importing PyTorch"):
         from optc import api
         from optc.budget import AGREEMENT
+        from optc.passmanager.alternatives import Alternatives
         from optc.passmanager.instruments import Bisect, PrintAfter
-        from optc.passmanager.manager import build_passes, parse_options
+        from optc.passmanager.manager import parse_options
         from optc.target import Target, available_threads
 
-    pipeline = build_passes(passes, parse_options(assignments))
+    asked = Alternatives.of(passes, parse_options(assignments))
     instruments: list[Instrument] = []
     if bisect_limit is not None:
         instruments.append(Bisect(bisect_limit, lambda line: click.echo(line, err=True)))
@@ -119,7 +126,7 @@ def command(
     optimized = api.optimize(
         loaded.module,
         loaded.example_inputs,
-        pipeline,
+        asked,
         backend=backend,
         calibration=role.calibration(),
         evaluate=evaluate,

@@ -33,6 +33,7 @@ class Lowering:
         folder: where the files are.
         provider, precision: what the runner told.
         seconds: time to lower, check and load; where other backends were lowered to meanwhile, their share included.
+        passes: the list of passes that made the program, where there are several.
     """
 
     backend: Backend
@@ -42,6 +43,7 @@ class Lowering:
     provider: str
     precision: str
     seconds: float
+    passes: str = ""
 
     @property
     def files(self) -> list[Path]:

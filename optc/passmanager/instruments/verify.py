@@ -23,8 +23,8 @@ class Verify(Instrument):
     """Stops the run when a pass moves the outputs beyond what it declared.
 
     An exact pass is compared with the program before it and may cost float rounding only; an approximate one is
-    compared with the captured model and must hold its declared budget. Both distances are recorded. Several pipelines
-    may run on the captured program under one instrument, one after the other.
+    compared with the captured model and must hold its declared budget. Both distances are recorded. Several lists of
+    passes may run on the captured program, or on what another list began with, under one instrument.
 
     Args:
         captured: the program as captured; it is run once and not kept.
@@ -38,23 +38,23 @@ class Verify(Instrument):
         self._inputs = inputs
         self._folder = folder
         self._reference = [captured.run(*batch) for batch in inputs]
-        self._start = captured.history
-        self._last = self._reference
-
-    def before_pass(self, pass_: Pass, program: Program) -> None:
-        if program.history == self._start:
-            self._last = self._reference
+        self._outputs = {_path(captured): self._reference}
+        self._records: list[PassRecord] = []  # kept alive, so that no other gets the id of one
 
     def after_pass(self, pass_: Pass, before: Program, after: Program, record: PassRecord) -> dict[str, Any] | None:
+        path = _path(before)
+        self._records.append(record)
+        last = self._outputs.get(path, self._reference)
         if not record.modified:
+            self._outputs[(*path, id(record))] = last
             return None
         start = time.perf_counter()
         outputs = _run(after, self._inputs)
-        step, total = compare(self._last, outputs), compare(self._reference, outputs)
+        step, total = compare(last, outputs), compare(self._reference, outputs)
         reason = _exceeded(pass_, after, step if pass_.numerics.exact else total)
         if reason:
             raise self._failure(pass_, before, after, reason)
-        self._last = outputs
+        self._outputs[(*path, id(record))] = outputs
         return {
             "exact": pass_.numerics.exact,
             "from_previous": asdict(step),
@@ -71,6 +71,11 @@ class Verify(Instrument):
             f" {where}; passes before it: {predecessors}",
             f"a reproducer is in {path}",
         )
+
+
+def _path(program: Program) -> tuple[int, ...]:
+    """What tells a program from others made of the same one: the records of its history."""
+    return tuple(map(id, program.history))
 
 
 def _run(program: Program, inputs: Sequence[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:

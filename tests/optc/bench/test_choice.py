@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from optc import Backend, Lowered, Program, Runner, Target
-from optc.bench.choice import choose, rows
+from optc.bench.choice import Outcome, choose, rows
 from optc.bench.measure import measure
 from optc.bench.results import Candidate
 from optc.lowering.lowering import Lowering
@@ -59,7 +59,7 @@ def test_the_fastest_is_kept_and_every_other_has_its_reason(made: dict[str, Lowe
     candidates = [Candidate(name, "float32", False, lowering.load) for name, lowering in made.items()]
     query = [(np.zeros((1, 2), np.float32),)]
     measured = measure(candidates, query, Target(threads=1), optimized=tuple(made), block_seconds=0.05, together=True)
-    kept, outcomes = choose(made, {"absent": "pip install absent"}, measured)
+    kept, outcomes = choose(made, [Outcome("absent", False, "pip install absent")], measured)
     assert kept is made["fast"]
     assert measured.optimized == "fast"
     assert [outcome.backend for outcome in outcomes] == ["fast", "slow", "broken", "absent"]
@@ -79,14 +79,14 @@ def test_equals_are_said_to_be_equal(made: dict[str, Lowering]) -> None:
     candidates = [Candidate(name, "float32", False, lowering.load) for name, lowering in twins.items()]
     query = [(np.zeros((1, 2), np.float32),)]
     measured = measure(candidates, query, Target(threads=1), optimized=tuple(twins), block_seconds=0.05, together=True)
-    _, outcomes = choose(twins, {}, measured)
+    _, outcomes = choose(twins, [], measured)
     interval = outcomes[1].reason
     ratio = float(interval.partition("x")[0])
     assert 0.8 < ratio < 1.6, interval
 
 
 def test_the_only_one_is_kept_without_a_measurement(made: dict[str, Lowering]) -> None:
-    kept, outcomes = choose({"fast": made["fast"]}, {"refuses": "no kernel for Roll"}, None)
+    kept, outcomes = choose({"fast": made["fast"]}, [Outcome("refuses", False, "no kernel for Roll")], None)
     assert kept is made["fast"]
     assert [(outcome.backend, outcome.chosen) for outcome in outcomes] == [("fast", True), ("refuses", False)]
     assert outcomes[1].reason == "no kernel for Roll"

@@ -30,21 +30,23 @@ def program(seed: int = 0, size: int = 4) -> optc.Program:
 
 def test_the_same_model_has_the_same_file_and_another_has_not() -> None:
     found, _ = backends(AUTO, TARGET)
-    file = file_of(program(), TARGET, found)
+    file = file_of({"": program()}, TARGET, found)
     assert file.parent == folder()
-    assert file_of(program(), TARGET, found) == file
+    assert file_of({"": program()}, TARGET, found) == file
     others = {
-        file_of(program(seed=1), TARGET, found),  # the weights alone differ
-        file_of(program(size=5), TARGET, found),
-        file_of(program(), replace(TARGET, threads=2), found),
-        file_of(program(), TARGET, found[1:]),
+        file_of({"": program(seed=1)}, TARGET, found),  # the weights alone differ
+        file_of({"": program(size=5)}, TARGET, found),
+        file_of({"": program()}, replace(TARGET, threads=2), found),
+        file_of({"": program()}, TARGET, found[1:]),
+        file_of({"fuse": program()}, TARGET, found),
+        file_of({"": program(), "fuse": program()}, TARGET, found),
     }
-    assert len(others) == 4
+    assert len(others) == 6
     assert file not in others
 
 
 def test_what_is_remembered_is_recalled() -> None:
-    file = file_of(program(), TARGET, [])
+    file = file_of({"": program()}, TARGET, [])
     assert recall(file) is None
     remember(file, OUTCOMES)
     choice = recall(file)
@@ -56,7 +58,7 @@ def test_what_is_remembered_is_recalled() -> None:
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"outcomes": [], "measured": ""}', '{"outcomes": [{"x": 1}]}'])
 def test_a_broken_file_is_no_choice(text: str) -> None:
-    file = file_of(program(), TARGET, [])
+    file = file_of({"": program()}, TARGET, [])
     file.parent.mkdir(parents=True)
     file.write_text(text)
     assert recall(file) is None
@@ -66,7 +68,7 @@ def test_a_broken_file_is_no_choice(text: str) -> None:
 
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file where the folder should be")
-    file = file_of(program(), TARGET, [])
+    file = file_of({"": program()}, TARGET, [])
     remember(file, OUTCOMES)
     assert recall(file) is None
 

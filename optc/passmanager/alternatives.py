@@ -1,0 +1,143 @@
+"""Alternatives: lists of passes that are all run, so that the fastest of their results can be kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from optc.errors import DataError, OptcError, UnknownNameError
+from optc.machine import BF16_FLAGS
+from optc.passmanager.contract import Pass, PassContext
+from optc.passmanager.manager import PassManager, build_passes
+from optc.program import Program
+
+AUTO = "auto"
+"""The name that stands for :data:`AUTO_PASSES`."""
+AUTO_PASSES = ("fuse,quant", "fuse,quant,bf16", "fuse,bf16", "fuse")
+"""Each precision a CPU or GPU may be fastest in. The first one tells which backends are worth trying the others on."""
+SEPARATOR = " | "
+
+
+@dataclass(frozen=True)
+class Made:
+    """What alternatives came to: programs by the list of passes that made them, and why there is none of others."""
+
+    programs: Mapping[str, Program]
+    dropped: Mapping[str, str]
+
+
+class Alternatives:
+    """One or several lists of passes. Of several the one is kept whose program turns out fastest.
+
+    Attributes:
+        lists: the pass manager of each list, by its text; the text of a single list is empty.
+        automatic: whether nobody asked for these lists in particular.
+    """
+
+    def __init__(self, lists: Mapping[str, PassManager], automatic: bool = False) -> None:
+        self.lists, self.automatic = dict(lists), automatic
+
+    @classmethod
+    def of(
+        cls,
+        passes: str | Sequence[str | Pass] | PassManager | Alternatives,
+        options: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> Alternatives:
+        """From ``"fuse,quant"``, a list of passes, ``"fuse,quant | fuse,bf16"`` or ``"auto"``.
+
+        Args:
+            options: by pass name, its options, in every list that has the pass.
+
+        Raises:
+            UnknownNameError: a pass or option nobody registered, or options for a pass that is in no list.
+            OptcError: an option's value does not fit its type, or a list among several cuts the model into stages.
+        """
+        if isinstance(passes, Alternatives):
+            return passes
+        if isinstance(passes, PassManager):
+            return cls({"": passes})
+        if not isinstance(passes, str):
+            return cls({"": build_passes(passes, options)})
+        automatic = passes.strip() == AUTO
+        texts = AUTO_PASSES if automatic else tuple(passes.split(SEPARATOR.strip()))
+        if len(texts) == 1:
+            return cls({"": build_passes(texts[0], options)})
+        given = options or {}
+        lists = {}
+        for text in texts:
+            names = [name.strip() for name in text.split(",") if name.strip()]
+            lists[",".join(names)] = build_passes(names, {name: given[name] for name in names if name in given})
+        known = [each.name for manager in lists.values() for each in manager.passes]
+        if unused := [name for name in given if name not in known]:
+            raise UnknownNameError("pass in the options", unused[0], known, hint="add it to the passes")
+        if "partition" in known:
+            raise OptcError("pass 'partition' cannot be in one of several lists of passes", "give one list")
+        return cls(lists, automatic)
+
+    @property
+    def first(self) -> PassManager:
+        """The first list."""
+        return next(iter(self.lists.values()))
+
+    def exact(self) -> Alternatives:
+        """The passes of the first list that promise exact outputs."""
+        return Alternatives({"": PassManager([each for each in self.first.leaves() if each.numerics.exact])})
+
+    def run(self, program: Program, context: PassContext, progress: Callable[[str], None] = lambda text: None) -> Made:
+        """Run every list; what several lists begin with is run once.
+
+        Of several, those that fail verification, or cannot run, are left out with the reason.
+
+        Raises:
+            OptcError: every list failed, or the only one; what is wrong with data is always raised.
+        """
+        if len(self.lists) == 1:
+            ((text, manager),) = self.lists.items()
+            return Made({text: manager(program, context).program}, {})
+        made: dict[tuple[str, ...], Program] = {(): program}
+        programs: dict[str, Program] = {}
+        dropped: dict[str, str] = {}
+        failure: OptcError | None = None
+        for text, manager in self.lists.items():
+            if reason := self._pointless(manager, context):
+                dropped[text] = reason
+                continue
+            progress(text)
+            try:
+                result = _run(manager, made, context)
+            except DataError:
+                raise
+            except OptcError as error:
+                failure, dropped[text] = failure or error, str(error)
+                continue
+            twin = next((each for each, other in programs.items() if _did(other) == _did(result)), None)
+            if twin is None:
+                programs[text] = result
+            else:
+                dropped[text] = f"does the same as {twin} here"
+        if not programs and failure is not None:
+            raise failure
+        return Made(programs, dropped)
+
+    def _pointless(self, manager: PassManager, context: PassContext) -> str:
+        """Why a list that nobody asked for cannot be fast on this machine."""
+        if not self.automatic or context.target.device != "cpu" or context.isa is None:
+            return ""
+        if any(each.name == "bf16" for each in manager.passes) and BF16_FLAGS.isdisjoint(context.isa):
+            return "this CPU has no bfloat16 arithmetic"
+        return ""
+
+
+def _run(manager: PassManager, made: dict[tuple[str, ...], Program], context: PassContext) -> Program:
+    """Run what no earlier list began with. ``made``: programs by the passes that led to them; added to."""
+    path: tuple[str, ...] = ()
+    for each in manager.passes:
+        before, path = path, (*path, f"{each.name} {each.options!r}")
+        if path not in made:
+            made[path] = each(made[before], context).program
+    return made[path]
+
+
+def _did(program: Program) -> tuple[str, ...]:
+    return tuple(record.name for record in program.history if record.modified)

@@ -1,0 +1,151 @@
+"""Lists of passes that are all run: how they are written, what they share, what is left out and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import optc
+from optc.errors import DataError, OptcError, UnknownNameError, VerificationError
+from optc.passmanager.alternatives import AUTO_PASSES, Alternatives
+from optc.passmanager.contract import Change, Pass, PassResult
+from optc.passmanager.instruments import Verify
+from optc.rewrite import add_constant, calls, get_constant
+
+BF16 = ("avx2", "avx512_bf16")
+
+
+@pytest.fixture(scope="module")
+def images() -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(4, 3, 16, 16) for _ in range(4)]
+
+
+@pytest.fixture(scope="module")
+def captured(images: list[torch.Tensor]) -> optc.Program:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 14 * 14, 10))
+    return optc.capture(model.eval(), (images[0],))
+
+
+def context(images: list[torch.Tensor] | None, **more: Any) -> optc.PassContext:
+    given = {"isa": BF16, **more}
+    return optc.PassContext(optc.Target(threads=1), None if images is None else Batches(images), **given)
+
+
+class Batches:
+    """Calibration from a list of tensors."""
+
+    description = "noise"
+
+    def __init__(self, images: list[torch.Tensor]) -> None:
+        self._images = images
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        yield from ((each,) for each in self._images)
+
+
+def test_auto_makes_one_program_for_each_precision(captured: optc.Program, images: list[torch.Tensor]) -> None:
+    made = Alternatives.of("auto").run(captured, context(images))
+    assert set(made.programs) | set(made.dropped) == set(AUTO_PASSES)
+    records = {text: [r.name for r in p.history if r.modified] for text, p in made.programs.items()}
+    assert "quant" in records["fuse,quant"]
+    assert "bf16" in records["fuse,bf16"]
+    assert set(records["fuse"]) == set(records["fuse,quant"]) - {"quant"}
+
+
+def test_what_lists_begin_with_runs_once(captured: optc.Program) -> None:
+    runs: list[str] = []
+
+    class Counted(optc.Instrument):
+        name = "counted"
+
+        def before_pass(self, pass_: Pass, program: optc.Program) -> None:
+            runs.append(pass_.name)
+
+    asked = Alternatives.of("fold-batch-norm | fold-batch-norm,fuse-activation")
+    made = asked.run(captured, context(None, instruments=(Counted(),)))
+    assert list(made.programs) == ["fold-batch-norm", "fold-batch-norm,fuse-activation"]
+    assert runs == ["fold-batch-norm", "fuse-activation"]
+
+
+def test_verification_compares_each_with_what_came_before_it(
+    captured: optc.Program, images: list[torch.Tensor], tmp_path: Path
+) -> None:
+    verify = Verify(captured, [(images[0],)], tmp_path)
+    asked = Alternatives.of("fold-batch-norm,quant | fold-batch-norm,fuse-activation")
+    made = asked.run(captured, context(images, instruments=(verify,)))
+    quantized, exact = (made.programs[text].history for text in asked.lists)
+    assert quantized[-1].notes["verify"]["from_previous"]["sqnr_db"] < 80
+    assert exact[-1].notes["verify"]["from_previous"]["sqnr_db"] > 100, "compared with the quantized program"
+
+
+class Spoil(Pass):
+    """Declares itself exact and is not."""
+
+    name, summary = "spoil", "Halve the weights of convolutions."
+
+    def run(self, program: optc.Program, context: optc.PassContext) -> PassResult:
+        for node in calls(program, torch.ops.aten.conv2d.default):
+            weight = node.args[1]
+            halved = add_constant(program, node, "halved", get_constant(program.module, str(weight.target)) / 2)
+            halved.meta["val"] = weight.meta["val"]
+            node.update_arg(1, halved)
+        return PassResult(program, True, (Change("spoil", "conv2d"),))
+
+
+def test_a_list_that_fails_verification_is_left_out_with_the_reason(
+    captured: optc.Program, images: list[torch.Tensor], tmp_path: Path
+) -> None:
+    spoiled, sound = optc.PassManager([Spoil()]), Alternatives.of("fuse").first
+    watched = context(images, instruments=(Verify(captured, [(images[0],)], tmp_path),))
+    made = Alternatives({"spoil": spoiled, "fuse": sound}).run(captured, watched)
+    assert list(made.programs) == ["fuse"]
+    assert "pass 'spoil'" in made.dropped["spoil"]
+    with pytest.raises(VerificationError, match="pass 'spoil'"):
+        Alternatives({"a": spoiled, "b": optc.PassManager([Spoil()])}).run(captured, watched)
+
+
+def test_without_calibration_data_auto_leaves_int8_out(captured: optc.Program) -> None:
+    made = Alternatives.of("auto").run(captured, context(None))
+    assert set(made.programs) == {"fuse,bf16", "fuse"}
+    assert "calibration" in made.dropped["fuse,quant"]
+
+
+def test_bad_calibration_data_is_an_error_all_the_same(captured: optc.Program, images: list[torch.Tensor]) -> None:
+    with pytest.raises(DataError):
+        Alternatives.of("auto").run(captured, context([images[0] * float("nan")] * 4))
+
+
+def test_auto_leaves_bf16_out_where_it_is_emulated(captured: optc.Program, images: list[torch.Tensor]) -> None:
+    plain = context(images, isa=("avx2",))
+    made = Alternatives.of("auto").run(captured, plain)
+    assert made.dropped["fuse,bf16"] == "this CPU has no bfloat16 arithmetic"
+    assert "fuse,bf16" in Alternatives.of("fuse,bf16 | fuse").run(captured, plain).programs, "asked for by name"
+
+
+def test_a_list_that_does_what_another_does_is_left_out(captured: optc.Program) -> None:
+    made = Alternatives.of("fold-batch-norm | fold-batch-norm,fold-layer-norm").run(captured, context(None))
+    assert made.dropped == {"fold-batch-norm,fold-layer-norm": "does the same as fold-batch-norm here"}
+
+
+def test_options_go_to_every_list_that_has_the_pass() -> None:
+    asked = Alternatives.of("auto", {"quant": {"observer": "mse"}})
+    observers = [each.options.observer for m in asked.lists.values() for each in m.passes if each.name == "quant"]
+    assert observers == ["mse", "mse"]
+    with pytest.raises(UnknownNameError, match="equalize"):
+        Alternatives.of("auto", {"equalize": {}})
+
+
+def test_stages_have_one_list() -> None:
+    with pytest.raises(OptcError, match="one list"):
+        Alternatives.of("fuse,partition | fuse")
+
+
+def test_the_exact_passes_of_several_lists() -> None:
+    assert all(each.numerics.exact for each in Alternatives.of("auto").exact().first.leaves())
