@@ -48,10 +48,7 @@ PEERS = {
     "openvino bf16": Entry("open_vino:Float", ("bf16",), 2),
     "openvino nncf int8": Entry("open_vino:NncfInt8", (), 1),
     "olive int8": Entry("olive_int8:OliveInt8", (), 1),
-    AUTO: Entry("optc_itself:Optc", ("fuse,quant",), 1),
-    "optc fuse": Entry("optc_itself:Optc", ("fuse",), 4),
-    "optc fuse+bf16": Entry("optc_itself:Optc", ("fuse,bf16",), 2),
-    "optc fuse+quant+bf16": Entry("optc_itself:Optc", ("fuse,quant,bf16",), 1),
+    AUTO: Entry("optc_itself:Optc", ("auto",), 2),
 }
 
 

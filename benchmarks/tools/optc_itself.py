@@ -1,4 +1,4 @@
-"""optc, through its public API: ``--backend auto`` after several lists of passes."""
+"""optc, through its public API: several lists of passes on every backend, the fastest kept."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ARTIFACT = "artifact"
 
 
 class Optc(Peer):
-    """One list of passes; optc measures the backends and keeps the fastest."""
+    """One or several lists of passes; optc measures them on the backends and keeps the fastest."""
 
     def __init__(self, passes: str) -> None:
         self.passes = passes
@@ -39,8 +39,9 @@ class Optc(Peer):
         optimized.save(folder / ARTIFACT)
         report = optimized.report
         saving = {"Saving": time.perf_counter() - start}
-        backends = [vars(outcome) for outcome in report.backends]
-        return {"passes": self.passes, "steps": {**report.seconds, **saving}, "backends": backends}
+        outcomes = [vars(outcome) for outcome in report.backends]
+        kept = f"{report.backend} {report.backends[0].passes}".strip()
+        return {"passes": self.passes, "kept": kept, "steps": {**report.seconds, **saving}, "backends": outcomes}
 
     def load(self, task: Task, folder: Path) -> Runner:
         """Load the artifact."""
