@@ -28,6 +28,7 @@ from optc.data.evaluate import evaluate
 from optc.data.preprocess import normalize
 from optc.errors import OptcError
 from optc.frontend.load import load_model
+from optc.machine import BF16_FLAGS, isa
 from optc.program import Preprocessing
 
 BATCH = 32
@@ -70,7 +71,7 @@ def train(
         model.train()
         total = 0.0
         for indices in torch.randperm(len(grey)).split(BATCH):
-            with torch.autocast("cpu", torch.bfloat16):
+            with half_where_fast():
                 scores = model(as_inputs(shaken(grey[indices]), preprocessing))
             loss = functional.cross_entropy(scores.float(), labels[indices], label_smoothing=0.05)
             optimizer.zero_grad()
@@ -80,7 +81,7 @@ def train(
             schedule.step()
             total += float(loss.detach()) * len(indices)
         model.eval()
-        with torch.autocast("cpu", torch.bfloat16):
+        with half_where_fast():
             accuracy = evaluate(model, validation, BATCH).top1
         print(
             f"epoch {epoch}/{epochs}  loss {total / len(grey):.3f}  validation accuracy {accuracy:.1%}"
@@ -88,6 +89,11 @@ def train(
             flush=True,
         )
     return model, preprocessing
+
+
+def half_where_fast() -> torch.autocast:
+    """Autocast to bfloat16, or to nothing on a CPU that would emulate it, many times slower than float32."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=not BF16_FLAGS.isdisjoint(isa() or ()))
 
 
 def grey_images(dataset: Dataset, preprocessing: Preprocessing, limit: int | None) -> tuple[Tensor, Tensor]:

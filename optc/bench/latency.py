@@ -13,7 +13,7 @@ from pathlib import Path
 from optc.errors import BackendError
 from optc.lowering.backend import Array, Backend, Runner
 from optc.lowering.lowering import lower
-from optc.program import Program
+from optc.program import Program, complete_meta
 from optc.target import Target
 
 ROUNDS = 7
@@ -24,7 +24,7 @@ def latencies(programs: Sequence[Program], backend: Backend, target: Target) -> 
     """Seconds of a query on each program's example inputs: the least of seven medians, taken in turns.
 
     Where the batch may vary, a query has the target's. The program is lowered as it is all the same: runtimes fuse
-    otherwise where they know the batch.
+    otherwise where they know the batch. Nodes without ``meta["val"]``, as passes leave them while they work, get it.
 
     Other load only ever adds to a latency, so the least round is the closest to its own. NaN for a program that the
     backend cannot lower or run.
@@ -42,6 +42,7 @@ def latencies(programs: Sequence[Program], backend: Backend, target: Target) -> 
 
 
 def _runner(program: Program, backend: Backend, target: Target, folder: Path) -> Runner | None:
+    complete_meta(program)
     try:
         return lower(backend, program, target, folder).load()
     except BackendError:

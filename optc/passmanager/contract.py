@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, final
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from optc.errors import OptcError, PassContractError, UnknownNameError
+from optc.machine import isa
 from optc.target import Target
 
 if TYPE_CHECKING:
@@ -133,8 +134,8 @@ class PassContext:
         progress: called with a short text while a pass works (``"calibrating 12/32"``).
         budget: what may be lost of the task's metric, if the user says. Approximate passes ask it about what they make;
             its data is neither calibration's nor what accuracy is reported on.
-        isa: instruction sets of the target's CPU that decide how fast int8 and bf16 run, as Linux spells them
-            (``avx2``, ``avx512_vnni``, ``amx_int8`` …); ``None`` where nobody knows.
+        isa: instruction sets of the target's CPU that decide how int8 and bf16 run, as Linux spells them (``avx2``,
+            ``avx512_vnni``, ``amx_int8`` …); this machine's unless said otherwise, ``None`` where nobody knows.
         note: called with a line that the user must see before the work goes on; kept in the report.
         latency: by backend, measures programs on it: median seconds of a query each, NaN for what it cannot run. Empty
             where nobody measures.
@@ -148,7 +149,7 @@ class PassContext:
     instruments: Sequence[Instrument] = ()
     progress: Callable[[str], None] = lambda text: None
     budget: Budget | None = None
-    isa: tuple[str, ...] | None = None
+    isa: tuple[str, ...] | None = field(default_factory=isa)
     note: Callable[[str], None] = lambda text: None
     latency: Mapping[str, Callable[[Sequence[Program]], list[float]]] = field(default_factory=dict)
     node_times: Callable[[Program, str, int, int], Mapping[str, float]] | None = None

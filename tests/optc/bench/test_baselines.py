@@ -55,13 +55,26 @@ def test_lists_what_a_cpu_with_bf16_has(net: _Net, image: Tensor, monkeypatch: p
     assert candidates[1].bytes > 0
 
 
-def test_a_cpu_without_bf16_gets_compiled_float32_too(
+def test_a_cpu_without_bf16_gets_compiled_float32_and_says_why_not_bf16(
     net: _Net, image: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(baselines_module, "isa", lambda: ("avx2",))
-    assert [c.name for c in baselines(net, (image,), Target())][-1] == "compile-fp32"
+    eager, *halves, compiled = baselines(net, (image,), Target())
+    assert [each.name for each in halves] == ["eager-bf16", "compile-bf16"]
+    for half in halves:
+        with pytest.raises(MeasurementError, match="this CPU emulates bfloat16"):
+            half.open()
+    assert compiled.name == "compile-fp32"
+    assert eager.open().precision == "float32"
 
 
+@pytest.fixture
+def with_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU that emulates bfloat16 computes it all the same."""
+    monkeypatch.setattr(baselines_module, "isa", lambda: ("avx2", "avx512_bf16"))
+
+
+@pytest.mark.usefixtures("with_bf16")
 def test_all_compute_what_the_model_computes(net: _Net, image: Tensor, capfd: pytest.CaptureFixture[str]) -> None:
     net.eval()
     expected = net(image)
@@ -109,6 +122,7 @@ def test_float32_on_the_cpu_is_the_model_itself_and_half_precision_leaves_it_alo
     assert after == before
 
 
+@pytest.mark.usefixtures("with_bf16")
 def test_a_half_precision_copy_lives_as_long_as_a_runner_needs_it(net: _Net, image: Tensor) -> None:
     eager = baselines(net, (image,), Target())[1]
     runner, again = eager.open(), eager.open()
@@ -121,6 +135,7 @@ def test_a_half_precision_copy_lives_as_long_as_a_runner_needs_it(net: _Net, ima
     assert module() is None
 
 
+@pytest.mark.usefixtures("with_bf16")
 def test_a_missing_compiler_is_a_listed_reason(net: _Net, image: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/nonexistent/g++",))
     torch.compiler.reset()

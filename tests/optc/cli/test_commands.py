@@ -196,7 +196,9 @@ def test_too_few_calibration_images_are_refused_where_ranges_are_needed(folder: 
     done = optc(*SMALL, "--data", str(pictures), "-q")
     assert done.returncode == 2
     assert "images to calibrate on, fewer than 8" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    *notes, last = done.stderr.strip().splitlines()
+    assert last.startswith("optc: ")
+    assert not notes or "Note" in notes[0]  # that int8 may be slow on this CPU
     assert not (folder / "out").exists()
     assert optc(*SMALL, "--data", str(pictures), "--passes", "fold-batch-norm", "-q").returncode == 0
 

@@ -89,6 +89,10 @@ def quantized() -> Callable[[Program], Program]:
     return _quantized
 
 
+LIMIT = 64
+"""Largest weight: 7 bits, which the kernels of CPUs without VNNI do not overflow either."""
+
+
 def _quantized(program: Program) -> Program:
     """Static int8 written into the graph by hand: uint8 inputs, int8 per-channel weights of every conv and linear."""
     program = program.fork()
@@ -115,8 +119,8 @@ def _quantize_layer(program: Program, node: fx.Node, values: dict[str, Tensor]) 
     low, high = min(values[source.name].min().item(), 0.0), max(values[source.name].max().item(), 0.0)
     scale = (high - low) / 255
     zero_point = round(-low / scale)
-    w_scale = w.detach().abs().amax(tuple(range(1, w.dim()))) / 127
-    w8 = (w.detach() / w_scale.view(-1, *[1] * (w.dim() - 1))).round().clamp(-127, 127).to(torch.int8)
+    w_scale = w.detach().abs().amax(tuple(range(1, w.dim()))) / LIMIT
+    w8 = (w.detach() / w_scale.view(-1, *[1] * (w.dim() - 1))).round().clamp(-LIMIT, LIMIT).to(torch.int8)
     b_scale = w_scale * scale
     b32 = (b.detach() / b_scale).round().to(torch.int32)
 
@@ -128,7 +132,7 @@ def _quantize_layer(program: Program, node: fx.Node, values: dict[str, Tensor]) 
         parameters = (scale, zero_point, 0, 255, torch.uint8)
         q = program.graph.call_function(qd.quantize_per_tensor.default, (source, *parameters))
         x = program.graph.call_function(qd.dequantize_per_tensor.default, (q, *parameters))
-        channels = (constant("w_scale", w_scale), zeros, 0, -127, 127, torch.int8)
+        channels = (constant("w_scale", w_scale), zeros, 0, -LIMIT, LIMIT, torch.int8)
         dw = program.graph.call_function(qd.dequantize_per_channel.default, (constant("w8", w8), *channels))
         limits = torch.iinfo(torch.int32)
         biases = (constant("b_scale", b_scale), zeros, 0, limits.min, limits.max, torch.int32)

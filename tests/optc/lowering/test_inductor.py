@@ -31,7 +31,8 @@ X86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="instruction set
 
 
 def sqnr_db(reference: np.ndarray, output: np.ndarray) -> float:
-    return float(10 * np.log10(np.square(reference).sum() / np.square(reference - output).sum()))
+    noise = np.square(reference - output).sum()
+    return float(10 * np.log10(np.square(reference).sum() / noise)) if noise else np.inf
 
 
 class Noise:
@@ -165,9 +166,11 @@ def test_layers_that_stay_in_float_are_listed_with_reasons(tmp_path: Path) -> No
 
 
 def test_a_bfloat16_program_runs_bfloat16_kernels(captured_cnn: Program, tmp_path: Path) -> None:
+    has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     made = make(passed(captured_cnn, "fuse,bf16"), tmp_path)
     assert made.load().precision == "bfloat16"
-    assert made.lowered.details["kernels"] == {"mkldnn::_convolution_pointwise": 2, "mkldnn::_linear_pointwise": 2}
+    onednn = {"mkldnn::_convolution_pointwise": 2, "mkldnn::_linear_pointwise": 2}
+    assert made.lowered.details["kernels"] == (onednn if has_bf16 else {"aten::convolution": 2, "aten::addmm": 2})
     assert agreement(made) > 30
 
 
