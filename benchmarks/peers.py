@@ -1,6 +1,7 @@
 """optc beside its peers: the same models, inputs and threads, in one run, in interleaved blocks.
 
-``python benchmarks/peers.py`` measures every row; ``--short`` two of them, for ``make bench``.
+``python benchmarks/peers.py`` measures every row; ``--short`` two of them, for ``make bench``. With ``--models`` and
+``--batch`` some rows are measured now; the table has those measured before on this machine with these versions as well.
 """
 
 from __future__ import annotations
@@ -220,7 +221,8 @@ def _within(ratio: Mapping[str, Any] | None, limit: float) -> bool:
 
 def _summary_row(row: Mapping[str, Any]) -> dict[str, str | float]:
     best, own = row["best_peer"], row["productions"].get(AUTO, {}).get("details", {}).get("kept", "")
-    made = {name: row["productions"][name]["seconds"] for name in (best, AUTO) if name in row["productions"]}
+    seconds = {name: made["seconds"] for name, made in row["productions"].items()}
+    made = [seconds.get(best), sum(each for name, each in seconds.items() if not is_optc(name)), seconds.get(AUTO)]
     return {
         "model": row["model"],
         "batch": str(row["batch"]),
@@ -229,14 +231,13 @@ def _summary_row(row: Mapping[str, Any]) -> dict[str, str | float]:
         "optc auto p50 ms": row["p50_ms"].get(AUTO, "–"),
         "ratio": ratio_text(row["ratios"].get(AUTO)),
         "optc auto kept": own or "–",
-        "made in s (peer, optc)": " / ".join(f"{made[name]:.0f}" if name in made else "–" for name in (best, AUTO)),
+        "made in s (best peer / all peers / optc)": " / ".join("–" if each is None else f"{each:.0f}" for each in made),
     }
 
 
 def benchmark(options: argparse.Namespace, folder: Path) -> Result:
-    """Every row asked for, each written down as soon as it is measured."""
+    """Every row asked for, each written down as soon as it is measured; the claim is over all there are by then."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = []
     for model in options.models:
         for batch in options.batch:
             task = Task(model, batch, available_threads(), options.images)
@@ -249,8 +250,20 @@ def benchmark(options: argparse.Namespace, folder: Path) -> Result:
             text = row_markdown(found)
             write(folder / f"{stem}.md", text)
             print(text, flush=True)
-            rows.append(found)
-    return summary(rows)
+    return summary(rows_of_this_machine(folder))
+
+
+def rows_of_this_machine(folder: Path) -> list[dict[str, Any]]:
+    """The rows in a folder that were measured on a machine like this, with the same packages, in the table's order."""
+    here = _what_counts(json.loads(json.dumps(asdict(machine(gpus=False)))))
+    rows = [json.loads(path.read_text()) for path in folder.glob("*-batch-*.json")]
+    rows = [row for row in rows if _what_counts(row["machine"]) == here]
+    place = {model: number for number, model in enumerate(MODELS)}
+    return sorted(rows, key=lambda row: (place.get(row["model"], len(place)), row["model"], row["batch"]))
+
+
+def _what_counts(of: Mapping[str, Any]) -> list[Any]:
+    return [of[key] for key in ("cpu", "isa", "cores", "python", "packages")]
 
 
 def main() -> None:

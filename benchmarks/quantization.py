@@ -9,13 +9,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import Result, publish, say
+from common import RESULTS, Result, publish, say
 from tools.onnx_runtime import Float32, StaticInt8, StaticInt8Defaults
 from tools.open_vino import NncfInt8
 from tools.peer import Task
@@ -223,12 +223,14 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(EPOCHS), choices=list(EPOCHS))
     parser.add_argument("--blocks", type=int, default=6, help="rounds of measurement (default: 6)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
     given = parser.parse_args()
     failed = 0
     for model in given.models:
         command = f"python benchmarks/quantization.py --models {model}"
         try:
-            publish(f"quantization_{model}", lambda model=model: benchmark(model, given.blocks), command=command)
+            run = partial(benchmark, model, given.blocks)
+            publish(f"quantization_{model}", run, command=command, folder=given.results)
         except SystemExit as ended:  # with 1 where the claim did not hold; the others are still to be measured
             failed += ended.code != 0
     sys.exit(failed > 0)

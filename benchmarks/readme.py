@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -14,18 +16,23 @@ END = "<!-- numbers: end -->"
 
 def block() -> str:
     """The table of all results, with the command that makes each."""
-    lines = ["| claim | held | found | command |", "|---|---|---|---|"]
-    machines = set()
-    for path in sorted(RESULTS.glob("*.json")):
-        result = json.loads(path.read_text())
-        machines.add(f"{result['machine']['cpu']}, {result['machine']['cores']} cores")
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    machines = list(dict.fromkeys(map(_machine, results)))
+    lines = ["| claim | held | found | on | command |", "|---|---|---|---|---|"]
+    for result in results:
         held = "yes" if result["held"] else "**no**"
         command = result.get("command", f"python benchmarks/{result['benchmark']}.py")
-        lines.append(f"| {result['claim']} | {held} | {result['finding']} | `{command}` |")
-    where = "; ".join(sorted(machines))
+        on = ascii_uppercase[machines.index(_machine(result))]
+        lines.append(f"| {result['claim']} | {held} | {result['finding']} | {on} | `{command}` |")
+    where = "; ".join(f"{letter}: {name}" for letter, name in zip(ascii_uppercase, machines, strict=False))
     return "\n".join(
-        [*lines, "", f"Measured on {where}; tables and raw samples are in [benchmarks/results](benchmarks/results)."]
+        [*lines, "", f"Measured on {where}. Tables and raw samples are in [benchmarks/results](benchmarks/results)."]
     )
+
+
+def _machine(result: dict[str, Any]) -> str:
+    of = result["machine"]
+    return f"{of['cpu']}, {of['cores']} cores ({', '.join(of['isa'] or ('unknown instructions',))})"
 
 
 def filled(text: str) -> str:

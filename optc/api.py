@@ -129,7 +129,7 @@ def optimize(
             nothing holds, only passes that promise exact outputs are run. Without ``evaluate``, it limits the share of
             verification samples whose largest output becomes another.
         validate: the same metric on other data, for the search; ``evaluate`` then only confirms the result.
-        verification: batches to compare outputs on after every pass; if not given, the first batch of ``calibration``,
+        verification: batches to compare outputs on after every pass; if not given, the first of ``calibration``,
             and without that ``example_inputs``, which often are noise that no trained model is meant for.
         verify: compare outputs after every pass, and the runtime's with the graph's.
         measure: measure latency against the best unquantized baselines. Backends are measured against each other, where
@@ -266,12 +266,21 @@ def _sqnr_db(captured: Program, program: Program, batches: Sequence[tuple[Tensor
 
 
 def _representative(ranges: Calibration | None, captured: Program) -> list[tuple[Tensor, ...]]:
-    """A batch like those the model is meant for; what is wrong with calibration data, the pass that reads it tells."""
-    first = next(iter(ranges), None) if ranges is not None else None
-    fits = first is not None and len(first) == len(captured.example_inputs)
-    if first is None or not fits or not all(bool(tensor.isfinite().all()) for tensor in first):
-        return [captured.example_inputs]
-    return [first]
+    """Batches like those the model is meant for, of few images together: a single one may be far from the others.
+
+    What is wrong with calibration data, the pass that reads it tells.
+    """
+    found: list[tuple[Tensor, ...]] = []
+    for batch in ranges or ():
+        if len(batch) != len(captured.example_inputs) or not all(bool(tensor.isfinite().all()) for tensor in batch):
+            return [captured.example_inputs]
+        found.append(batch)
+        if sum(inputs[0].shape[:1].numel() for inputs in found) >= _VERIFICATION_IMAGES:
+            break
+    return found or [captured.example_inputs]
+
+
+_VERIFICATION_IMAGES = 8
 
 
 def _latency_on(backend: Backend, target: Target) -> Callable[[Sequence[Program]], list[float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -25,16 +26,17 @@ class Optc(Peer):
     def produce(self, task: Task, folder: Path) -> dict[str, Any]:
         """Capture, run and verify the passes, lower to every backend, measure them, keep and save one."""
         loaded, example = task.loaded, torch.from_numpy(task.queries[0][0])
-        optimized = optc.optimize(
-            loaded.module,
-            example,
-            self.passes,
-            backend="auto",
-            calibration=task.calibration,
-            measure=False,
-            target=_target(task),
-            info=loaded.info,
-        )
+        with contextlib.chdir(folder):  # where reproducers of lists that fail verification go
+            optimized = optc.optimize(
+                loaded.module,
+                example,
+                self.passes,
+                backend="auto",
+                calibration=task.calibration,
+                measure=False,
+                target=_target(task),
+                info=loaded.info,
+            )
         start = time.perf_counter()
         optimized.save(folder / ARTIFACT)
         report = optimized.report

@@ -17,11 +17,15 @@ from optc.program import Program, complete_meta
 from optc.target import Target
 
 ROUNDS = 7
+HOPELESS = 2.0
+"""How many times the fastest program's latency another may have in the first round to be measured again."""
 _ROUND_SECONDS = 0.01
 
 
 def latencies(programs: Sequence[Program], backend: Backend, target: Target) -> list[float]:
     """Seconds of a query on each program's example inputs: the least of seven medians, taken in turns.
+
+    A program that takes over :data:`HOPELESS` times the fastest one's in the first round has that round alone.
 
     Where the batch may vary, a query has the target's. The program is lowered as it is all the same: runtimes fuse
     otherwise where they know the batch. Nodes without ``meta["val"]``, as passes leave them while they work, get it.
@@ -34,10 +38,12 @@ def latencies(programs: Sequence[Program], backend: Backend, target: Target) -> 
         for opened in filter(None, runners):
             stack.callback(opened.close)
         found = [math.nan if runner is None else math.inf for runner in runners]
+        rivals = {index: runner for index, runner in enumerate(runners) if runner is not None}
         for _ in range(ROUNDS):
-            for index, (runner, program) in enumerate(zip(runners, programs, strict=True)):
-                if runner is not None:
-                    found[index] = min(found[index], _median(runner, _query(program, target)))
+            for index, runner in rivals.items():
+                found[index] = min(found[index], _median(runner, _query(programs[index], target)))
+            limit = HOPELESS * min((found[index] for index in rivals), default=0.0)
+            rivals = {index: runner for index, runner in rivals.items() if found[index] <= limit}
         return found
 
 

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     "--passes",
     default="fuse,quant",
     show_default=True,
-    help="Passes to run, in order, comma-separated. Of several lists, separated by '|', the fastest is kept; auto:"
-    " 'fuse,quant | fuse,quant,bf16 | fuse,bf16 | fuse'.",
+    help="Passes to run, in order, comma-separated, with options as in 'fuse,quant<observer=mse>'. Of several lists,"
+    " separated by '|', the fastest is kept; auto stands for int8, the best format for each layer, bf16 and float.",
 )
 @click.option("-O", "assignments", multiple=True, metavar="PASS.OPTION=VALUE", help="Set an option of a pass.")
 @click.option("--weights", default="pretrained", show_default=True, help="pretrained, random, or a checkpoint file.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -49,12 +50,14 @@ def build_passes(
 ) -> PassManager:
     """A pass manager from ``"fuse,quant"`` or a list of names and :class:`Pass` objects.
 
+    A name may carry options of its own, written as LLVM's ``opt`` has it: ``"fuse,quant<formats=auto;block=64>"``.
+
     Args:
         options: by pass name, its options; values given as text are converted to the option's type.
 
     Raises:
         UnknownNameError: a pass or option nobody registered, or options for a pass that is not in the list.
-        OptcError: an option's value does not fit its type.
+        OptcError: an option's value does not fit its type, or the text cannot be read.
     """
     items: Sequence[str | Pass] = passes.split(",") if isinstance(passes, str) else passes
     given = dict(options or {})
@@ -63,14 +66,27 @@ def build_passes(
         if isinstance(item, Pass):
             built.append(item)
             continue
-        name = item.strip()
+        name, own = read_pass(item)
         if name:
-            built.append(registry().load("pass", name)(**given.pop(name, {})))
+            built.append(registry().load("pass", name)(**{**given.pop(name, {}), **own}))
     if given:
         raise UnknownNameError(
             "pass in the options", next(iter(given)), [p.name for p in built], hint="add it to the passes"
         )
     return PassManager(built)
+
+
+def read_pass(text: str) -> tuple[str, dict[str, str]]:
+    """``"quant<formats=auto;block=64>"`` → ``("quant", {"formats": "auto", "block": "64"})``.
+
+    Raises:
+        OptcError: the text is not of that form.
+    """
+    match = re.fullmatch(r"\s*([^<>]*?)\s*(?:<([^<>]*)>\s*)?", text)
+    parts = [part.partition("=") for part in (match[2] or "").split(";") if part.strip()] if match else []
+    if match is None or not all(name.strip() and equals for name, equals, _ in parts):
+        raise OptcError(f"cannot read pass '{text.strip()}'", "write it as PASS or PASS<OPTION=VALUE;OPTION=VALUE>")
+    return match[1], {name.strip(): value.strip() for name, _, value in parts}
 
 
 def parse_options(assignments: Sequence[str]) -> dict[str, dict[str, str]]:

@@ -114,7 +114,7 @@ class Quant(Pass):
                 "quant.formats=auto needs a backend to measure layers on, one that does not compile for seconds",
                 "use optc optimize with --backend auto or onnxruntime",
             )
-        forms = possible_formats(layers)
+        forms = possible_formats(layers, context)
         noise = layers.noise({name: tuple(form for form in each if form != FLOAT) for name, each in forms.items()})
         wholes = noisiest(layers, noise, context)
         best: Choice | None = None

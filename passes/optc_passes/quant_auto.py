@@ -14,10 +14,14 @@ from optc import PassContext, Program
 from optc_passes.quant_account import Entry, Pair
 from optc_passes.quant_budget import MIN_SQNR_DB, over_budget
 from optc_passes.quant_formats import FLOAT, INT8, Attempt, LayerFormats
+from optc_passes.quant_local import Half
 from optc_passes.quant_plan import Layer
 
 _TRIES = 12
 """Most times the budget of noise is tightened, by half each, where the sum of the layers' noise was too optimistic."""
+
+_HALF_ARITHMETIC = {"avx512_bf16", "amx_bf16"}
+"""Instruction sets one of which every x86 CPU has that computes in bfloat16 or float16."""
 
 Latency = Callable[[Sequence[Program]], list[float]]
 _measured: WeakKeyDictionary[Latency, dict[str, dict[str, float]]] = WeakKeyDictionary()
@@ -45,9 +49,12 @@ class Choice:
         )
 
 
-def possible_formats(layers: LayerFormats) -> dict[str, tuple[str, ...]]:
-    """By layer, the formats it can have, float first."""
-    forms = (FLOAT, INT8, *layers.local)
+def possible_formats(layers: LayerFormats, context: PassContext) -> dict[str, tuple[str, ...]]:
+    """By layer, the formats it can have, float first; half precision only where the CPU does not emulate it."""
+    on_cpu = context.target.device == "cpu" and context.isa is not None
+    emulated = on_cpu and _HALF_ARITHMETIC.isdisjoint(context.isa or ())
+    local = [name for name, form in layers.local.items() if not (emulated and isinstance(form, Half))]
+    forms = (FLOAT, INT8, *local)
     return {name: tuple(form for form in forms if not layers.refusal(name, form)) for name in layers.names}
 
 

@@ -135,6 +135,26 @@ def test_alexnet_at_batch_1_has_a_limit_of_its_own(peers: ModuleType, ratio: flo
     assert peers.summary([{**row, "batch": 16}]).held is (ratio <= 0.95)
 
 
+def test_rows_measured_before_count_where_the_machine_is_this(
+    peers: ModuleType, measured: Measurement, tmp_path: Path
+) -> None:
+    def known(model: str, batch: int, **machine: Any) -> None:
+        task = peers.Task(model, batch, threads=1, images=4)
+        made = {result.name: peers.Production() for result in measured.results}
+        row = peers.row(task, made, dict.fromkeys(made, 40.0), measured)
+        row["machine"].update(machine)
+        (tmp_path / f"{model}-batch-{batch}.json").write_text(json.dumps(row))
+
+    known("test_resnet", 1)
+    known("resnet50", 16, load_average=7.0)
+    known("resnet50", 1)
+    known("alexnet", 16)
+    known("alexnet", 1, packages={"optc": "0.0.1"})
+    known("vit_base_patch16_224", 1, isa=["avx2", "of_another_cpu"])
+    found = [(row["model"], row["batch"]) for row in peers.rows_of_this_machine(tmp_path)]
+    assert found == [("alexnet", 16), ("resnet50", 1), ("resnet50", 16), ("test_resnet", 1)]
+
+
 def test_signal_to_noise(peers: ModuleType) -> None:
     reference = [np.full((2, 3), 10.0, np.float32)]
     assert peers.sqnr_db(reference, reference) == float("inf")

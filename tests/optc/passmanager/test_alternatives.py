@@ -12,7 +12,7 @@ from torch import nn
 
 import optc
 from optc.errors import DataError, OptcError, UnknownNameError, VerificationError
-from optc.passmanager.alternatives import AUTO_PASSES, Alternatives
+from optc.passmanager.alternatives import AUTO_PASSES, MIXED, Alternatives
 from optc.passmanager.contract import Change, Pass, PassResult
 from optc.passmanager.instruments import Verify
 from optc.rewrite import add_constant, calls, get_constant
@@ -137,7 +137,36 @@ def test_a_list_that_does_what_another_does_is_left_out(captured: optc.Program) 
 def test_options_go_to_every_list_that_has_the_pass() -> None:
     asked = Alternatives.of("auto", {"quant": {"observer": "mse"}})
     observers = [each.options.observer for m in asked.lists.values() for each in m.passes if each.name == "quant"]
-    assert observers == ["mse", "mse"]
+    assert observers == ["mse"] * 3
+
+
+def test_a_list_has_options_of_its_own_beside_those_for_all() -> None:
+    asked = Alternatives.of("quant | quant<formats=int4-weights; block=32>", {"quant": {"block": 64}})
+    options = [each.options for manager in asked.lists.values() for each in manager.passes]
+    assert [(each.formats, each.block) for each in options] == [("int8", 64), ("int4-weights", 32)]
+
+
+def test_auto_looks_at_each_layer_only_where_reading_weights_takes_the_time(
+    images: list[torch.Tensor], tmp_path: Path
+) -> None:
+    batch = images[0]
+    heavy = nn.Sequential(nn.Flatten(), nn.Linear(batch[0].numel(), 512), nn.ReLU(), nn.Linear(512, 64)).eval()
+    light = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3)).eval()
+    outcomes = {}
+    for model in (heavy, light):
+        made = optc.optimize(
+            model,
+            batch[:1],
+            "auto",
+            backend="onnxruntime",
+            calibration=images,
+            measure=False,
+            target=optc.Target(threads=1),
+        )
+        (outcomes[model],) = [each for each in made.report.backends if each.passes == MIXED]
+    assert outcomes[heavy].p50_ms is not None or "does the same as" in outcomes[heavy].reason
+    assert outcomes[light].p50_ms is None
+    assert "weights of fewer bits save little" in outcomes[light].reason
     with pytest.raises(UnknownNameError, match="equalize"):
         Alternatives.of("auto", {"equalize": {}})
 

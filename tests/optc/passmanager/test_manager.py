@@ -51,6 +51,17 @@ def test_build_from_text_with_options() -> None:
     assert manager.passes[1].options.model_dump()["observer"] == "entropy"
 
 
+def test_a_name_carries_options_as_in_llvm() -> None:
+    manager = build_passes(
+        "fuse, quant<observer = mse;block=64>", {"quant": {"observer": "entropy", "percentile": "99"}}
+    )
+    options = manager.passes[1].options.model_dump()
+    assert (options["observer"], options["block"], options["percentile"]) == ("mse", 64, 99.0)
+    for text in ("quant<observer>", "quant<observer=mse", "quant observer=mse>", "quant<=3>", "fuse,quant<a=1>b"):
+        with pytest.raises(OptcError, match=r"PASS<OPTION=VALUE;OPTION=VALUE>"):
+            build_passes(text)
+
+
 def test_build_accepts_objects_among_names() -> None:
     assert [pass_.name for pass_ in build_passes(["fuse", AddZero()]).passes] == ["fuse", "add-zero"]
 
