@@ -188,15 +188,15 @@ def with_weight_types(ran: list[Kernel], path: Path) -> list[Kernel]:
 
 
 def session_options(target: Target) -> ort.SessionOptions:
-    """Options every session runs with: the target's threads, all graph optimizations, no spinning.
+    """Options every session runs with: the target's threads, all graph optimizations, spinning within calls alone.
 
-    ``benchmarks/ort_options.py`` holds them against others. Idle worker threads do not spin: spinning burns 30 to 47 ms
-    of CPU time after each call, which slows whatever else runs (a second model, the caller's own preprocessing); on two
-    quiet cores AlexNet took 12.2 ms at the median with and without it, and with other work on the cores ViT-Tiny took
-    88 ms spinning and 47 ms not. Of the optimizations those of layout (``ORT_ENABLE_LAYOUT`` and above) matter: without
-    them the shortest of some hundred calls took 3.0 instead of 2.0 ms (AlexNet int8), 5.7 instead of 3.1 (ResNet-18
-    int8), 16.6 instead of 12.2 (ResNet-18), the same on ViT-Tiny. Binding inputs and outputs gained nothing on the CPU,
-    where ``run`` reads the caller's arrays in place.
+    ``benchmarks/ort_options.py`` holds them against others. Within a call idle workers spin: waking them for every node
+    costs more the smaller the nodes are (two cores, AVX2: MobileNetV3-Small int8 5.2 ms without, 4.0 with; ViT-Tiny
+    int8 31 and 26). When the last call has returned they stop: left alone they would burn 40 to 60 ms of CPU time after
+    each, which slows whatever else runs (a second model, the caller's own preprocessing). Of the optimizations those
+    of layout (``ORT_ENABLE_LAYOUT`` and above) matter: without them the shortest of some hundred calls took 3.0 instead
+    of 2.0 ms (AlexNet int8), 5.7 instead of 3.1 (ResNet-18 int8), 16.6 instead of 12.2 (ResNet-18), the same on
+    ViT-Tiny. Binding inputs and outputs gained nothing on the CPU, where ``run`` reads the caller's arrays in place.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = target.threads
@@ -204,7 +204,7 @@ def session_options(target: Target) -> ort.SessionOptions:
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = _ERRORS_ONLY
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
 
 
