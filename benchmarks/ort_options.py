@@ -149,7 +149,7 @@ def benchmark() -> Result:
         table=table,
         raw=raw,
         notes=[
-            "optc: ORT_ENABLE_ALL, all threads, spinning within calls alone, InferenceSession.run on the caller's arrays",
+            "optc: ORT_ENABLE_ALL, all threads, spinning within calls alone, run() on the caller's arrays",
             f"idle CPU ms: CPU time the process uses in the {IDLE_SECONDS * 1e3:.0f} ms after a call",
         ],
     )
