@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from optc import Change, Numerics, Pass, PassContext, PassResult, Program, Skip
 from optc.rewrite import add_constant, constant_of, dtype, erase_unused
 from optc_passes.fake_values import recompute
+from optc_passes.precision_regions import inner, is_quantized_product, split_residuals
 from optc_passes.precision_rules import DELICATE, is_dequantize, operator_name, role
 
 aten = torch.ops.aten
@@ -27,21 +28,23 @@ class _HalfPrecision(Pass):
     their kernels accumulate in float32 whatever they read. Constants never widen what they are combined with: they are
     stored in half where half is what uses them. Casts are made once per value.
 
-    Inputs and outputs keep their type. Regions between quantize and dequantize operators stay as they are. Constants
-    and numbers the type cannot hold keep the operator that uses them in float32. Activations may still overflow in
+    Inputs and outputs keep their type. Quantized layers stay as they are, and so do chains of operators from one to the
+    next quantize operator, which kernels take in; what else computes with their outputs does so in half. Constants and
+    numbers the type cannot hold keep the operator that uses them in float32. Activations may still overflow in
     float16; verification then stops the run.
     """
 
     dtype: ClassVar[torch.dtype]
 
     def run(self, program: Program, context: PassContext) -> PassResult:
+        splits = split_residuals(program)
         rewrite = _Rewrite(program, self.name, self.dtype)
         for node in list(program.graph.nodes):
             if node.op == "call_function":
                 rewrite.call(node)
             elif node.op == "output":
                 rewrite.output(node)
-        applied = tuple(rewrite.applied)
+        applied = (*(Change("split", name) for name in splits), *rewrite.applied)
         if applied:
             erase_unused(program.graph.find_nodes(op="get_attr"))
         return PassResult(program, bool(applied), applied, tuple(rewrite.skipped))
@@ -75,12 +78,18 @@ class _Rewrite:
         self._name = str(half).removeprefix("torch.")
         self._free: set[fx.Node] = set(program.graph.find_nodes(op="get_attr"))
         self._retyped: set[fx.Node] = set()
+        self._inner = inner(program)
+        self._loose: set[fx.Node] = set()
         self._copies: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
         self._constants: dict[tuple[Any, ...], Tensor] = {}
         self._misfits: dict[fx.Node, tuple[str | None, str | None]] = {}
 
     def call(self, node: fx.Node) -> None:
-        """Decide for one call and rewrite it. Values that depend on no input (``_free``) take either type."""
+        """Decide for one call and rewrite it.
+
+        Values that depend on no input (``_free``) take either type. Those that quantized layers and dequantize operators
+        give (``_loose``), and what is computed from them alone, are float32 and may be cast to half.
+        """
         operands = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), (Tensor, tuple, list))]
         retyped = [n for n in operands if n in self._retyped]
         if not node.users:  # nothing but an assertion, on the type its operand had
@@ -93,11 +102,15 @@ class _Rewrite:
         if node.target is operator.getitem or operator_name(node) == "sym_size":
             if retyped:
                 self._retype(node)
+            elif self._loose.issuperset(operands):
+                self._loose.add(node)
             return
         floats = [n for n in operands if _is_float(n)]
         bound = [n for n in floats if n not in self._free]
         if not self._in_half(node, floats, bound):
             self._cast(node, retyped, torch.float32)
+            if is_dequantize(node) or is_quantized_product(node) or (role(node) == "follows" and self._are_loose(bound)):
+                self._loose.add(node)
         else:
             self._cast(node, floats, self._half)
 
@@ -112,13 +125,15 @@ class _Rewrite:
         if kind == "product":
             if not types or (types == {self._half} and self._retyped.isdisjoint(floats)):
                 return False
-            reason = self._why_not_product(floats, types)
+            reason = self._why_not_product(node, floats, types)
         elif not any(dtype(n) is self._half for n in bound):
-            return False
+            if kind != "follows" or not self._are_loose(bound) or node in self._inner:
+                return False
+            reason = None
         elif kind == "float32":
             reason = self._why_float32(node)
         else:
-            wide = next((dtype(n) for n in bound if dtype(n) is not self._half), None)
+            wide = next((dtype(n) for n in bound if dtype(n) is not self._half and n not in self._loose), None)
             reason = f"an operand of it is {_type_name(wide)}" if wide else None
         reason = reason or self._does_not_fit(node, floats)
         if reason:
@@ -128,6 +143,9 @@ class _Rewrite:
             self.applied.append(Change(self._rule, node.name))
         return True
 
+    def _are_loose(self, bound: list[fx.Node]) -> bool:
+        return bool(bound) and self._loose.issuperset(bound)
+
     def _why_float32(self, node: fx.Node) -> str:
         if operator_name(node) in DELICATE:
             return f"in {self._name} its result would overflow or lose digits, as torch.autocast has it"
@@ -135,9 +153,9 @@ class _Rewrite:
             return "quantize operators read float32"
         return f"no rule says that it is safe in {self._name}"
 
-    def _why_not_product(self, floats: list[fx.Node], types: set[torch.dtype]) -> str | None:
+    def _why_not_product(self, node: fx.Node, floats: list[fx.Node], types: set[torch.dtype]) -> str | None:
         dequantized = [n for n in floats if is_dequantize(n)]
-        if any(n in self._free for n in dequantized) or (dequantized and dequantized == floats):
+        if is_quantized_product(node) or (dequantized and dequantized == floats):
             return "it belongs to a quantized region, which stays as it is"
         other = types - {torch.float32, self._half}
         return f"it computes in {_type_name(other.pop())}, not float32" if other else None

@@ -47,15 +47,15 @@ class Quant(Pass):
 
     The arithmetic is that of Jacob et al., "Quantization and Training of Neural Networks for Efficient
     Integer-Arithmetic-Only Inference", CVPR 2018. Pools, views and residual additions between int8 layers stay in
-    int8. Softmax, normalisations, GELU, SiLU, hard-swish and squeeze-and-excitation gates stay in float: onnxruntime
+    int8, and on a CPU attention multiplies queries by keys in int8. Softmax, normalisations, GELU, SiLU, hard-swish and squeeze-and-excitation gates stay in float: onnxruntime
     has no int8 kernel for most, and where it has (sigmoid, mul) EfficientNet-B0 ran no faster for it.
 
     Other formats round the weights of linear layers alone, in blocks (:mod:`optc_passes.quant_blocks`), or choose for
     each layer by measuring (:mod:`optc_passes.quant_auto`).
 
     If the quantized program's outputs miss the SQNR budget on calibration data, or cost more of the task's metric than
-    the context allows, biases are corrected if that helps, and then the layers that add most noise go back to float, as
-    few as it takes.
+    the context allows, biases are corrected if that helps, then attention goes back to float, and then the layers that
+    add most noise, as few as it takes.
     """
 
     name = "quant"
@@ -73,7 +73,7 @@ class Quant(Pass):
         """
         layers = LayerFormats(program, context, self._observer(), self.options.block or _block(self.options.formats))
         if not layers.plan.layers:
-            return PassResult(program, modified=False, skipped=layers.plan.skipped)
+            return PassResult(program, modified=False, skipped=layers.skipped(None))
         if context.calibration is None and self.options.formats not in WEIGHTS_ALONE:
             raise OptcError("pass 'quant' needs calibration data to find ranges", "give --data, or calibration=…")
         if layers.kernels.saturates and self.options.formats not in WEIGHTS_ALONE:
@@ -84,10 +84,9 @@ class Quant(Pass):
         form = self.options.formats
         refused = {name: layers.refusal(name, form) for name in layers.names}
         formats = {name: form for name, reason in refused.items() if reason is None}
-        skipped = [*layers.plan.skipped]
-        skipped += [Skip(form, name, reason) for name, reason in refused.items() if reason]
+        skipped = [Skip(form, name, reason) for name, reason in refused.items() if reason]
         if not formats:
-            return PassResult(program, modified=False, skipped=tuple(skipped))
+            return PassResult(program, modified=False, skipped=(*layers.skipped(None), *skipped))
         noise = layers.noise(dict.fromkeys(formats, (form,)))
         best: Attempt | None
         best = layers.attempt(formats)
@@ -95,11 +94,15 @@ class Quant(Pass):
         if problem and form == INT8:
             best = layers.with_better_bias(formats, best)
             problem = over_budget(best, context)
+            if problem and layers.give_back_attention():
+                best = layers.attempt(formats)
+                problem = over_budget(best, context)
         doubtful = noisiest(layers, noise, context) if problem else {}
         table = entries(layers, dict.fromkeys(formats, (form,)), noise, doubtful)
         if problem:
             best, given_back = self._give_back(layers, formats, table, problem, context)
             skipped += given_back
+        skipped = [*layers.skipped(best), *skipped]
         why = {skip.node: skip.reason for skip in skipped}
         kept = {change.node: form for change in best.layers} if best else {}
         rows = account(table, kept, why | dict.fromkeys(kept, "as asked, within the budget"))
@@ -126,10 +129,10 @@ class Quant(Pass):
                 best = choice
         if best is None:
             skips = tuple(Skip("auto", name, "no backend runs it by itself") for name in layers.names)
-            return PassResult(program, modified=False, skipped=(*layers.plan.skipped, *skips))
+            return PassResult(program, modified=False, skipped=(*layers.skipped(None), *skips))
         rows = account(best.table, best.formats, {name: best.why(name) for name in layers.names})
         floats = [name for name, form in best.formats.items() if form == FLOAT]
-        skipped = (*layers.plan.skipped, *(Skip("auto", name, best.why(name)) for name in floats))
+        skipped = (*layers.skipped(best.attempt), *(Skip("auto", name, best.why(name)) for name in floats))
         if not best.attempt.layers:
             return PassResult(program, modified=False, skipped=skipped, account=rows)
         backend = best.table[0].backend
@@ -143,7 +146,7 @@ class Quant(Pass):
             reason = in_words(taken, backend)
             formats = {change.node: INT8 for change in plain.layers} if quickest == INT8 else {}
             floats = [name for name in layers.names if name not in formats]
-            skipped = (*layers.plan.skipped, *(Skip("auto", name, reason) for name in floats))
+            skipped = (*layers.skipped(plain if formats else None), *(Skip("auto", name, reason) for name in floats))
             rows = account(best.table, formats, dict.fromkeys(layers.names, reason))
             if not formats:
                 return PassResult(program, modified=False, skipped=skipped, account=rows)

@@ -60,7 +60,7 @@ def noisiest(
     doubtful = sorted(noise, key=lambda pair: noise[pair])[:DOUBTFUL]
     for number, (name, form) in enumerate(doubtful, 1):
         context.progress(f"trying {name} alone in {form}, {number}/{len(doubtful)}")
-        attempt = layers.attempt({name: form})
+        attempt = layers.attempt({name: form}, attention=False)
         found[name, form] = attempt.sqnr, drop(attempt, context) if number <= JUDGED else None
     return found
 

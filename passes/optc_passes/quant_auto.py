@@ -121,6 +121,10 @@ def choose(layers: LayerFormats, table: Sequence[Entry], context: PassContext) -
             if corrected is not attempt and over_budget(corrected, context) is None:
                 attempt = corrected
                 break
+        if INT8 in formats.values() and layers.give_back_attention():
+            attempt = layers.attempt(_quantized(formats))
+            if over_budget(attempt, context) is None:
+                break
         own_noise = sum(entry.noise for entry in table if formats[entry.layer] == entry.form)
         noise_budget = min(noise_budget, own_noise) / 2
     else:

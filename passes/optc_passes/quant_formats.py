@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from optc import Change, ModelInfo, PassContext, Program
+from optc import Change, ModelInfo, PassContext, Program, Skip
 from optc.rewrite import argument, calls, complete_meta, constant_of, is_call, shape
 from optc_passes.quant_bias import correct_bias
 from optc_passes.quant_blocks import Rounded
 from optc_passes.quant_local import local_formats
 from optc_passes.quant_noise import Batch, NoiseMeter, output_sqnr
-from optc_passes.quant_plan import CONVS, DEQUANTIZERS, LINEARS, RULE, Layer, Plan, make_plan
+from optc_passes.quant_plan import ATTENTION, CONVS, DEQUANTIZERS, FLOAT_OPS, LINEARS, RULE, Layer, Plan, make_plan
 from optc_passes.quant_pt2e import calibrate, convert, prepare
 from optc_passes.quant_split import split_composites
 from optc_passes.quantizer import Int8Kernels
@@ -52,6 +52,7 @@ class LayerFormats:
         kernels: what the target's int8 kernels take.
         local: formats other than static int8, by name.
         corrects_bias: whether static int8 layers get their bias corrected; layers with weights in blocks always do.
+        attention: whether static int8 goes with queries and keys of attention in int8.
     """
 
     def __init__(self, program: Program, context: PassContext, observer: Any, block: int = 128) -> None:
@@ -59,9 +60,10 @@ class LayerFormats:
         self.kernels = Int8Kernels.of(context)
         self.local = local_formats(block, self.kernels.weight_limit)
         self.corrects_bias = False
+        self.attention = self.kernels.attention
         self._observers: dict[str, ObserverBase] = {}
         self._work = split_composites(program.fork())
-        self.plan: Plan = make_plan(self._work)
+        self.plan: Plan = make_plan(self._work, attention=self.attention)
         self.batches: list[Batch] = []
         self._references: list[Batch] = []
         self._meter: NoiseMeter | None = None
@@ -83,7 +85,8 @@ class LayerFormats:
             self._references = [self._program.run(*batch) for batch in self.batches]
             return
         work = split_composites(self._program.fork())
-        prepared, self._observers = prepare(work, make_plan(work), self._observer, self.kernels)
+        plan = make_plan(work, attention=self.attention)
+        prepared, self._observers = prepare(work, plan, self._observer, self.kernels)
         self.batches, self._references = calibrate(prepared, context.calibration, context)
 
     def refusal(self, name: str, form: str) -> str | None:
@@ -107,8 +110,12 @@ class LayerFormats:
             self._meter.run(*self.batches[0])
         return self._meter.sqnr
 
-    def attempt(self, formats: Formats) -> Attempt:
-        """The program with each layer in its format (in float if it has none), and how far its outputs move."""
+    def attempt(self, formats: Formats, attention: bool = True) -> Attempt:
+        """The program with each layer in its format (in float if it has none), and how far its outputs move.
+
+        Args:
+            attention: whether attention goes with static int8 layers, unless it was given back.
+        """
         static = {name for name, form in formats.items() if form == INT8}
         work = self._program.fork()
         if static:
@@ -123,11 +130,25 @@ class LayerFormats:
                 changes.append(self.local[form].store(work, node, self._rounded(work, node, form)))
         work.module.recompile()
         if static:
-            plan = make_plan(work, in_float=set(self.names) - static)
+            plan = make_plan(work, in_float=set(self.names) - static, attention=attention and self.attention)
             prepared, _ = prepare(work, plan, self._observer, self.kernels, self._observers)
             changes += [Change(INT8, layer.node.name, str(layer.weight.target)) for layer in plan.layers]
+            changes += [Change(INT8, node.name, "queries and keys") for node in plan.attention]
             work = convert(prepared, plan, self._program)
         return Attempt(work, tuple(changes), output_sqnr(work, self.batches, self._references))
+
+    def give_back_attention(self) -> bool:
+        """Leave attention in float from now on; returns whether that changes anything."""
+        changes = self.attention and bool(self.plan.attention)
+        self.attention = False
+        return changes
+
+    def skipped(self, attempt: Attempt | None) -> tuple[Skip, ...]:
+        """What is no layer, or none that can be quantized, and stays in float in an attempt."""
+        done = {change.node for change in attempt.layers} if attempt else set()
+        reason = FLOAT_OPS[ATTENTION] if self.attention else "given back to float: the budget has no room for its noise"
+        left = [node.name for node in self.plan.attention if node.name not in done]
+        return (*self.plan.skipped, *(Skip(INT8, name, reason) for name in left))
 
     def _rounded(self, program: Program, node: fx.Node, form: str) -> Rounded:
         """What a local format stores of a layer's weight."""

@@ -51,6 +51,8 @@ DEQUANTIZERS = (
     torch.ops.quantized_decomposed.dequantize_per_channel_group.default,
 )
 
+ATTENTION = aten.scaled_dot_product_attention.default
+
 FLOAT_OPS = {
     aten.conv1d.default: "only 2-d convolutions have int8 kernels",
     aten.conv3d.default: "only 2-d convolutions have int8 kernels",
@@ -58,7 +60,7 @@ FLOAT_OPS = {
     aten.conv_transpose2d.input: "transposed convolutions have no int8 kernel",
     aten.conv_transpose3d.input: "transposed convolutions have no int8 kernel",
     aten.embedding.default: "a look-up does no arithmetic",
-    aten.scaled_dot_product_attention.default: "attention stays in float: softmax is sensitive to rounding",
+    ATTENTION: "attention stays in float: softmax is sensitive to rounding",
     aten.matmul.default: "product of two activations, stays in float",
     aten.bmm.default: "product of two activations, stays in float",
     aten.mm.default: "not a layer with a constant weight of its own",
@@ -100,12 +102,14 @@ class Plan:
         layers: in graph order.
         shared: value-preserving operators between int8 values (pools, views, concatenations).
         rescaled: operators in int8 with an output range of their own; maps each to the node whose output is rounded.
+        attention: attention operators whose queries and keys are rounded, for their product to be computed in int8.
         skipped: what stays in float, with reasons.
     """
 
     layers: tuple[Layer, ...]
     shared: frozenset[fx.Node]
     rescaled: dict[fx.Node, fx.Node]
+    attention: tuple[fx.Node, ...]
     skipped: tuple[Skip, ...]
 
 
@@ -114,19 +118,24 @@ def operands(node: fx.Node) -> list[fx.Node]:
     return [source for source in node.all_input_nodes if isinstance(source.meta.get("val"), torch.Tensor)]
 
 
-def make_plan(program: Program, in_float: Collection[str] = ()) -> Plan:
+def make_plan(program: Program, in_float: Collection[str] = (), attention: bool = False) -> Plan:
     """Decide for every layer and every operator between layers.
 
     Args:
         in_float: names of layer nodes to leave in float, without a word in ``skipped``.
+        attention: whether the product of queries and keys is to be computed in int8. Softmax and the product with the
+            values stay in float, as in NNCF's default for transformers: of probabilities of which the largest is 1, those
+            of most tokens would become 0.
     """
-    layers, skipped = [], []
+    layers, attended, skipped = [], [], []
     uses = _uses_by_constant(program)
     again = any(True for _ in calls(program, *QUANTIZERS))
     for node in program.graph.nodes:
         if node.op != "call_function":
             continue
-        if node.target in FLOAT_OPS:
+        if attention and node.target is ATTENTION and not again and _takes_float32(node):
+            attended.append(node)
+        elif node.target in FLOAT_OPS:
             skipped.append(Skip(RULE, node.name, FLOAT_OPS[node.target]))
         if node.target not in CONVS | LINEARS or node.name in in_float:
             continue
@@ -137,7 +146,12 @@ def make_plan(program: Program, in_float: Collection[str] = ()) -> Plan:
             source, weight, bias = (argument(node, name) for name in ("input", "weight", "bias"))
             layers.append(Layer(node, _tail(node), source, weight, bias))
     shared, rescaled = _between(program.graph, layers)
-    return Plan(tuple(layers), frozenset(shared), rescaled, tuple(skipped))
+    return Plan(tuple(layers), frozenset(shared), rescaled, tuple(attended), tuple(skipped))
+
+
+def _takes_float32(attention: fx.Node) -> bool:
+    """Whether an attention's queries and keys are computed, in float32."""
+    return all(source.op == "call_function" and dtype(source) is torch.float32 for source in attention.args[:2])  # type: ignore[union-attr]
 
 
 def _why_not(program: Program, node: fx.Node, uses: Counter[int]) -> str | None:

@@ -23,11 +23,14 @@ def split_composites(program: Program) -> Program:
     for node in calls(program, *COMPOSITES):
         row = COMPOSITES[node.target]  # type: ignore[index]
         if row.is_conv and (row.residual or row.activation not in _KEPT_ACTIVATIONS):
-            _split(node, row)
+            split_composite(node)
     return program
 
 
-def _split(node: fx.Node, row: Composite) -> None:
+def split_composite(node: fx.Node) -> None:
+    """Replace a composite by the plain operators that it stands for."""
+    row = COMPOSITES[node.target]  # type: ignore[index]
+
     def call(target: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
         made = node.graph.call_function(target, args, kwargs)
         made.meta = dict(node.meta)  # every step has the composite's shape and data type

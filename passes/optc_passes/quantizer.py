@@ -46,16 +46,18 @@ class Int8Kernels:
         weight_limit: largest magnitude of a weight. 127 leaves out -128: symmetric, and what the VNNI and AMX kernels
             of oneDNN and MLAS are written for. Before VNNI, ``vpmaddubsw`` adds two products of 8 bits and saturates at
             16: 2 · 255 · 64 is the most that fits (oneDNN, "Nuances of int8 computations").
+        attention: whether there are some that multiply queries by keys. OpenVINO has them for symmetric ones.
     """
 
     symmetric: bool = False
     weight_limit: int = 127
+    attention: bool = True
 
     @classmethod
     def of(cls, context: PassContext) -> Int8Kernels:
         """Those of the context's target."""
         if context.target.device == "cuda":
-            return cls(symmetric=True)
+            return cls(symmetric=True, attention=False)
         saturates = context.isa is not None and not _DOT_PRODUCT & set(context.isa)
         return cls(weight_limit=64 if saturates else 127)
 
@@ -78,13 +80,27 @@ class Int8Kernels:
 
     def activation(self, observer: Any) -> QuantizationSpec:
         """Per-tensor affine uint8, or symmetric int8, whose range ``observer`` (a constructor) finds."""
-        return QuantizationSpec(
-            dtype=torch.int8 if self.symmetric else torch.uint8,
-            observer_or_fake_quant_ctr=observer,
-            quant_min=-128 if self.symmetric else 0,
-            quant_max=127 if self.symmetric else 255,
-            qscheme=torch.per_tensor_symmetric if self.symmetric else torch.per_tensor_affine,
-        )
+        return _symmetric(observer) if self.symmetric else _affine(observer)
+
+
+def _affine(observer: Any) -> QuantizationSpec:
+    return QuantizationSpec(
+        dtype=torch.uint8,
+        observer_or_fake_quant_ctr=observer,
+        quant_min=0,
+        quant_max=255,
+        qscheme=torch.per_tensor_affine,
+    )
+
+
+def _symmetric(observer: Any) -> QuantizationSpec:
+    return QuantizationSpec(
+        dtype=torch.int8,
+        observer_or_fake_quant_ctr=observer,
+        quant_min=-128,
+        quant_max=127,
+        qscheme=torch.per_tensor_symmetric,
+    )
 
 
 class Int8Quantizer(Quantizer):
@@ -109,6 +125,7 @@ class Int8Quantizer(Quantizer):
         self._program = program
         self._plan = plan
         self._activation, self._weight = kernels.activation(observer), kernels.weight
+        self._attention = _symmetric(observer)
         self._observed = observed or {}
         self.observers: dict[str, ObserverBase] = {}
 
@@ -124,6 +141,8 @@ class Int8Quantizer(Quantizer):
             elif node in self._plan.rescaled:
                 _annotate(node, dict.fromkeys(operands(node), self._activation))
                 _annotate(self._plan.rescaled[node], output=self._activation)
+        for node in self._plan.attention:
+            _annotate(node, dict.fromkeys(node.args[:2], self._attention))  # type: ignore[arg-type]
         return model
 
     def _annotate_layer(self, layer: Layer) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from optc import Backend, BackendError, KernelTime, Lowered, Runner, Target
+from optc_openvino.bfloat16 import use_inference_precision
 from optc_openvino.execution import not_int8
 from optc_openvino.flatten import flatten_layers
 from optc_openvino.graph import (
@@ -61,6 +62,7 @@ class OpenVinoBackend(Backend):
             use_hsigmoid(model)
             not_rounded = drop_quantizations_before_activations(model)
             flatten_layers(model)
+            own = use_inference_precision(model)
             with errors("openvino cannot write the model"):
                 ov.save_model(model, folder / FILES[0], compress_to_fp16=False)
             del model  # it maps the ONNX file
@@ -77,6 +79,7 @@ class OpenVinoBackend(Backend):
             "operators": dict(operators.most_common()),
             "dropped_zero_points": dropped,
             "dropped_quantizations": not_rounded,
+            "inference_precision": "bfloat16" if own else "as in the graph",
             "not_int8": not_int8(runner.kernels, asked),
             "check": check_agreement("openvino", program, runner).details(),
         }

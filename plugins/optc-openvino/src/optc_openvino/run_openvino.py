@@ -11,11 +11,14 @@ import openvino  # noqa: E402
 
 def load(batch: int = 1, threads: int = 0) -> openvino.CompiledModel:
     """The model compiled by openvino for one batch size, in the types the file has; 0 threads lets openvino choose."""
-    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
-    if threads:
-        options["INFERENCE_NUM_THREADS"] = threads
     core = openvino.Core()
     model = core.read_model(Path(__file__).resolve().with_name("model.xml"))
+    bf16 = model.has_rt_info(["optc", "inference_precision"])
+    bf16 = bf16 and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    options = {"PERFORMANCE_HINT": "LATENCY", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+    options["INFERENCE_PRECISION_HINT"] = "bf16" if bf16 else "f32"
+    if threads:
+        options["INFERENCE_NUM_THREADS"] = threads
     model.reshape({i: [batch if d.is_dynamic else d for d in p.partial_shape] for i, p in enumerate(model.inputs)})
     return core.compile_model(model, "CPU", options)
 

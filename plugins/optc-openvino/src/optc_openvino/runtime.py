@@ -12,7 +12,7 @@ from typing import Any
 
 from optc import BackendError, Target
 
-__all__ = ["VERSION", "compile_model", "core", "errors", "ov", "read"]
+__all__ = ["INFERENCE_PRECISION", "VERSION", "compile_model", "computes_bfloat16", "core", "errors", "ov", "read"]
 
 
 @contextmanager
@@ -37,12 +37,19 @@ with _without_telemetry():
     import openvino as ov
 
 VERSION = ov.get_version().partition("-")[0]
+INFERENCE_PRECISION = ("optc", "inference_precision")
+"""Where a model's own information says what its operators in float32 are to be computed in, if not in that."""
 
 
 @lru_cache(maxsize=1)
 def core() -> ov.Core:
     """The process's OpenVINO core."""
     return ov.Core()
+
+
+def computes_bfloat16() -> bool:
+    """Whether this CPU has bfloat16 arithmetic that OpenVINO uses."""
+    return "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def read(path: Path) -> ov.Model:
@@ -58,7 +65,7 @@ def read(path: Path) -> ov.Model:
 
 
 def compile_model(model: ov.Model, target: Target, further: Mapping[str, Any] | None = None) -> ov.CompiledModel:
-    """Compile for the target's threads, in the types that are written in the model and no others.
+    """Compile for the target's threads, in the types and the inference precision that are written in the model.
 
     Args:
         further: options besides those that every model is compiled with.
@@ -72,7 +79,7 @@ def compile_model(model: ov.Model, target: Target, further: Mapping[str, Any] | 
         "INFERENCE_NUM_THREADS": target.threads,
         # With its default OpenVINO runs a float32 model in bfloat16 where the CPU is fast at that. f32 means that
         # nothing is lowered further: what the graph itself casts to bfloat16 still runs in bfloat16.
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": inference_precision(model),
         # Otherwise the inputs of layers with integer weights are quantized at every call, asked for or not.
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
         # Pinned threads of two processes would share the first cores while the others idle.
@@ -80,6 +87,12 @@ def compile_model(model: ov.Model, target: Target, further: Mapping[str, Any] | 
     }
     with errors("openvino cannot compile the model"):
         return core().compile_model(model, "CPU", options | dict(further or {}))
+
+
+def inference_precision(model: ov.Model) -> str:
+    """What a model's operators in float32 are computed in: ``"f32"``, or ``"bf16"`` where it says so and the CPU can."""
+    path = list(INFERENCE_PRECISION)
+    return "bf16" if model.has_rt_info(path) and computes_bfloat16() else "f32"
 
 
 @contextmanager
