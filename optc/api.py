@@ -163,7 +163,9 @@ def optimize(
     metric = metric_of(evaluate, captured, batches if max_drop is not None else None)
     before = before_of(run, metric, model, captured)
     search = metric_of(validate, captured, None) or metric
-    measures = {each.name: _latency_on(each, target) for each in chosen if not has_own_process(each)}
+    quick = [each for each in chosen if not has_own_process(each)]
+    quick = [each for each in quick if not each.simulates_quantization] or quick
+    measures = {each.name: _latency_on(each, target) for each in quick}
     flags = isa() if target.device == "cpu" else None
     context = PassContext(
         target,

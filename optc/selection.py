@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -66,7 +68,8 @@ def select(
     """Lower every program to every backend in question, measure, keep one.
 
     Where there are several of both, all backends get the first program, and the others only those on which it took
-    at most :data:`WORTHWHILE` times what it took on the fastest one.
+    at most :data:`WORTHWHILE` times what it took on the fastest one. A backend that compiles for seconds is left
+    out for a program that takes longer than that on all others.
 
     Args:
         made: programs by the lists of passes that made them, and the lists that came to nothing.
@@ -122,6 +125,7 @@ class _Contest:
         self.folder = folder
         self.lowerings: list[Lowering] = []
         self.left: list[Outcome] = []
+        self._best: Lowering | None = None
         self._run, self._inputs, self._target = run, inputs, target
 
     def enter(self, programs: Mapping[str, Program], chosen: Sequence[Backend]) -> None:
@@ -137,7 +141,9 @@ class _Contest:
             names = ", ".join(each.name for each in chosen)
             try:
                 with self._run.step(f"Lowering {passes} to {names}" if passes else f"Lowering to {names}") as step:
-                    lowered, refused = lower_all(list(chosen), program, self._target, folder, step.update)
+                    lowered, refused = lower_all(
+                        list(chosen), program, self._target, folder, step.update, partial(self._hopeless, passes)
+                    )
                     step.done("; ".join(f"{each.provider}, {each.precision}" for each in lowered))
             except BackendError as error:
                 failure = failure or error
@@ -152,28 +158,41 @@ class _Contest:
 
     def _worthwhile(self, chosen: Sequence[Backend], others: Sequence[str]) -> list[Backend]:
         """The backends that other programs are worth lowering to, by a first look at what each made of this one."""
-        looked_at = {each.backend.name: each for each in self.lowerings}
-        candidates = [_candidate(name, each) for name, each in looked_at.items()]
-        query = [tuple(tensor.numpy() for tensor in _query(self._inputs, self._target))]
         with self._run.step("Comparing the backends") as step:
-            found = measure_candidates(
-                candidates,
-                query,
-                self._target,
-                blocks=LOOK_BLOCKS,
-                block_seconds=LOOK_SECONDS,
-                progress=step.update,
-            )
-            p50 = {each.name: each.percentiles.p50_ns for each in found.results if each.percentiles and not each.error}
-            best = min(p50.values(), default=0.0)
-            worthwhile = [each for each in chosen if p50.get(each.name, 0.0) <= WORTHWHILE * best]
+            p50 = self._look(self.lowerings, step.update)
+            best = min(p50, default=0.0)
+            looked_at = {each.backend.name: taken for each, taken in zip(self.lowerings, p50, strict=True)}
+            worthwhile = [each for each in chosen if looked_at.get(each.name, 0.0) <= WORTHWHILE * best]
             step.done(f"{', '.join(others)} on {', '.join(each.name for each in worthwhile)}")
-        first, rest = self.lowerings[0].passes, SEPARATOR.join(others)
+        self._best = self.lowerings[p50.index(best)]
+        first, rest = self._best.passes, SEPARATOR.join(others)
         for each in chosen:
             if each not in worthwhile:
-                times = f"{p50[each.name] / best:.1f} times the latency that it has on the fastest backend"
+                times = f"{looked_at[each.name] / best:.1f} times the latency that it has on the fastest backend"
                 self.left.append(Outcome(each.name, False, f"not tried: {first} has {times}", passes=rest))
         return worthwhile
+
+    def _hopeless(self, passes: str, lowered: list[Lowering]) -> str:
+        """Why a program need not be compiled for seconds: what it takes on the backends that were quick to lower to."""
+        if self._best is None:
+            return ""
+        *own, best = self._look([*lowered, self._best], lambda text: None)
+        if min(own) <= WORTHWHILE * best:
+            return ""
+        times = f"{min(own) / best:.1f} times the latency of {self._best.passes} on {self._best.backend.name}"
+        return f"not tried: {passes} has {times} even on the faster of {', '.join(e.backend.name for e in lowered)}"
+
+    def _look(self, lowerings: Sequence[Lowering], progress: Callable[[str], None]) -> list[float]:
+        """Nanoseconds that each takes, by a short measurement; infinite for what fails."""
+        candidates = [_candidate(str(number), each) for number, each in enumerate(lowerings)]
+        query = [tuple(tensor.numpy() for tensor in _query(self._inputs, self._target))]
+        found = measure_candidates(
+            candidates, query, self._target, blocks=LOOK_BLOCKS, block_seconds=LOOK_SECONDS, progress=progress
+        )
+        return [
+            each.percentiles.p50_ns if each.percentiles and not each.error else math.inf
+            for each in (found[candidate.name] for candidate in candidates)
+        ]
 
     def names(self, several: bool) -> dict[str, Lowering]:
         """The lowerings by the names that they are measured under.

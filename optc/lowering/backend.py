@@ -78,11 +78,13 @@ class Backend(ABC):
 
     Attributes:
         automatic: whether ``--backend auto`` may choose it.
+        simulates_quantization: whether it computes quantized layers in float, so that no format of them saves time.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     automatic: ClassVar[bool] = True
+    simulates_quantization: ClassVar[bool] = False
     origin: str = "this module"
 
     @classmethod

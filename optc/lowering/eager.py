@@ -46,6 +46,7 @@ class EagerBackend(Backend):
 
     name = "eager"
     summary = "PyTorch eager with fused kernels: oneDNN on CPU, cuDNN on GPU."
+    simulates_quantization = True
 
     @classmethod
     def unavailable(cls, target: Target) -> str | None:

@@ -125,17 +125,26 @@ def _begun(backend: Backend, program: Program, target: Target, folder: Path) -> 
 
 
 def lower_all(
-    chosen: list[Backend], program: Program, target: Target, folder: Path, progress: Callable[[str], None]
+    chosen: list[Backend],
+    program: Program,
+    target: Target,
+    folder: Path,
+    progress: Callable[[str], None],
+    hopeless: Callable[[list[Lowering]], str] = lambda done: "",
 ) -> tuple[list[Lowering], dict[str, str]]:
     """Lower to each backend into a folder of its name; those that cannot are returned with their reason.
 
     Backends that compile in a process of their own do so while the others are lowered, where memory allows.
+
+    Args:
+        hopeless: asked once, when only backends that take long are left: why they need not go on, or nothing.
 
     Raises:
         BackendError: none can; or the only one cannot.
     """
     done: list[Lowering] = []
     refused: dict[str, str] = {}
+    asked: str | None = None
     with ExitStack() as stack:
         begun: dict[str, Callable[[], Lowering]] = {}
         if program.constant_bytes() <= _SIDE_BY_SIDE_SHARE * available_memory():
@@ -144,6 +153,10 @@ def lower_all(
                     context = _begun(backend, program, target, folder / backend.name)
                     begun[backend.name] = stack.enter_context(context)
         for backend in sorted(chosen, key=has_own_process):
+            if has_own_process(backend) and done and asked is None:
+                asked = hopeless(done)
+            if asked:
+                refused.setdefault(backend.name, asked)
             if backend.name in refused:
                 continue
             progress(f"lowering to {backend.name}")

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import onnx
 import onnx_ir as ir
@@ -55,10 +56,8 @@ def export_onnx(
         BackendError: an operator has no ONNX form (names node, operator, module and reason), the batch cannot stay
             dynamic, or onnx.checker refuses the file.
     """
-    plain = decompose(program)
     with _quiet(), registry_kept():
-        model = _translate(plain, opset)
-        onnx_rewrites.tidy(model)
+        model, plain = _translated(program, opset)
         size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
         data = f"{path.name}.data" if size > external_data_bytes else None
         ir.save(model, path, external_data=data)
@@ -71,6 +70,29 @@ def export_onnx(
         "decomposed": dict(Counter(str(n.target) for n in program.graph.nodes if n.target in COMPOSITES)),
     }
     return (path.name, data) if data else (path.name,), details
+
+
+_known: WeakKeyDictionary[fx.GraphModule, tuple[tuple[Any, ...], ir.Model, Program]] = WeakKeyDictionary()
+"""The last translation of each program that is still used: several backends start from the same file."""
+
+
+def _translated(program: Program, opset: int) -> tuple[ir.Model, Program]:
+    """The program as an ONNX model, tidied, and what it was translated from: the program without composites."""
+    state = _state(program, opset)
+    found = _known.get(program.module)
+    if found is None or found[0] != state:
+        plain = decompose(program)
+        model = _translate(plain, opset)
+        onnx_rewrites.tidy(model)
+        found = _known[program.module] = state, model, plain
+    return found[1], found[2]
+
+
+def _state(program: Program, opset: int) -> tuple[Any, ...]:
+    """What a translation depends on: the graph, and the tensors in the state they are in."""
+    tensors = sorted((name, id(value), value._version) for name, value in program.constants())
+    shapes = tuple((tensor.shape, tensor.dtype) for tensor in program.example_inputs)
+    return opset, program.dynamic_batch, shapes, str(program.graph), tuple(tensors)
 
 
 def _translate(program: Program, opset: int) -> ir.Model:

@@ -87,8 +87,8 @@ class _Rewrite:
     def call(self, node: fx.Node) -> None:
         """Decide for one call and rewrite it.
 
-        Values that depend on no input (``_free``) take either type. Those that quantized layers and dequantize operators
-        give (``_loose``), and what is computed from them alone, are float32 and may be cast to half.
+        Values that depend on no input (``_free``) take either type. Those that quantized layers and dequantize
+        operators give (``_loose``), and what is computed from them alone, are float32 and may be cast to half.
         """
         operands = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), (Tensor, tuple, list))]
         retyped = [n for n in operands if n in self._retyped]
@@ -109,7 +109,11 @@ class _Rewrite:
         bound = [n for n in floats if n not in self._free]
         if not self._in_half(node, floats, bound):
             self._cast(node, retyped, torch.float32)
-            if is_dequantize(node) or is_quantized_product(node) or (role(node) == "follows" and self._are_loose(bound)):
+            if (
+                is_dequantize(node)
+                or is_quantized_product(node)
+                or (role(node) == "follows" and self._are_loose(bound))
+            ):
                 self._loose.add(node)
         else:
             self._cast(node, floats, self._half)

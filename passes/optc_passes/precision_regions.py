@@ -25,18 +25,18 @@ def _activations(dequantize: fx.Node) -> bool:
 
 
 def inner(program: Program) -> set[fx.Node]:
-    """Operators whose value goes into quantize operators alone, through none or a chain of others.
+    """Operators whose value goes into quantize operators or outputs alone, through none or a chain of others.
 
     Kernels of quantized layers, or one behind them, compute such a chain while they write the integers.
     """
     found: set[fx.Node] = set()
     for node in reversed(program.graph.nodes):
         users = [user for user in node.users if operator_name(user) != "sym_size"]
-        if node.op == "call_function" and users:
-            if all(is_call(user, *QUANTIZERS) for user in users) or (len(users) == 1 and users[0] in found):
-                found.add(node)
-            elif all(user.op == "output" for user in users):
-                found.add(node)
+        if node.op != "call_function" or not users:
+            continue
+        ends = all(is_call(user, *QUANTIZERS) or user.op == "output" for user in users)
+        if ends or (len(users) == 1 and users[0] in found):
+            found.add(node)
     return found
 
 

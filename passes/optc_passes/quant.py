@@ -47,8 +47,9 @@ class Quant(Pass):
 
     The arithmetic is that of Jacob et al., "Quantization and Training of Neural Networks for Efficient
     Integer-Arithmetic-Only Inference", CVPR 2018. Pools, views and residual additions between int8 layers stay in
-    int8, and on a CPU attention multiplies queries by keys in int8. Softmax, normalisations, GELU, SiLU, hard-swish and squeeze-and-excitation gates stay in float: onnxruntime
-    has no int8 kernel for most, and where it has (sigmoid, mul) EfficientNet-B0 ran no faster for it.
+    int8, and on a CPU attention multiplies queries by keys in int8. Softmax, normalisations, GELU, SiLU, hard-swish and
+    squeeze-and-excitation gates stay in float: onnxruntime has no int8 kernel for most, and where it has (sigmoid, mul)
+    EfficientNet-B0 ran no faster for it.
 
     Other formats round the weights of linear layers alone, in blocks (:mod:`optc_passes.quant_blocks`), or choose for
     each layer by measuring (:mod:`optc_passes.quant_auto`).
@@ -121,11 +122,9 @@ class Quant(Pass):
         noise = layers.noise({name: tuple(form for form in each if form != FLOAT) for name, each in forms.items()})
         wholes = noisiest(layers, noise, context)
         best: Choice | None = None
-        for backend, latency in context.latency.items():
-            seconds = measure_layers(layers, forms, backend, latency, context)
-            table = entries(layers, forms, noise, wholes, backend, seconds)
-            choice = choose(layers, table, context) if seconds else None
-            if choice is not None and (best is None or choice.seconds < best.seconds):
+        for backend, seconds in measure_layers(layers, forms, context).items():
+            choice = choose(layers, entries(layers, forms, noise, wholes, backend, seconds), context)
+            if best is None or choice.seconds < best.seconds:
                 best = choice
         if best is None:
             skips = tuple(Skip("auto", name, "no backend runs it by itself") for name in layers.names)

@@ -59,32 +59,32 @@ def possible_formats(layers: LayerFormats, context: PassContext) -> dict[str, tu
 
 
 def measure_layers(
-    layers: LayerFormats,
-    forms: Mapping[str, Sequence[str]],
-    backend: str,
-    latency: Latency,
-    context: PassContext,
-) -> dict[Pair, float]:
-    """Seconds that each layer takes by itself in each of its formats. Layers of the same kind are measured once.
+    layers: LayerFormats, forms: Mapping[str, Sequence[str]], context: PassContext
+) -> dict[str, dict[Pair, float]]:
+    """Seconds that each layer takes by itself in each of its formats, by backend. Those of a kind are measured once.
 
-    A format that the backend cannot run for one layer is not tried for others of the same operator. Empty if the
-    backend cannot run some layer in float.
+    A format that a backend cannot run for one layer is not tried for others of the same operator. Backends that cannot
+    run some layer in float are left out.
     """
-    measured = _measured.setdefault(latency, {})
-    seconds: dict[Pair, float] = {}
-    refused: set[tuple[object, str]] = set()
+    seconds: dict[str, dict[Pair, float]] = {backend: {} for backend in context.latency}
+    refused: set[tuple[str, object, str]] = set()
     for number, layer in enumerate(layers.plan.layers, 1):
-        name, kind = layer.node.name, _kind(layer)
-        if kind not in measured:
-            context.progress(f"measuring layer {number}/{len(layers.names)} on {backend}")
-            operator = layer.node.target
-            tried = [form for form in forms[name] if (operator, form) not in refused]
-            taken = latency([layers.alone(layer, form, context.target.batch) for form in tried])
-            measured[kind] = dict.fromkeys(forms[name], math.nan) | dict(zip(tried, taken, strict=True))
-            refused |= {(operator, form) for form, found in measured[kind].items() if math.isnan(found)}
-        seconds.update({(name, form): taken for form, taken in measured[kind].items()})
-        if math.isnan(seconds[name, FLOAT]):
-            return {}
+        name, kind, operator = layer.node.name, _kind(layer), layer.node.target
+        programs: dict[str, Program] = {}  # one for all backends, which then share its export
+        for backend in list(seconds):
+            measured = _measured.setdefault(context.latency[backend], {})
+            if kind not in measured:
+                context.progress(f"measuring layer {number}/{len(layers.names)} on {backend}")
+                tried = [form for form in forms[name] if (backend, operator, form) not in refused]
+                for form in tried:
+                    programs[form] = programs.get(form) or layers.alone(layer, form, context.target.batch)
+                taken = context.latency[backend]([programs[form] for form in tried])
+                measured[kind] = dict.fromkeys(forms[name], math.nan) | dict(zip(tried, taken, strict=True))
+                refused |= {(backend, operator, form) for form, each in measured[kind].items() if math.isnan(each)}
+            if math.isnan(measured[kind][FLOAT]):
+                del seconds[backend]
+            else:
+                seconds[backend] |= {(name, form): taken for form, taken in measured[kind].items()}
     return seconds
 
 

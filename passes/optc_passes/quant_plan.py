@@ -124,8 +124,8 @@ def make_plan(program: Program, in_float: Collection[str] = (), attention: bool 
     Args:
         in_float: names of layer nodes to leave in float, without a word in ``skipped``.
         attention: whether the product of queries and keys is to be computed in int8. Softmax and the product with the
-            values stay in float, as in NNCF's default for transformers: of probabilities of which the largest is 1, those
-            of most tokens would become 0.
+            values stay in float, as in NNCF's default for transformers: of probabilities of which the largest is 1,
+            those of most tokens would become 0.
     """
     layers, attended, skipped = [], [], []
     uses = _uses_by_constant(program)
@@ -151,7 +151,8 @@ def make_plan(program: Program, in_float: Collection[str] = (), attention: bool 
 
 def _takes_float32(attention: fx.Node) -> bool:
     """Whether an attention's queries and keys are computed, in float32."""
-    return all(source.op == "call_function" and dtype(source) is torch.float32 for source in attention.args[:2])  # type: ignore[union-attr]
+    sources = [source for source in attention.args[:2] if isinstance(source, fx.Node) and source.op == "call_function"]
+    return len(sources) == 2 and all(dtype(source) is torch.float32 for source in sources)
 
 
 def _why_not(program: Program, node: fx.Node, uses: Counter[int]) -> str | None:

@@ -8,7 +8,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from optc import Program
-from optc.ops import COMPOSITES, Composite
+from optc.ops import COMPOSITES
 from optc.rewrite import argument, calls
 
 _KEPT_ACTIVATIONS = (None, "relu", "relu6")

@@ -74,7 +74,7 @@ def test_weights_fit_the_instruction_set(isa: tuple[str, ...] | None, limit: int
 
 def test_a_gpu_has_no_such_kernels() -> None:
     kernels = Int8Kernels.of(optc.PassContext(optc.Target(device="cuda"), isa=("avx2",)))
-    assert kernels == Int8Kernels(symmetric=True)
+    assert kernels == Int8Kernels(symmetric=True, attention=False)
 
 
 def test_weights_alone_need_no_int8_kernels() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import optc
+from optc_passes.fuse import Fuse
 from optc_passes.precision import Bf16, Fp16
 
 HALVES = pytest.mark.parametrize("half", [Bf16, Fp16], ids=["bf16", "fp16"])
@@ -315,3 +316,59 @@ def test_is_registered_with_its_budget(half: type[optc.Pass]) -> None:
     assert registry().load("pass", half.name) is half
     assert not half.numerics.exact
     assert half.numerics.min_sqnr_db is not None
+
+
+class Stream(nn.Module):
+    """A residual stream: patches, to which two layers with a norm before and a GELU between are added, twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.norm, self.head = nn.Conv2d(3, 16, 4, 4), nn.LayerNorm(16), nn.Linear(16, 5)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)) for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(self.norm(x).mean(1))
+
+
+class Convolutions(nn.Module):
+    """A residual block between convolutions, all of which is int8 or lies between integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        return self.head(nn.functional.hardswish(x + self.block(nn.functional.gelu(x))))
+
+
+def halves_behind(model: nn.Module, quantized: Callable[..., Any]) -> tuple[optc.Program, list[str]]:
+    """The fused, quantized model in bf16, and the operators that compute in half."""
+    program = quantized(Fuse()(optc.capture(model.eval(), (torch.randn(2, 3, 16, 16),))).program).program
+    before = program.run(*program.example_inputs)[0]
+    made = Bf16()(program).program
+    assert float((made.run(*made.example_inputs)[0] - before).norm() / before.norm()) < 0.03
+    calls = [n for n in made.graph.nodes if n.op == "call_function" and isinstance(n.meta["val"], Tensor)]
+    return made, [
+        getattr(n.target, "_opname", "")
+        for n in calls
+        if n.meta["val"].dtype is torch.bfloat16 and n.target is not torch.ops.aten._to_copy.default
+    ]
+
+
+def test_a_residual_stream_between_quantized_layers_is_in_half(quantized: Callable[..., Any]) -> None:
+    made, halves = halves_behind(Stream(), quantized)
+    assert halves.count("add") == 2
+    assert halves.count("layer_norm") == 3
+    assert "gelu" not in halves
+    assert not any("linear_add" in str(node.target) for node in made.graph.nodes)
+
+
+def test_chains_from_quantized_layers_to_quantize_operators_stay_as_they_are(quantized: Callable[..., Any]) -> None:
+    _, halves = halves_behind(Convolutions(), quantized)
+    assert halves == []

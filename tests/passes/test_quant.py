@@ -13,10 +13,13 @@ import torch
 from torch import Tensor, nn
 
 import optc
+from optc.budget import Budget, Metric
 from optc.lowering.onnx_export import export_onnx
 from optc.passmanager.instruments.verify import Verify
 from optc_passes.fuse import Fuse
+from optc_passes.observers import ActivationObserver
 from optc_passes.quant import Quant
+from optc_passes.quant_formats import LayerFormats
 
 IMAGE = torch.randn(2, 3, 16, 16)
 
@@ -100,10 +103,66 @@ def test_bad_options_are_refused(options: dict) -> None:
 def test_what_was_done_is_listed(quantized: Callable) -> None:
     q = quantized(Transformer(), IMAGE)
     assert [change.detail for change in q.result.applied] == [
-        "patches.weight", "qkv.weight", "project.weight", "mlp.1.weight", "mlp.3.weight"
+        "patches.weight", "qkv.weight", "project.weight", "mlp.1.weight", "mlp.3.weight", "queries and keys"
     ]  # fmt: skip
     assert {change.rule for change in q.result.applied} == {"int8"}
-    assert q.reasons == {"scaled_dot_product_attention": "attention stays in float: softmax is sensitive to rounding"}
+    assert q.reasons == {}
+
+
+def attention_operands(program: optc.Program) -> list[str]:
+    """What queries, keys and values are read as: the integers they are dequantized from, or float32."""
+    (attention,) = program.graph.find_nodes(
+        op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default
+    )
+    found = []
+    for node in attention.args[:3]:
+        quantized = "dequantize_per_tensor" in str(node.target)
+        if quantized:
+            assert node.args[2] == 0, "OpenVINO's kernels take no zero point"
+        found.append(str((node.args[0] if quantized else node).meta["val"].dtype).removeprefix("torch."))
+    return found
+
+
+def test_on_a_cpu_attention_multiplies_queries_by_keys_in_int8(quantized: Callable) -> None:
+    q = quantized(Transformer(), IMAGE)
+    assert attention_operands(q.program) == ["int8", "int8", "float32"]
+
+
+class LoudQueries(Transformer):
+    """One channel of its queries is far larger than the others, and meets keys of 0: it costs the others all bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.no_grad():
+            self.qkv.weight[:32] *= 5
+            self.project.weight *= 5
+            self.qkv.weight[16], self.qkv.bias[16] = 0.0, 0.0
+            self.qkv.bias[0] = 3000.0
+
+
+def test_attention_goes_back_to_float_before_layers_do(quantized: Callable) -> None:
+    torch.manual_seed(0)
+    program = optc.capture(LoudQueries().eval(), (IMAGE,))
+    batches = [(torch.randn(4, 3, 16, 16),) for _ in range(4)]
+
+    class Data:
+        description = "noise"
+
+        def __iter__(self) -> object:
+            return iter(batches)
+
+    layers = LayerFormats(program, optc.PassContext(calibration=Data()), ActivationObserver)
+    layers.calibrate(optc.PassContext(calibration=Data()))
+    formats = dict.fromkeys(layers.names, "int8")
+    whole, without_attention = (layers.attempt(formats, attention).sqnr for attention in (True, False))
+    assert without_attention > whole + 1
+    budget = Budget(Metric("always 1", lambda call: 1.0), 1.0, 0.0, min_sqnr_db=without_attention - 0.1)
+    result = Quant()(program, optc.PassContext(calibration=Data(), budget=budget))
+    assert attention_operands(result.program) == ["float32"] * 3
+    assert [(skip.node, skip.reason) for skip in result.skipped] == [
+        ("scaled_dot_product_attention", "given back to float: the budget has no room for its noise")
+    ]
+    assert len(result.applied) == 5
 
 
 def test_a_second_run_says_it_is_done(quantized: Callable) -> None:
@@ -231,7 +290,7 @@ def check_verified(name: str, size: int, folder: Path) -> optc.PassResult:
     given_back = [skip for skip in result.skipped if "given back" in skip.reason]
     quantized = [change for change in result.applied if change.rule == "int8"]
     assert not given_back
-    assert 0 < len(quantized) <= kinds["conv2d"] + kinds["linear"]
+    assert 0 < len(quantized) <= kinds["conv2d"] + kinds["linear"] + kinds["scaled_dot_product_attention"]
     assert result.program.constant_bytes() < 0.35 * captured.constant_bytes()
     return result
 

@@ -64,6 +64,11 @@ def vit_int8() -> optc.Optimized:
     return optimized("vit_tiny_patch16_224", "fuse,quant")
 
 
+@pytest.fixture(scope="session")
+def vit_mixed() -> optc.Optimized:
+    return optimized("vit_tiny_patch16_224", "fuse,quant,bf16")
+
+
 class TwoInputs(nn.Module):
     """Inputs and outputs that must not be confused."""
 

@@ -1,4 +1,4 @@
-"""Models that compute in bfloat16 wherever they are not quantized: OpenVINO's own inference precision instead of casts."""
+"""Models in bfloat16 wherever they are not quantized: OpenVINO's own inference precision instead of casts."""
 
 from __future__ import annotations
 

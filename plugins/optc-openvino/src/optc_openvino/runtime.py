@@ -90,7 +90,7 @@ def compile_model(model: ov.Model, target: Target, further: Mapping[str, Any] | 
 
 
 def inference_precision(model: ov.Model) -> str:
-    """What a model's operators in float32 are computed in: ``"f32"``, or ``"bf16"`` where it says so and the CPU can."""
+    """What operators in float32 are computed in: ``"f32"``, or ``"bf16"`` where the model says so and the CPU can."""
     path = list(INFERENCE_PRECISION)
     return "bf16" if model.has_rt_info(path) and computes_bfloat16() else "f32"
 
