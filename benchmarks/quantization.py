@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import subprocess
 import sys
@@ -89,7 +90,7 @@ def model_rows(
     task = DigitsTask(model, 1, target.threads, CALIBRATION_IMAGES, trained(model))
     test = task.metric("test", 1)
     candidates, accuracy, sizes, what, refused = [], {}, {}, {}, {}
-    with tempfile.TemporaryDirectory(prefix="optc-quantization-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="optc-quantization-") as scratch, contextlib.chdir(scratch):
         for runtime, ways in RUNTIMES.items():
             for peer in (FLOAT, *PEERS[runtime]) if runtime == "onnxruntime" else PEERS[runtime]:
                 say(f"{model}: {peer.name}")

@@ -180,7 +180,7 @@ class _Contest:
         if min(own) <= WORTHWHILE * best:
             return ""
         times = f"{min(own) / best:.1f} times the latency of {self._best.passes} on {self._best.backend.name}"
-        return f"not tried: {passes} has {times} even on the faster of {', '.join(e.backend.name for e in lowered)}"
+        return f"not tried: {passes} has {times} already on {lowered[own.index(min(own))].backend.name}"
 
     def _look(self, lowerings: Sequence[Lowering], progress: Callable[[str], None]) -> list[float]:
         """Nanoseconds that each takes, by a short measurement; infinite for what fails."""

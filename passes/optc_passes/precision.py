@@ -109,11 +109,8 @@ class _Rewrite:
         bound = [n for n in floats if n not in self._free]
         if not self._in_half(node, floats, bound):
             self._cast(node, retyped, torch.float32)
-            if (
-                is_dequantize(node)
-                or is_quantized_product(node)
-                or (role(node) == "follows" and self._are_loose(bound))
-            ):
+            follows = role(node) == "follows" and self._are_loose(bound)
+            if follows or is_dequantize(node) or is_quantized_product(node):
                 self._loose.add(node)
         else:
             self._cast(node, floats, self._half)

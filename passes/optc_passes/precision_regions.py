@@ -14,14 +14,8 @@ from optc_passes.quant_split import split_composite
 
 def is_quantized_product(node: fx.Node) -> bool:
     """Whether a node is a product with a weight that is stored as integers."""
-    if role(node) != "product":
-        return False
-    return any(is_dequantize(n) and not _activations(n) for n in node.all_input_nodes)
-
-
-def _activations(dequantize: fx.Node) -> bool:
-    integers = dequantize.all_input_nodes[0]
-    return integers.op != "get_attr"
+    constants = [n for n in node.all_input_nodes if is_dequantize(n) and n.all_input_nodes[0].op == "get_attr"]
+    return role(node) == "product" and bool(constants)
 
 
 def inner(program: Program) -> set[fx.Node]:

@@ -352,6 +352,7 @@ def halves_behind(model: nn.Module, quantized: Callable[..., Any]) -> tuple[optc
     program = quantized(Fuse()(optc.capture(model.eval(), (torch.randn(2, 3, 16, 16),))).program).program
     before = program.run(*program.example_inputs)[0]
     made = Bf16()(program).program
+    assert not Bf16()(made).modified
     assert float((made.run(*made.example_inputs)[0] - before).norm() / before.norm()) < 0.03
     calls = [n for n in made.graph.nodes if n.op == "call_function" and isinstance(n.meta["val"], Tensor)]
     return made, [

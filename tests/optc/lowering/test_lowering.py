@@ -11,7 +11,8 @@ import optc
 from optc import Backend, BackendError, Lowered, Program, Runner, Target
 from optc.errors import OptcError
 from optc.lowering.eager import EagerBackend
-from optc.lowering.lowering import AUTO, backends, lower_all
+from optc.lowering.inductor import InductorBackend
+from optc.lowering.lowering import AUTO, Lowering, backends, lower_all
 
 
 class Refuses(Backend):
@@ -75,3 +76,18 @@ def test_no_backend_at_all_names_every_reason(program: Program, tmp_path: Path) 
 
     with pytest.raises(BackendError, match=r"refuses: .*; also-refuses: "):
         lower_all([Refuses(), AlsoRefuses()], program, Target(threads=1), tmp_path, lambda text: None)
+
+
+def test_what_takes_long_to_compile_is_stopped_where_it_is_hopeless(program: Program, tmp_path: Path) -> None:
+    asked: list[list[str]] = []
+
+    def hopeless(done: list[Lowering]) -> str:
+        asked.append([made.backend.name for made in done])
+        return "it takes too long elsewhere"
+
+    chosen: list[Backend] = [InductorBackend(), EagerBackend()]
+    done, refused = lower_all(chosen, program, Target(threads=1), tmp_path, lambda text: None, hopeless)
+    assert asked == [["eager"]]
+    assert [made.backend.name for made in done] == ["eager"]
+    assert refused == {"inductor": "it takes too long elsewhere"}
+    assert not list((tmp_path / "inductor").glob("*.pt2"))

@@ -175,3 +175,22 @@ def test_the_exporter_keeps_silent(
         export_onnx(cnn, tmp_path / "m.onnx")
     assert capfd.readouterr() == ("", "")
     assert not caplog.records
+
+
+def test_a_program_is_translated_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    translations = []
+    export = torch.onnx.export
+    monkeypatch.setattr(
+        torch.onnx, "export", lambda *args, **options: translations.append(1) or export(*args, **options)
+    )
+    program = capture(nn.Linear(4, 3), (torch.randn(2, 4),))
+    x = torch.randn(2, 4)
+    for name in ("first", "second"):
+        export_onnx(program, tmp_path / f"{name}.onnx")
+    assert len(translations) == 1
+    assert (tmp_path / "first.onnx").read_bytes() == (tmp_path / "second.onnx").read_bytes()
+    with torch.no_grad():
+        dict(program.constants())["weight"].mul_(2)
+    export_onnx(program, tmp_path / "third.onnx")
+    assert len(translations) == 2
+    np.testing.assert_allclose(run(tmp_path / "third.onnx", x.numpy())[0], program.run(x)[0].numpy(), rtol=1e-5)

@@ -36,6 +36,8 @@ class OpenVinoRunner(Runner):
         self._target = target
         self._lock = threading.Lock()
         self._others: OrderedDict[Shapes, ov.InferRequest] = OrderedDict()
+        self._outputs = range(len(model.outputs))
+        self._types = tuple(dtype for _, _, dtype in self._inputs)
         self._shapes = tuple(_at_batch(shape, target.batch) for _, shape, _ in self._inputs)
         compiled = self._compile(self._shapes)
         self._request: ov.InferRequest | None = compiled.create_infer_request()
@@ -49,16 +51,19 @@ class OpenVinoRunner(Runner):
         Raises:
             BackendError: the runner is closed, or an input has another shape or type than the model takes.
         """
-        self._check(inputs)
+        shapes = tuple(array.shape for array in inputs)
+        if shapes != self._shapes or tuple(array.dtype for array in inputs) != self._types:
+            self._check(inputs)
         # A tensor that shares an array's memory does not keep the array alive: these names do, until infer returns.
         arrays = [array if _shareable(array) else np.array(array, order="C") for array in inputs]
         with self._lock:
-            request = self._request_for(tuple(array.shape for array in arrays))
+            request = self._request_for(shapes)
             with errors("openvino cannot run the model"):
                 for index, array in enumerate(arrays):
                     request.set_input_tensor(index, ov.Tensor(array, shared_memory=True))
                 request.infer()
-            return tuple(tensor.data.copy() for tensor in request.output_tensors)
+            # One by one: the list of all takes 14 µs to make, a fiftieth of a small model's latency.
+            return tuple(request.get_output_tensor(index).data.copy() for index in self._outputs)
 
     def close(self) -> None:
         """Free the compiled models and the weights."""
