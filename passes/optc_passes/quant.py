@@ -54,9 +54,9 @@ class Quant(Pass):
     Other formats round the weights of linear layers alone, in blocks (:mod:`optc_passes.quant_blocks`), or choose for
     each layer by measuring (:mod:`optc_passes.quant_auto`).
 
-    If the quantized program's outputs miss the SQNR budget on calibration data, or cost more of the task's metric than
-    the context allows, biases are corrected if that helps, then attention goes back to float, and then the layers that
-    add most noise, as few as it takes.
+    Biases are corrected if that brings the outputs closer. If they miss the SQNR budget on calibration data, or cost
+    more of the task's metric than the context allows, attention goes back to float, and then the layers that add most
+    noise, as few as it takes.
     """
 
     name = "quant"
@@ -91,13 +91,12 @@ class Quant(Pass):
         noise = layers.noise(dict.fromkeys(formats, (form,)))
         best: Attempt | None
         best = layers.attempt(formats)
-        problem = over_budget(best, context)
-        if problem and form == INT8:
+        if form == INT8:
             best = layers.with_better_bias(formats, best)
+        problem = over_budget(best, context)
+        if problem and form == INT8 and layers.give_back_attention():
+            best = layers.attempt(formats)
             problem = over_budget(best, context)
-            if problem and layers.give_back_attention():
-                best = layers.attempt(formats)
-                problem = over_budget(best, context)
         doubtful = noisiest(layers, noise, context) if problem else {}
         table = entries(layers, dict.fromkeys(formats, (form,)), noise, doubtful)
         if problem:
@@ -120,6 +119,8 @@ class Quant(Pass):
             )
         forms = possible_formats(layers, context)
         noise = layers.noise({name: tuple(form for form in each if form != FLOAT) for name, each in forms.items()})
+        int8 = {name: INT8 for name, each in forms.items() if INT8 in each}
+        layers.with_better_bias(int8, layers.attempt(int8))
         wholes = noisiest(layers, noise, context)
         best: Choice | None = None
         for backend, seconds in measure_layers(layers, forms, context).items():
@@ -136,7 +137,7 @@ class Quant(Pass):
             return PassResult(program, modified=False, skipped=skipped, account=rows)
         backend = best.table[0].backend
         models = {FLOAT: program, CHOSEN: best.attempt.program}
-        plain = layers.attempt({name: INT8 for name, each in forms.items() if INT8 in each})
+        plain = layers.attempt(int8)
         if over_budget(plain, context) is None:
             models[INT8] = plain.program
         taken = whole_seconds(models, backend, context)

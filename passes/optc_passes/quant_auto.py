@@ -116,11 +116,6 @@ def choose(layers: LayerFormats, table: Sequence[Entry], context: PassContext) -
         context.progress(f"outputs at {attempt.sqnr:.1f} dB with {len(attempt.layers)} layers quantized")
         if over_budget(attempt, context) is None:
             break
-        if not layers.corrects_bias and INT8 in formats.values():
-            corrected = layers.with_better_bias(_quantized(formats), attempt)
-            if corrected is not attempt and over_budget(corrected, context) is None:
-                attempt = corrected
-                break
         if INT8 in formats.values() and layers.give_back_attention():
             attempt = layers.attempt(_quantized(formats))
             if over_budget(attempt, context) is None:
