@@ -133,25 +133,35 @@ class Quant(Pass):
         rows = account(best.table, best.formats, {name: best.why(name) for name in layers.names})
         floats = [name for name, form in best.formats.items() if form == FLOAT]
         skipped = (*layers.skipped(best.attempt), *(Skip("auto", name, best.why(name)) for name in floats))
-        if not best.attempt.layers:
-            return PassResult(program, modified=False, skipped=skipped, account=rows)
         backend = best.table[0].backend
-        models = {FLOAT: program, CHOSEN: best.attempt.program}
-        plain = layers.attempt(int8)
-        if over_budget(plain, context) is None:
+        models = {FLOAT: program}
+        if best.attempt.layers:
+            models[CHOSEN] = best.attempt.program
+        plain = self._within_budget(layers, int8, best.table, context) if int8 else None
+        if plain is not None:
             models[INT8] = plain.program
         taken = whole_seconds(models, backend, context)
-        quickest = min((name for name in taken if taken[name] >= 0), key=taken.__getitem__, default=CHOSEN)
-        if taken[CHOSEN] > taken[quickest]:  # not where the backend could not run the mix: lowering says why
+        quickest = min((name for name in taken if taken[name] >= 0), key=taken.__getitem__, default=FLOAT)
+        # Not where the backend could not run the mix: lowering says why.
+        if not best.attempt.layers or taken[CHOSEN] > taken[quickest]:
             reason = in_words(taken, backend)
-            formats = {change.node: INT8 for change in plain.layers} if quickest == INT8 else {}
+            kept = plain if quickest == INT8 else None
+            formats = {change.node: INT8 for change in kept.layers} if kept else {}
             floats = [name for name in layers.names if name not in formats]
-            skipped = (*layers.skipped(plain if formats else None), *(Skip("auto", name, reason) for name in floats))
+            skipped = (*layers.skipped(kept), *(Skip("auto", name, reason) for name in floats))
             rows = account(best.table, formats, dict.fromkeys(layers.names, reason))
-            if not formats:
+            if kept is None:
                 return PassResult(program, modified=False, skipped=skipped, account=rows)
-            return PassResult(plain.program, True, plain.layers, skipped, rows)
+            return PassResult(kept.program, True, kept.layers, skipped, rows)
         return PassResult(best.attempt.program, True, best.attempt.layers, skipped, rows)
+
+    def _within_budget(
+        self, layers: LayerFormats, formats: Formats, table: Sequence[Entry], context: PassContext
+    ) -> Attempt | None:
+        """Layers in the formats given, as many as the budget allows; ``None`` if that is none."""
+        whole = layers.attempt(formats)
+        problem = over_budget(whole, context)
+        return self._give_back(layers, formats, table, problem, context)[0] if problem else whole
 
     def _give_back(
         self,

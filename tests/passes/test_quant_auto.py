@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import optc
+from optc.budget import Budget, Metric
 from optc.machine import BF16_FLAGS, isa
 from optc_passes.quant import Quant
 from optc_passes.quant_account import Entry
@@ -141,6 +142,40 @@ def test_what_is_fastest_as_a_whole_is_kept(seconds: tuple[float, ...], form: st
         reasons = {row["why"] for row in result.account if row["chosen"]}
         assert len(reasons) == 1
         assert all(text in reasons.copy().pop() for text in whole)
+
+
+@pytest.mark.parametrize("least_db", [10.0, 30.0], ids=["all layers", "some given back"])
+def test_int8_that_is_faster_as_a_whole_alone_is_kept(least_db: float) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Linear(64, 64) for _ in range(3)]
+    with torch.no_grad():
+        layers[1].weight[:, 0] *= 300  # a scale for each output channel leaves the other columns few bits
+    program = optc.capture(nn.Sequential(*layers).eval(), (torch.randn(2, 64),))
+    measured: list[list[int]] = []
+
+    def latency(programs: Sequence[optc.Program]) -> list[float]:
+        """By itself each layer is fastest in float; of whole models the more they are quantized the faster."""
+        if programs[0].operator_count() == 1:
+            return [1.0 + rank for rank in range(len(programs))]
+        integers = [
+            sum(value.dtype is torch.int8 and value.dim() == 2 for _, value in each.constants()) for each in programs
+        ]
+        measured.append(integers)
+        return [1.0 / (1 + count) for count in integers]
+
+    class Batches:
+        description = "noise"
+
+        def __iter__(self):  # type: ignore[no-untyped-def]
+            return iter([(torch.randn(8, 64),)])
+
+    budget = Budget(Metric("always 1", lambda call: 1.0), 1.0, 0.0, min_sqnr_db=least_db)
+    context = optc.PassContext(calibration=Batches(), latency={"whole": latency}, budget=budget)
+    result = Quant(formats="auto")(program, context)
+    ((plain, kept),) = measured
+    assert plain == 0
+    assert kept == len(result.applied) == (3 if least_db == 10.0 else 2)
+    assert {change.rule for change in result.applied} == {"int8"}
 
 
 def test_auto_without_a_backend_is_one_line() -> None:
