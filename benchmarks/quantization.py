@@ -38,6 +38,8 @@ EPOCHS = {"alexnet": 4, "resnet18": 8, "mobilenetv3_small_100": 8, "vit_tiny_pat
 MAX_DROP = 1.0
 CALIBRATION_IMAGES = 64
 FASTER_THAN_INT8 = 1.3
+EQUAL = 1.05
+"""A ratio above 1 counts as equal if its whole interval is below this, and holds 1."""
 INT8, HALF, WEIGHTS, AUTO = "optc int8", "optc int8 and bf16", "optc int4-weights", "optc auto"
 OPTC: Mapping[str, Mapping[str, Any]] = {
     INT8: {"passes": "fuse,quant"},
@@ -174,7 +176,8 @@ def _row(
 def _against_peers(rows: list[dict[str, str | float]], measured: Measurement) -> tuple[list[str], list[str]]:
     """Where a peer on the same runtime is more accurate or faster than optc's best, and where no difference was found.
 
-    A peer is faster if the whole interval of the ratio to the fastest of optc's that are as accurate says so.
+    A peer counts as faster than the fastest of optc's that are as accurate unless the ratio, or its interval, says
+    otherwise; see :data:`EQUAL`.
     """
     missed, equal = [], []
     for runtime, peers in PEERS.items():
@@ -187,10 +190,11 @@ def _against_peers(rows: list[dict[str, str | float]], measured: Measurement) ->
                 continue
             best = str(min(accurate, key=lambda row: float(row["p50 ms"]))["candidate"])
             ratio = ratio_of_medians(measured[best].latencies_ns, measured[peer.name].latencies_ns, interleaved=True)
-            if ratio.low > 1:
-                missed.append(f"{peer.name} is faster")
+            figures = f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
+            if ratio.value > 1 and (ratio.low > 1 or ratio.high > EQUAL):
+                missed.append(f"{peer.name} is faster" if ratio.low > 1 else f"{peer.name} may be faster ({figures})")
             elif ratio.high >= 1:
-                equal.append(f"{best} and {peer.name} ({ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}])")
+                equal.append(f"{best} and {peer.name} ({figures})")
     return missed, equal
 
 
