@@ -194,3 +194,16 @@ def test_a_program_is_translated_once_until_it_changes(tmp_path: Path, monkeypat
     export_onnx(program, tmp_path / "third.onnx")
     assert len(translations) == 2
     np.testing.assert_allclose(run(tmp_path / "third.onnx", x.numpy())[0], program.run(x)[0].numpy(), rtol=1e-5)
+
+
+def test_a_second_file_does_not_need_the_first_ones_data(tmp_path: Path) -> None:
+    program = capture(nn.Linear(64, 64), (torch.randn(2, 64),))
+    x = torch.randn(2, 64)
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        files, _ = export_onnx(program, tmp_path / name / "m.onnx", external_data_bytes=0)
+        assert files == ("m.onnx", "m.onnx.data")
+        if name == "first":
+            for file in files:
+                (tmp_path / name / file).unlink()
+    np.testing.assert_allclose(run(tmp_path / "second" / "m.onnx", x.numpy())[0], program.run(x)[0].numpy(), atol=1e-5)
