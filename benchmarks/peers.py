@@ -1,7 +1,8 @@
 """optc beside its peers: the same models, inputs and threads, in one run, in interleaved blocks.
 
 ``python benchmarks/peers.py`` measures every row; ``--short`` two of them, for ``make bench``. With ``--models`` and
-``--batch`` some rows are measured now; the table has those measured before on this machine with these versions as well.
+``--batch`` some rows are measured now; the table has those measured before as well. A row is one run on one machine,
+which it names.
 """
 
 from __future__ import annotations
@@ -205,6 +206,7 @@ def summary(rows: Sequence[Mapping[str, Any]], wanted: int) -> Result:
         raw={"ratios": {f"{model}, {batch}": ratio for (model, batch), ratio in ratios.items()}},
         notes=[
             "optc auto is `--passes auto --backend auto`: the fastest of int8, bf16 and float32 on any backend here.",
+            "Each row is one run on one machine; a row measured again takes the place of what was known of it.",
             f"Random weights; a tool whose outputs keep less than {LEAST_SQNR_DB:.0f} dB is not compared with.",
             *(
                 f"{row['model']} batch {row['batch']}, {name}: {why}"
@@ -226,6 +228,7 @@ def _summary_row(row: Mapping[str, Any]) -> dict[str, str | float]:
     return {
         "model": row["model"],
         "batch": str(row["batch"]),
+        "on": _where(row["machine"]),
         "best peer": best or "–",
         "its p50 ms": row["p50_ms"].get(best, "–"),
         "optc auto p50 ms": row["p50_ms"].get(AUTO, "–"),
@@ -233,6 +236,11 @@ def _summary_row(row: Mapping[str, Any]) -> dict[str, str | float]:
         "optc auto kept": own or "–",
         "made in s (best peer / all peers / optc)": " / ".join("–" if each is None else f"{each:.0f}" for each in made),
     }
+
+
+def _where(of: Mapping[str, Any]) -> str:
+    """A CPU by its name and its widest instructions for small types: cloud machines hide the model."""
+    return f"{of['cpu']} ({(of['isa'] or ['unknown instructions'])[-1]})"
 
 
 def benchmark(options: argparse.Namespace, folder: Path) -> Result:
@@ -251,20 +259,20 @@ def benchmark(options: argparse.Namespace, folder: Path) -> Result:
             write(folder / f"{stem}.md", text)
             print(text, flush=True)
     models, batches = (SHORT_MODELS, SHORT_BATCHES) if options.short else (MODELS, BATCHES)
-    return summary(rows_of_this_machine(folder), len(models) * len(batches))
+    return summary(known_rows(folder), len(models) * len(batches))
 
 
-def rows_of_this_machine(folder: Path) -> list[dict[str, Any]]:
-    """The rows in a folder that were measured on a machine like this, with the same packages, in the table's order."""
-    here = _what_counts(json.loads(json.dumps(asdict(machine(gpus=False)))))
+def known_rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows in a folder that were measured with the versions installed here, in the table's order."""
+    here = _versions(json.loads(json.dumps(asdict(machine(gpus=False)))))
     rows = [json.loads(path.read_text()) for path in folder.glob("*-batch-*.json")]
-    rows = [row for row in rows if _what_counts(row["machine"]) == here]
+    rows = [row for row in rows if _versions(row["machine"]) == here]
     place = {model: number for number, model in enumerate(MODELS)}
     return sorted(rows, key=lambda row: (place.get(row["model"], len(place)), row["model"], row["batch"]))
 
 
-def _what_counts(of: Mapping[str, Any]) -> list[Any]:
-    return [of[key] for key in ("cpu", "isa", "cores", "python", "packages")]
+def _versions(of: Mapping[str, Any]) -> list[Any]:
+    return [of[key] for key in ("cores", "python", "packages")]
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from optc.bench.results import Candidate, Measurement
 from optc.errors import BackendError
 from optc.evaluation import evaluation_mode
 from optc.lowering.backend import Backend
-from optc.lowering.lowering import Lowering, lower_all
+from optc.lowering.lowering import Lowering, has_own_process, lower_all
 from optc.passmanager.alternatives import SEPARATOR, Made
 from optc.program import Program
 from optc.progress import Run
@@ -138,16 +138,17 @@ class _Contest:
         for number, (passes, program) in enumerate(programs.items()):
             folder = self.folder.path / str(number)
             folder.mkdir()
-            names = ", ".join(each.name for each in chosen)
+            apt = self._apt(passes, program, chosen) if len(programs) > 1 else chosen
+            names = ", ".join(each.name for each in apt)
             try:
                 with self._run.step(f"Lowering {passes} to {names}" if passes else f"Lowering to {names}") as step:
                     lowered, refused = lower_all(
-                        list(chosen), program, self._target, folder, step.update, partial(self._hopeless, passes)
+                        list(apt), program, self._target, folder, step.update, partial(self._hopeless, passes)
                     )
                     step.done("; ".join(f"{each.provider}, {each.precision}" for each in lowered))
             except BackendError as error:
                 failure = failure or error
-                self.left += [Outcome(each.name, False, str(error), passes=passes) for each in chosen]
+                self.left += [Outcome(each.name, False, str(error), passes=passes) for each in apt]
                 continue
             self.lowerings += [replace(each, passes=passes) for each in lowered]
             self.left += [Outcome(name, False, reason, passes=passes) for name, reason in refused.items()]
@@ -155,6 +156,17 @@ class _Contest:
                 chosen = self._worthwhile(chosen, [each for each in programs if each != passes])
         if not self.lowerings and failure is not None:
             raise failure
+
+    def _apt(self, passes: str, program: Program, chosen: Sequence[Backend]) -> Sequence[Backend]:
+        """Not those that compile for seconds if the program's formats are those that were fastest on others."""
+        rows = (row for record in program.history for row in record.notes.get("account", ()))
+        measured = {row.get("backend", "") for row in rows} - {""}
+        apt = [each for each in chosen if each.name in measured or not has_own_process(each)]
+        if not measured or not apt:
+            return chosen
+        reason = f"not tried: each layer's format is the fastest on {', '.join(sorted(measured))}"
+        self.left += [Outcome(each.name, False, reason, passes=passes) for each in chosen if each not in apt]
+        return apt
 
     def _worthwhile(self, chosen: Sequence[Backend], others: Sequence[str]) -> list[Backend]:
         """The backends that other programs are worth lowering to, by a first look at what each made of this one."""

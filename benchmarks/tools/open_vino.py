@@ -10,7 +10,7 @@ import torch
 from optc import Runner
 from optc.lowering.backend import Array
 from optc_openvino.runtime import ov  # the import without telemetry
-from tools.peer import CallRunner, Peer, Task
+from tools.peer import CallRunner, Peer, Task, require_bfloat16
 
 FILE = "model.xml"
 
@@ -20,6 +20,11 @@ class Float(Peer):
 
     def __init__(self, hint: str) -> None:
         self.hint = hint
+
+    def prepare(self) -> None:
+        """Refuse a precision that the CPU has to emulate."""
+        if self.hint == "bf16":
+            require_bfloat16()
 
     def produce(self, task: Task, folder: Path) -> dict[str, Any]:
         """Convert and write the IR."""

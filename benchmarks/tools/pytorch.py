@@ -14,17 +14,26 @@ from torch._inductor import config as inductor
 
 from optc import Runner
 from optc.lowering.backend import Array
-from tools.peer import CallRunner, Peer, Task
+from tools.peer import CallRunner, Peer, Task, require_bfloat16
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CACHE = "inductor"
 
 
-class Eager(Peer):
-    """The module as it is, or converted as a whole; nothing is made beforehand."""
+class Torch(Peer):
+    """PyTorch in one type throughout."""
 
     def __init__(self, kind: str) -> None:
         self.dtype = DTYPES[kind]
+
+    def prepare(self) -> None:
+        """Refuse a type that the CPU has to emulate."""
+        if self.dtype == torch.bfloat16:
+            require_bfloat16()
+
+
+class Eager(Torch):
+    """The module as it is, or converted as a whole; nothing is made beforehand."""
 
     def produce(self, task: Task, folder: Path) -> dict[str, Any]:
         """Build and convert the model, which is all that eager mode needs."""
@@ -36,11 +45,8 @@ class Eager(Peer):
         return torch_runner(converted(task.loaded.module, self.dtype), "torch eager", self.dtype)
 
 
-class Compiled(Peer):
+class Compiled(Torch):
     """Inductor. It keeps no file: what is timed is compiling with an empty cache, which loading then finds filled."""
-
-    def __init__(self, kind: str) -> None:
-        self.dtype = DTYPES[kind]
 
     def produce(self, task: Task, folder: Path) -> dict[str, Any]:
         """Compile for the batch."""

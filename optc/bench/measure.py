@@ -22,6 +22,9 @@ from optc.target import Target
 
 MAX_QUERIES = 10_000
 """Most queries in a block, so that a model of microseconds does not fill the manifest."""
+FAR, FAR_BLOCKS = 1.5, 3
+"""An optimized candidate that took over this many times the fastest one's median in each of this many blocks gets no
+more: they would only narrow the interval of a loser."""
 SETTLING_BLOCKS = 10
 """Most further blocks for optimized candidates that are not told apart from the fastest one."""
 STRETCH = 5
@@ -59,8 +62,9 @@ def measure(
     with ``target.threads`` threads, the garbage collector off during blocks. A candidate that does not open or fails
     in a block stays in the result, with the reason.
 
-    Where several are ``optimized`` and take turns, those not told apart from the fastest of them get up to
-    :data:`SETTLING_BLOCKS` further rounds, until their order is settled or the time is up.
+    Where several are ``optimized`` and take turns, those far behind the fastest of them get only :data:`FAR_BLOCKS`
+    blocks, and those not told apart from it up to :data:`SETTLING_BLOCKS` further rounds, until their order is settled
+    or the time is up.
 
     Args:
         inputs: queries to draw from, one array per model input each, for candidates without inputs of their own.
@@ -100,8 +104,9 @@ def measure(
             else:
                 for state in states:
                     state.open(progress)
-                plan.run(states, share=1)
-                plan.settle([state for state in states if state.candidate.name in names])
+                contenders = [state for state in states if state.candidate.name in names]
+                plan.run(states, share=1, contenders=contenders)
+                plan.settle(contenders)
         finally:
             for state in states:
                 state.close()
@@ -201,8 +206,14 @@ class _Plan:
         self.steady, self.steady_seconds = steady, steady_seconds
         self.deadline = float("inf")
 
-    def run(self, states: Sequence[_State], share: int, reopen: bool = False) -> None:
-        """All rounds over ``states``, which may take one ``share``-th of the time limit."""
+    def run(
+        self, states: Sequence[_State], share: int, reopen: bool = False, contenders: Sequence[_State] = ()
+    ) -> None:
+        """All rounds over ``states``, which may take one ``share``-th of the time limit.
+
+        Args:
+            contenders: of the states, those whose order matters and nothing else.
+        """
         start = time.perf_counter()
         self.deadline = start + self.limit_seconds
         rounds = wanted = self.blocks
@@ -212,7 +223,8 @@ class _Plan:
             if reopen:
                 self._reopening_round(states if done % 2 == 0 else states[::-1], what)
             else:
-                self._round(states, what)
+                far = _far_behind(contenders) if done >= FAR_BLOCKS else []
+                self._round([state for state in states if state not in far], what)
             done += 1
             per_round = (time.perf_counter() - start) / done
             affordable = int(self.limit_seconds / share / per_round)
@@ -263,6 +275,21 @@ def _contest(states: Sequence[_State]) -> list[_State]:
         for state in states
         if state is best
         or statistics.ratio_of_medians(latencies(state), latencies(best), interleaved=True).outcome == "no difference"
+    ]
+
+
+def _far_behind(states: Sequence[_State]) -> list[_State]:
+    """Those that took over :data:`FAR` times what the fastest took, in each pair of blocks."""
+    medians = {
+        state: [plain.median(block.latencies_ns) for block in state.blocks]
+        for state in states
+        if state.runner is not None
+    }
+    best = min(medians.values(), key=plain.median, default=[])
+    return [
+        state
+        for state, own in medians.items()
+        if all(mine > FAR * theirs for mine, theirs in zip(own, best, strict=False))
     ]
 
 

@@ -125,6 +125,7 @@ def test_alexnet_at_batch_1_has_a_limit_of_its_own(peers: ModuleType, ratio: flo
     row = {
         "model": "alexnet",
         "batch": 1,
+        "machine": {"cpu": "a CPU", "isa": None},
         "best_peer": "eager fp32",
         "p50_ms": {"eager fp32": 1.0, "optc auto": ratio},
         "out": {},
@@ -136,7 +137,7 @@ def test_alexnet_at_batch_1_has_a_limit_of_its_own(peers: ModuleType, ratio: flo
     assert not peers.summary([row], 2).held, "a row is still to be measured"
 
 
-def test_rows_measured_before_count_where_the_machine_is_this(
+def test_rows_measured_before_count_where_the_versions_are_these(
     peers: ModuleType, measured: Measurement, tmp_path: Path
 ) -> None:
     def known(model: str, batch: int, **machine: Any) -> None:
@@ -152,8 +153,18 @@ def test_rows_measured_before_count_where_the_machine_is_this(
     known("alexnet", 16)
     known("alexnet", 1, packages={"optc": "0.0.1"})
     known("vit_base_patch16_224", 1, isa=["avx2", "of_another_cpu"])
-    found = [(row["model"], row["batch"]) for row in peers.rows_of_this_machine(tmp_path)]
-    assert found == [("alexnet", 16), ("resnet50", 1), ("resnet50", 16), ("test_resnet", 1)]
+    rows = peers.known_rows(tmp_path)
+    found = [(row["model"], row["batch"]) for row in rows]
+    assert found == [
+        ("alexnet", 16),
+        ("resnet50", 1),
+        ("resnet50", 16),
+        ("vit_base_patch16_224", 1),
+        ("test_resnet", 1),
+    ]
+    table = peers.summary(rows, 12).table
+    assert table[3]["on"].endswith("(of_another_cpu)"), "each row names its machine"
+    assert table[0]["on"] != table[3]["on"]
 
 
 def test_signal_to_noise(peers: ModuleType) -> None:

@@ -11,7 +11,9 @@ from torch import nn
 
 import optc
 from optc.lowering.eager import EagerBackend
+from optc.lowering.inductor import InductorBackend
 from optc.lowering.lowering import Lowering, lower
+from optc.passmanager.contract import PassRecord
 from optc.progress import Progress, Run
 from optc.selection import TemporaryFolder, _Contest
 
@@ -45,3 +47,18 @@ def test_a_program_far_slower_than_the_best_is_hopeless(lowerings: dict[str, Low
 def test_a_faster_program_or_the_first_one_is_not(lowerings: dict[str, Lowering]) -> None:
     assert contest(lowerings["large"])._hopeless("small", [lowerings["small"]]) == ""
     assert contest(None)._hopeless("large", [lowerings["large"]]) == ""
+
+
+def test_formats_chosen_on_one_backend_are_not_compiled_for_seconds_for_another() -> None:
+    quick, slow = EagerBackend(), InductorBackend()
+    program = optc.capture(nn.Linear(4, 4), (torch.randn(1, 4),))
+    race = contest(None)
+    assert race._apt("plain", program, [quick, slow]) == [quick, slow], "nothing was measured for it"
+
+    account = {"account": [{"layer": "linear", "backend": "eager"}]}
+    chosen = replace(program, history=(PassRecord("quant", {}, True, (), (), account),))
+    assert race._apt("mixed", chosen, [quick, slow]) == [quick]
+    (left,) = race.left
+    assert (left.backend, left.passes) == ("inductor", "mixed")
+    assert left.reason == "not tried: each layer's format is the fastest on eager"
+    assert race._apt("mixed", chosen, [slow]) == [slow], "the only one there is"

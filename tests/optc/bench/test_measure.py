@@ -14,7 +14,7 @@ from torch import nn
 from optc import Runner, Target
 from optc.bench import measure as measure_module
 from optc.bench import quiet
-from optc.bench.measure import MAX_QUERIES, measure
+from optc.bench.measure import FAR_BLOCKS, MAX_QUERIES, measure
 from optc.bench.results import Candidate, Measurement
 from optc.errors import BackendError
 
@@ -298,7 +298,7 @@ def test_candidates_that_are_not_told_apart_get_further_blocks(log: list[tuple[s
         candidates, query, optimized=names[:3], block_seconds=0.1, blocks=4, together=True, progress=progress
     )
     blocks = {name: len(result[name].blocks) for name in names}
-    assert blocks == {"first twin": 14, "second twin": 14, "slow": 4, "baseline": 4}
+    assert blocks == {"first twin": 14, "second twin": 14, "slow": FAR_BLOCKS, "baseline": 4}
     assert result.ratio is not None
     assert result.ratio.outcome == "faster"
     assert result.baseline == "baseline"
