@@ -84,7 +84,7 @@ def account_table(account: Sequence[Row], title: str, every: bool = False) -> Ta
         shown = layer.rows if every else [layer.chosen]
         for row in shown:
             cells = [layer.label, row["form"], _cell(row["sqnr_db"], ".1f", "exact" if row["form"] == FLOAT else "–")]
-            cells += [_cell(row["model_sqnr_db"], ".1f")] * whole + [_cell(row["drop"], ".2f")] * metric
+            cells += [_about(row) + _cell(row["model_sqnr_db"], ".1f")] * whole + [_cell(row["drop"], ".2f")] * metric
             if timed:
                 bar = "█" * max(1, round(_BAR * row["seconds"] / longest)) if row["seconds"] and row["chosen"] else ""
                 cells += [_cell(_micro(layer.unquantized), ".0f"), _cell(_micro(row), ".0f"), bar]
@@ -154,6 +154,10 @@ def _before_and_after(layers: Sequence[LayerAccount]) -> tuple[list[Row], list[R
 
 def _micro(row: Row) -> float | None:
     return None if row["seconds"] is None else row["seconds"] * 1e6
+
+
+def _about(row: Row) -> str:
+    return "~" if row.get("estimated") else ""
 
 
 def _cell(value: float | None, form: str, missing: str = "–") -> str:

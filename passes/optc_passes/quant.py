@@ -88,7 +88,8 @@ class Quant(Pass):
         skipped = [Skip(form, name, reason) for name, reason in refused.items() if reason]
         if not formats:
             return PassResult(program, modified=False, skipped=(*layers.skipped(None), *skipped))
-        noise = layers.noise(dict.fromkeys(formats, (form,)))
+        asked = dict.fromkeys(formats, (form,))
+        noise = layers.noise(asked, with_outputs=context.budget is not None)
         best: Attempt | None
         best = layers.attempt(formats)
         if form == INT8:
@@ -97,8 +98,10 @@ class Quant(Pass):
         if problem and form == INT8 and layers.give_back_attention():
             best = layers.attempt(formats)
             problem = over_budget(best, context)
+        if problem and not layers.output_noise:
+            layers.noise(asked, with_outputs=True)
         doubtful = noisiest(layers, noise, context) if problem else {}
-        table = entries(layers, dict.fromkeys(formats, (form,)), noise, doubtful)
+        table = entries(layers, asked, noise, doubtful)
         if problem:
             best, given_back = self._give_back(layers, formats, table, problem, context)
             skipped += given_back
@@ -118,7 +121,8 @@ class Quant(Pass):
                 "use optc optimize with --backend auto or onnxruntime",
             )
         forms = possible_formats(layers, context)
-        noise = layers.noise({name: tuple(form for form in each if form != FLOAT) for name, each in forms.items()})
+        asked = {name: tuple(form for form in each if form != FLOAT) for name, each in forms.items()}
+        noise = layers.noise(asked, with_outputs=True)
         int8 = {name: INT8 for name, each in forms.items() if INT8 in each}
         layers.with_better_bias(int8, layers.attempt(int8))
         wholes = noisiest(layers, noise, context)
@@ -211,7 +215,7 @@ def _block(formats: str) -> int:
 
 
 def _harm(entry: Entry) -> tuple[float, ...]:
-    """Sorts the most harmful first: by what they do to the whole model where that is known, then by their own noise."""
+    """Sorts the most harmful first: by what they do to the metric and to the outputs, the unknown last by own noise."""
     if entry.model_sqnr_db is None:
         return 1, entry.sqnr_db
-    return 0, -(entry.drop or 0.0), entry.model_sqnr_db
+    return 0, -max(entry.drop or 0.0, 0.0), entry.model_sqnr_db

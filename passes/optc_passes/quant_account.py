@@ -14,7 +14,7 @@ from optc_passes.quant_formats import FLOAT, INT8, LayerFormats
 from optc_passes.quant_plan import Layer
 
 DOUBTFUL = 8
-"""Pairs of layer and format whose effect on the model's outputs is looked at: those noisiest by themselves."""
+"""Pairs of layer and format that are tried in the whole model: those by which its outputs seem to move most."""
 JUDGED = 3
 """Of those, how many have their effect on the task's metric looked at, which takes a run over all of its data each."""
 
@@ -26,10 +26,11 @@ class Entry:
     Attributes:
         layer, module: name of its node, and path of its module in the original model.
         sqnr_db: of the layer's output when it alone has the format; infinite in float.
-        model_sqnr_db: of the model's outputs likewise, where that was looked at; else ``None``.
+        model_sqnr_db: of the model's outputs likewise; ``None`` if that is not known.
         drop: percentage points of the task's metric that are lost likewise; ``None`` without a budget.
         seconds: median latency of the layer by itself on ``backend``; NaN where that was not measured or cannot run.
         bytes: of weight and bias as stored.
+        estimated: whether ``model_sqnr_db`` is an estimate (:mod:`optc_passes.quant_reach`), and not tried.
     """
 
     backend: str
@@ -41,6 +42,7 @@ class Entry:
     bytes: int
     model_sqnr_db: float | None = None
     drop: float | None = None
+    estimated: bool = False
 
     @property
     def noise(self) -> float:
@@ -57,7 +59,8 @@ def noisiest(
 ) -> dict[Pair, tuple[float, float | None]]:
     """What the doubtful pairs do to the whole model, each alone: SQNR of its outputs, and points lost of the metric."""
     found = {}
-    doubtful = sorted(noise, key=lambda pair: noise[pair])[:DOUBTFUL]
+    reaching = {**noise, **layers.output_noise}
+    doubtful = sorted(noise, key=lambda pair: reaching[pair])[:DOUBTFUL]
     for number, (name, form) in enumerate(doubtful, 1):
         context.progress(f"trying {name} alone in {form}, {number}/{len(doubtful)}")
         attempt = layers.attempt({name: form}, attention=False)
@@ -86,7 +89,8 @@ def entries(
         name = layer.node.name
         for form in dict.fromkeys((FLOAT, *forms.get(name, ()))):
             own = (seconds or {}).get((name, form), math.nan)
-            model_sqnr, lost = wholes.get((name, form), (None, None))
+            estimate = layers.output_noise.get((name, form))
+            model_sqnr, lost = wholes.get((name, form), (estimate, None))
             found.append(
                 Entry(
                     backend,
@@ -98,6 +102,7 @@ def entries(
                     stored_bytes(layers, layer, form),
                     model_sqnr,
                     lost,
+                    estimate is not None and (name, form) not in wholes,
                 )
             )
     return found

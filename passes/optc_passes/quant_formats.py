@@ -17,6 +17,7 @@ from optc_passes.quant_local import local_formats
 from optc_passes.quant_noise import Batch, NoiseMeter, output_sqnr
 from optc_passes.quant_plan import ATTENTION, CONVS, DEQUANTIZERS, FLOAT_OPS, LINEARS, RULE, Layer, Plan, make_plan
 from optc_passes.quant_pt2e import calibrate, convert, prepare
+from optc_passes.quant_reach import reach
 from optc_passes.quant_split import split_composites
 from optc_passes.quantizer import Int8Kernels
 from optc_passes.torchao_pt2e import ObserverBase
@@ -98,17 +99,27 @@ class LayerFormats:
         assert weight is not None, "layers of a plan have constant weights"
         return self.local[form].refusal(layer.node, weight)
 
-    def noise(self, formats: Mapping[str, tuple[str, ...]]) -> dict[tuple[str, str], float]:
+    def noise(self, formats: Mapping[str, tuple[str, ...]], with_outputs: bool = False) -> dict[tuple[str, str], float]:
         """SQNR in dB of each layer's output when that layer alone has a format, by (name, format).
 
         One forward pass of the float program, in which every layer is computed once more for each format asked for.
         Attempts that follow know from it how to round weights in blocks and by how much means move.
+
+        Args:
+            with_outputs: estimate what that does to the model's outputs as well, for :attr:`output_noise`.
         """
         work = split_composites(self._program.fork())
-        self._meter = NoiseMeter(work.module, make_plan(work), self._observers, formats, self.local)
+        plan = make_plan(work)
+        outputs = reach(work, plan.layers, self.batches[0]) if with_outputs else None
+        self._meter = NoiseMeter(work.module, plan, self._observers, formats, self.local, outputs)
         with torch.no_grad():
             self._meter.run(*self.batches[0])
         return self._meter.sqnr
+
+    @property
+    def output_noise(self) -> Mapping[tuple[str, str], float]:
+        """SQNR in dB of the model's outputs, estimated, when one layer has a format; empty if not asked for."""
+        return self._meter.outputs if self._meter else {}
 
     def attempt(self, formats: Formats, attention: bool = True) -> Attempt:
         """The program with each layer in its format (in float if it has none), and how far its outputs move.

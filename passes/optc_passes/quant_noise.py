@@ -13,6 +13,7 @@ from optc_passes.quant_bias import mean_shift
 from optc_passes.quant_blocks import Rounded
 from optc_passes.quant_local import LocalFormat
 from optc_passes.quant_plan import Layer, Plan
+from optc_passes.quant_reach import Reach
 from optc_passes.torchao_pt2e import ObserverBase
 
 Batch = tuple[Tensor, ...]
@@ -50,8 +51,10 @@ class NoiseMeter(fx.Interpreter):
         observers: calibrated observers by the name of the value they saw; what static int8 rounds with.
         formats: the formats to try, by name of the layer's node.
         local: the formats that are not static int8, by name.
+        reach: what noise of layers does to the outputs, if that is to be estimated.
 
     Attributes:
+        outputs: SQNR in dB of the model's outputs, estimated, when that layer alone has the format, by (name, format).
         sqnr: SQNR in dB of the layer's output when that layer alone has the format, by (name, format).
         shifts: by how much rounding its weight moves the mean of its output, channel by channel, likewise.
         rounded: what formats store of a weight where that takes long to find, likewise.
@@ -64,8 +67,11 @@ class NoiseMeter(fx.Interpreter):
         observers: Mapping[str, ObserverBase],
         formats: Mapping[str, Sequence[str]],
         local: Mapping[str, LocalFormat],
+        reach: Reach | None = None,
     ) -> None:
         super().__init__(module)
+        self._reach = reach
+        self.outputs: dict[tuple[str, str], float] = {}
         self._layers = {layer.node: layer for layer in plan.layers}
         self._observers, self._formats, self._local = observers, formats, local
         self.sqnr: dict[tuple[str, str], float] = {}
@@ -94,6 +100,8 @@ class NoiseMeter(fx.Interpreter):
             if layer.is_conv and form not in self._local:
                 got = self._round(layer.tail, got)
             self.sqnr[node.name, form] = sqnr_db(wanted, got)
+            if self._reach is not None and node.name in self._reach.gradients:
+                self.outputs[node.name, form] = self._reach.sqnr_db(node.name, got - wanted)
         return value
 
     def _round(self, source: Any, value: Tensor) -> Tensor:

@@ -1,0 +1,94 @@
+"""What a layer's noise does to the outputs: estimates beside what happens when the layer is quantized."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import optc
+from optc.passmanager.manager import build_passes
+from optc_passes.observers import ActivationObserver
+from optc_passes.quant_account import noisiest
+from optc_passes.quant_formats import LayerFormats
+from optc_passes.quant_plan import make_plan
+from optc_passes.quant_reach import IMAGES, reach
+from tests.passes.test_quant_bias import Batches
+
+
+class Funnel(nn.Module):
+    """The first layer's noise is amplified, the second one's hardly reaches the output; both have the same noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.loud, self.quiet, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3), nn.Linear(8, 16)
+        with torch.no_grad():
+            self.quiet.weight.copy_(self.loud.weight)
+            self.quiet.bias.copy_(self.loud.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        loud, quiet = nn.functional.relu(self.loud(x)), nn.functional.relu(self.quiet(x))
+        return self.last((loud + 0.01 * quiet).mean((2, 3)))
+
+
+def layers_of(program: optc.Program, images: torch.Tensor) -> LayerFormats:
+    context = optc.PassContext(calibration=Batches(images))
+    layers = LayerFormats(program, context, ActivationObserver)
+    layers.calibrate(context)
+    return layers
+
+
+@pytest.mark.parametrize("count", [1, 3, 16])
+def test_noise_that_is_amplified_counts_more(count: int) -> None:
+    x = torch.rand(count, 3, 12, 12)
+    program = optc.capture(Funnel().eval(), (x[:1],))
+    layers = layers_of(program, x)
+    own = layers.noise(dict.fromkeys(layers.names, ("int8",)), with_outputs=True)
+    loud, quiet, _ = layers.names
+    assert own[loud, "int8"] == pytest.approx(own[quiet, "int8"], abs=0.1)
+    assert layers.output_noise[quiet, "int8"] == pytest.approx(layers.output_noise[loud, "int8"] + 40, abs=6)
+    assert next(iter(noisiest(layers, own, optc.PassContext()))) != (quiet, "int8")
+
+
+def test_estimates_are_near_what_is_seen_when_the_layer_is_quantized() -> None:
+    """On a network with composites (a residual, an activation in the convolution), within the estimator's spread."""
+    from optc.frontend.load import load_model
+
+    torch.manual_seed(0)
+    model = load_model("test_efficientnet", weights="random").module
+    images = torch.rand(16, 3, 64, 64)
+    context = optc.PassContext(calibration=Batches(images))
+    program = build_passes("fuse")(optc.capture(model, (images[:2],)), context).program
+    layers = layers_of(program, images)
+    layers.noise(dict.fromkeys(layers.names, ("int8",)), with_outputs=True)
+    estimates = layers.output_noise
+    assert set(estimates) == {(name, "int8") for name in layers.names}
+    seen = {name: layers.attempt({name: "int8"}).sqnr for name in layers.names}
+    far = [estimates[name, "int8"] - seen[name] for name in layers.names]
+    assert abs(sum(far) / len(far)) < 3
+    assert max(map(abs, far)) < 8
+
+
+def test_what_does_not_reach_the_outputs_makes_no_noise() -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            a = self.a(x)
+            return self.b(a.mean((2, 3))), (a > 0).sum()
+
+    x = torch.rand(12, 3, 4, 4)
+    with torch.inference_mode():
+        images = x.clone()
+    program = optc.capture(Unused().eval(), (x[:2],))
+    found = reach(program, make_plan(program).layers, [images])
+    assert found.images == IMAGES
+    (conv, linear) = (layer.node.name for layer in make_plan(program).layers)
+    assert found.sqnr_db(linear, torch.zeros(12, 4)) == math.inf
+    assert found.sqnr_db(conv, 0.01 * torch.randn(12, 4, 4, 4)) < 60
+    assert all(not parameter.requires_grad or parameter.grad is None for parameter in program.module.parameters())
