@@ -59,6 +59,9 @@ def reach(program: Program, layers: Sequence[Layer], batch: Sequence[Tensor]) ->
     Args:
         program: with the layers' nodes in its graph; composites are computed by their parts, as they have no gradient.
         batch: its first images are used, all of them where the model does not take other numbers.
+
+    Returns:
+        With no gradients where an operator has no derivative.
     """
     per_image = sum(math.prod(shape(layer.tail)) for layer in layers) // len(program.example_inputs[0])
     images = max(1, min(IMAGES, ELEMENTS // max(1, per_image), len(batch[0])))
@@ -73,9 +76,12 @@ def reach(program: Program, layers: Sequence[Layer], batch: Sequence[Tensor]) ->
         gradients: dict[str, list[Tensor]] = {name: [] for name in forward.values}
         for _ in range(rounds if outputs else 0):
             sums = [_signs(each, random) / each.detach().norm() for each in outputs]
-            moved = torch.autograd.grad(
-                outputs, list(forward.values.values()), sums, retain_graph=True, materialize_grads=True
-            )
+            try:
+                moved = torch.autograd.grad(
+                    outputs, list(forward.values.values()), sums, retain_graph=True, materialize_grads=True
+                )
+            except RuntimeError:  # an operator has no derivative: nothing is known of what lies before it
+                break
             for name, gradient in zip(forward.values, moved, strict=True):
                 gradients[name].append(gradient)
     return Reach(images, {name: each for name, each in gradients.items() if each})

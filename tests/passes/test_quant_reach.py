@@ -43,6 +43,7 @@ def layers_of(program: optc.Program, images: torch.Tensor) -> LayerFormats:
 
 @pytest.mark.parametrize("count", [1, 3, 16])
 def test_noise_that_is_amplified_counts_more(count: int) -> None:
+    torch.manual_seed(1)
     x = torch.rand(count, 3, 12, 12)
     program = optc.capture(Funnel().eval(), (x[:1],))
     layers = layers_of(program, x)
@@ -92,3 +93,21 @@ def test_what_does_not_reach_the_outputs_makes_no_noise() -> None:
     assert found.sqnr_db(linear, torch.zeros(12, 4)) == math.inf
     assert found.sqnr_db(conv, 0.01 * torch.randn(12, 4, 4, 4)) < 60
     assert all(not parameter.requires_grad or parameter.grad is None for parameter in program.module.parameters())
+
+
+def test_without_a_derivative_nothing_is_estimated_and_own_noise_decides() -> None:
+    class Gamma(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.special.gammainc(self.a(x).abs() + 1, x.mean(1, keepdim=True) + 1).mean((2, 3))
+
+    x = torch.rand(4, 3, 4, 4)
+    program = optc.capture(Gamma().eval(), (x[:2],))
+    assert reach(program, make_plan(program).layers, [x]).gradients == {}
+    layers = layers_of(program, x)
+    own = layers.noise(dict.fromkeys(layers.names, ("int8",)), with_outputs=True)
+    assert layers.output_noise == {}
+    assert list(noisiest(layers, own, optc.PassContext())) == list(own)
