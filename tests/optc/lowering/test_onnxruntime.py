@@ -35,7 +35,7 @@ def test_a_float_program_runs_as_float(cnn: Program, tmp_path: Path) -> None:
     runner = backend.load(tmp_path, lowered.files, TARGET)
     assert runner.provider == "onnxruntime CPUExecutionProvider"
     assert runner.precision == "float32"
-    assert lowered.details["check"]["sqnr_db"] > 100
+    assert float(lowered.details["check"]["sqnr_db"]) > 100
     assert list(lowered.details["providers"]) == ["CPUExecutionProvider"]
     assert lowered.details["fallback"] == []
     assert "not_int8" not in lowered.details
