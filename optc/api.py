@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from optc.accuracy import after_of, before_of, budget_of, metric_of
-from optc.batches import Batches, as_calibration
+from optc.batches import Batches, as_calibration, first_samples
 from optc.bench.latency import latencies
 from optc.budget import Call, exceeds
 from optc.errors import BackendError
@@ -157,7 +157,7 @@ def optimize(
     watchers: list[Instrument] = [Timing(), Statistics()]
     ranges = as_calibration(calibration, captured)
     batches = list(Batches(verification or _representative(ranges, captured), captured))
-    captured = replace(captured, example_inputs=_examples(batches, captured))
+    captured = replace(captured, example_inputs=first_samples(batches, captured))
     if verify:
         with run.step("Running the captured model on verification inputs"):
             watchers.append(Verify(captured, batches, Path.cwd()))
@@ -266,21 +266,6 @@ def _modified(program: Program) -> str:
 def _sqnr_db(captured: Program, program: Program, batches: Sequence[tuple[Tensor, ...]]) -> float:
     outputs = ([each.run(*batch) for batch in batches] for each in (captured, program))
     return compare(*outputs).sqnr_db
-
-
-def _examples(batches: Sequence[tuple[Tensor, ...]], captured: Program) -> tuple[Tensor, ...]:
-    """As many samples as the captured example inputs have, from the data if there are as many.
-
-    Runtimes are compared with the graph on them. On noise, activations leave the ranges found in calibration, where a
-    runtime that fuses a rounding away does not clip as the graph does.
-    """
-    found = []
-    for tensors, example in zip(zip(*batches, strict=True), captured.example_inputs, strict=True):
-        samples = torch.cat(tensors)[: len(example)].to(example.device)
-        if samples.shape != example.shape or samples.dtype != example.dtype:
-            return captured.example_inputs
-        found.append(samples)
-    return tuple(found)
 
 
 def _representative(ranges: Calibration | None, captured: Program) -> list[tuple[Tensor, ...]]:

@@ -49,6 +49,27 @@ def fixed_batch(program: Program) -> int | None:
     return None if program.dynamic_batch else program.example_inputs[0].shape[0]
 
 
+def first_samples(batches: Iterable[tuple[Tensor, ...]], program: Program) -> tuple[Tensor, ...]:
+    """As many samples as the program's example inputs have, which are given back if the batches have no such samples.
+
+    Runtimes are compared with the graph on example inputs. On noise, activations leave the ranges that calibration
+    found, and a runtime that fuses a rounding away does not clip them there as the graph does.
+    """
+    wanted = program.example_inputs
+    kinds = [(example.shape[1:], example.dtype) for example in wanted]
+    taken: list[tuple[Tensor, ...]] = []
+    for batch in batches:
+        if [(tensor.shape[1:], tensor.dtype) for tensor in batch] != kinds:
+            return wanted  # what is wrong with the data is told by what uses all of it
+        taken.append(batch)
+        if sum(len(tensors[0]) for tensors in taken) >= len(wanted[0]):
+            return tuple(
+                torch.cat(column)[: len(example)].to(example.device)
+                for column, example in zip(zip(*taken, strict=True), wanted, strict=True)
+            )
+    return wanted
+
+
 def in_batches_of(size: int | None, call: Callable[..., Any]) -> Callable[..., Any]:
     """``call`` for any number of samples, though it takes ``size`` at a time: the last part is filled up by repeating
     its last sample. ``None`` leaves it as it is. Outputs are tensors with the batch first.

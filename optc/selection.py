@@ -25,6 +25,7 @@ from optc.lowering.lowering import Lowering, has_own_process, lower_all
 from optc.passmanager.alternatives import SEPARATOR, Made
 from optc.program import Program
 from optc.progress import Run
+from optc.report.account import is_account
 from optc.target import Target
 
 OPTIMIZED = "optc"
@@ -159,8 +160,8 @@ class _Contest:
 
     def _apt(self, passes: str, program: Program, chosen: Sequence[Backend]) -> Sequence[Backend]:
         """Not those that compile for seconds if the program's formats are those that were fastest on others."""
-        rows = (row for record in program.history for row in record.notes.get("account", ()))
-        measured = {row.get("backend", "") for row in rows} - {""}
+        accounts = [record.notes.get("account") for record in program.history]
+        measured = {row["backend"] for rows in accounts if is_account(rows) for row in rows or ()} - {""}
         apt = [each for each in chosen if each.name in measured or not has_own_process(each)]
         if not measured or not apt:
             return chosen

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from optc import Program
 from optc.ops import COMPOSITES
-from optc.rewrite import shape
+from optc.rewrite import argument, is_call, shape
 from optc_passes.quant_plan import Layer
 
 IMAGES, SAMPLES = 8, 16
@@ -50,7 +50,7 @@ class Reach:
             parts = self.images if len(gradient) % self.images == 0 else 1
             powers.append(float(products.reshape(parts, -1).sum(1).square().sum()))
         noise = sum(powers) / len(powers)
-        return -10 * math.log10(noise) if noise > 0 else math.inf
+        return -10 * math.log10(noise) if noise else math.inf  # NaN stays NaN, as for a layer's own output
 
 
 def reach(program: Program, layers: Sequence[Layer], batch: Sequence[Tensor]) -> Reach:
@@ -96,9 +96,11 @@ class _Forward(fx.Interpreter):
         self.values: dict[str, Tensor] = {}
 
     def run_node(self, node: fx.Node) -> Any:
-        if node.target in COMPOSITES:
-            args, _ = self.fetch_args_kwargs_from_env(node)
-            value: Any = COMPOSITES[node.target].decomposition(*args)  # type: ignore[index]
+        value: Any
+        if is_call(node, *COMPOSITES):
+            parameters = node.target._schema.arguments  # type: ignore[union-attr]
+            operands: Any = tuple(argument(node, parameter.name) for parameter in parameters)
+            value = COMPOSITES[node.target].decomposition(*self.map_nodes_to_values(operands, node))  # type: ignore[index, misc]
         else:
             value = super().run_node(node)
         if node.op == "get_attr" and isinstance(value, Tensor):

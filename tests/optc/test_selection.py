@@ -15,6 +15,7 @@ from optc.lowering.inductor import InductorBackend
 from optc.lowering.lowering import Lowering, lower
 from optc.passmanager.contract import PassRecord
 from optc.progress import Progress, Run
+from optc.report.account import KEYS
 from optc.selection import TemporaryFolder, _Contest
 
 X = torch.randn(1, 512)
@@ -55,7 +56,7 @@ def test_formats_chosen_on_one_backend_are_not_compiled_for_seconds_for_another(
     race = contest(None)
     assert race._apt("plain", program, [quick, slow]) == [quick, slow], "nothing was measured for it"
 
-    account = {"account": [{"layer": "linear", "backend": "eager"}]}
+    account = {"account": [dict.fromkeys(KEYS, None) | {"layer": "linear", "backend": "eager"}]}
     chosen = replace(program, history=(PassRecord("quant", {}, True, (), (), account),))
     assert race._apt("mixed", chosen, [quick, slow]) == [quick]
     (left,) = race.left

@@ -1,0 +1,53 @@
+"""Samples of a caller's batches that take the place of example inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import optc
+from optc.batches import first_samples
+
+EXAMPLE = torch.zeros(2, 3)
+PROGRAM = optc.capture(nn.Linear(3, 4), (EXAMPLE,))
+
+
+def test_as_many_samples_as_the_example_has_are_taken_over_batches_and_no_more() -> None:
+    ones, twos, never = (torch.full((1, 3), value) for value in (1.0, 2.0, 3.0))
+    (samples,) = first_samples([(ones,), (twos,), (never,)], PROGRAM)
+    torch.testing.assert_close(samples, torch.cat([ones, twos]))
+    (samples,) = first_samples([(torch.arange(15.0).reshape(5, 3),)], PROGRAM)
+    torch.testing.assert_close(samples, torch.arange(6.0).reshape(2, 3))
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [
+        [],
+        [(torch.ones(1, 3),)],
+        [(torch.ones(1, 3),), (torch.ones(1, 4),)],
+        [(torch.ones(2, 3).half(),)],
+        [(torch.ones(2, 3), torch.ones(2, 3))],
+    ],
+    ids=["none", "too few", "of two sizes", "of another type", "too many inputs"],
+)
+def test_without_such_samples_the_example_stays(batches: list[tuple[torch.Tensor, ...]]) -> None:
+    assert first_samples(batches, PROGRAM) is PROGRAM.example_inputs
+
+
+def test_backends_are_compared_with_the_graph_on_data() -> None:
+    """A model that is NaN on its example input and right on data: a runtime can be checked on the latter alone."""
+
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x.sqrt())
+
+    data = torch.rand(8, 3)
+    made = optc.optimize(Root(), -torch.ones(2, 3), "fuse", backend="onnxruntime", verification=[data], measure=False)
+    torch.testing.assert_close(made.program.example_inputs[0], data[:2])
+    assert float(made.details["check"]["sqnr_db"]) > 60
