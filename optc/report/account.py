@@ -108,7 +108,9 @@ def account_summary(account: Sequence[Row]) -> str:
 
 
 def account_figure(account: Sequence[Row], title: str) -> Figure:
-    """Bars per layer, float beside the chosen format: latency (where measured), size, and the layer's own SQNR."""
+    """Bars per layer, float beside the chosen format: latency (where measured), size, and SQNR: the model's with that
+    layer alone quantized, or where that is not known the layer's own.
+    """
     from matplotlib.figure import Figure
 
     layers = by_layer(account)
@@ -125,13 +127,15 @@ def account_figure(account: Sequence[Row], title: str) -> Figure:
             axis.barh([place + offset for place in places], widths, 0.36, color=colour, label=what)
         axis.set_xlabel(label)
     axes[0].legend(loc="lower right")
-    noise = [layer.chosen["sqnr_db"] for layer in layers]
+    known = any(layer.chosen["model_sqnr_db"] is not None for layer in layers)
+    noise = [layer.chosen["model_sqnr_db" if known else "sqnr_db"] for layer in layers]
     axes[-1].barh(places, [value or 0.0 for value in noise], 0.6, color="#c2662d")
     for place, value, layer in zip(places, noise, layers, strict=True):
         missing = "exact" if layer.chosen["form"] == FLOAT else "–"
         axes[-1].annotate(missing if value is None else f"{value:.0f}", (value or 0.0, place), (3, 0),
                           textcoords="offset points", va="center", fontsize=8)  # fmt: skip
-    axes[-1].set_xlabel("SQNR of the layer's own output (dB)")
+    what = "the model's outputs, this layer alone" if known else "the layer's own output"
+    axes[-1].set_xlabel(f"SQNR of {what} (dB)")
     axes[0].set_yticks(places, [f"{layer.label}  {layer.chosen['form']}" for layer in layers])
     axes[0].invert_yaxis()
     figure.suptitle(title)

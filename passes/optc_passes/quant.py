@@ -197,7 +197,7 @@ class Quant(Pass):
             Skip(
                 formats[name],
                 name,
-                f"given back to float: in {formats[name]} its own output has {quantized[name].sqnr_db:.1f} dB SQNR, "
+                f"given back to float: in {formats[name]} {quantized[name].noise_in_words}, "
                 f"and with every layer in it {problem}",
             )
             for name in ranked[:enough]

@@ -49,6 +49,13 @@ class Entry:
         """Share of noise in the model's outputs, by the best estimate there is; that of independent layers adds up."""
         return 10 ** (-(self.sqnr_db if self.model_sqnr_db is None else self.model_sqnr_db) / 10)
 
+    @property
+    def noise_in_words(self) -> str:
+        """The same as SQNR, and of what it is."""
+        if self.model_sqnr_db is None:
+            return f"its own output has {self.sqnr_db:.1f} dB SQNR"
+        return f"alone it leaves the model {'about ' * self.estimated}{self.model_sqnr_db:.1f} dB SQNR"
+
 
 Pair = tuple[str, str]
 """A layer's name and a format."""

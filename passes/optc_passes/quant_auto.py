@@ -45,7 +45,7 @@ class Choice:
             return f"its fastest format on {own.backend}: {own.seconds * 1e6:.0f} µs"
         return (
             f"{quickest.form} would take {quickest.seconds * 1e6:.0f} µs instead of {own.seconds * 1e6:.0f} µs,"
-            f" but at {quickest.sqnr_db:.1f} dB it adds more noise than the budget has left"
+            f" but {quickest.noise_in_words}: more noise than the budget has left"
         )
 
 
