@@ -152,7 +152,8 @@ def _model(
             raw[str(batch)] = asdict(measurement)
             for result in measurement.results:
                 if result.percentiles is None:
-                    rows.append(_row(name, result.name, batch, result.precision, note=f"failed: {result.error}"))
+                    problem = f"{'failed: ' if result.name in made else _NOT_RUN}{result.error}"
+                    rows.append(_row(name, result.name, batch, result.precision, note=problem))
                     continue
                 seconds = result.percentiles.p50_ns / 1e9
                 rows.append(_row(name, result.name, batch, result.precision, seconds, "; ".join(result.warnings)))

@@ -1,8 +1,8 @@
 """optc beside its peers: the same models, inputs and threads, in one run, in interleaved blocks.
 
 ``python benchmarks/peers.py`` measures every row; ``--short`` two of them, for ``make bench``. With ``--models`` and
-``--batch`` some rows are measured now; the table has those measured before as well. A row is one run on one machine,
-which it names.
+``--batch`` some rows are measured now; the table has those measured before as well, on other machines too. A row is one
+run on one machine, which it names.
 """
 
 from __future__ import annotations
@@ -177,20 +177,26 @@ def ratio_text(ratio: Mapping[str, Any] | None) -> str:
 
 
 def summary(rows: Sequence[Mapping[str, Any]], wanted: int) -> Result:
-    """The claim over all rows, with what each tool took to make the model; ``wanted`` is how many rows it is about."""
-    ratios = {(row["model"], row["batch"]): None if AUTO in row["out"] else row["ratios"].get(AUTO) for row in rows}
+    """The claim over all rows, with what each tool took to make the model.
+
+    Args:
+        wanted: how many pairs of model and batch it is about; one may have rows of several machines.
+    """
+    pairs = [(row["model"], row["batch"]) for row in rows]
+    names = [
+        f"{model} batch {batch}" + (f" on {_isa(row['machine'])}" if pairs.count((model, batch)) > 1 else "")
+        for row, (model, batch) in zip(rows, pairs, strict=True)
+    ]
+    ratios = {
+        name: None if AUTO in row["out"] else row["ratios"].get(AUTO) for name, row in zip(names, rows, strict=True)
+    }
+    limits = {name: LIMIT_ALEXNET if pair == ("alexnet", 1) else LIMIT for name, pair in zip(names, pairs, strict=True)}
     values = [ratio["value"] for ratio in ratios.values() if ratio]
     mean = math.exp(float(np.mean(np.log(values)))) if values else math.inf
-    first = ratios.get(("alexnet", 1))
-    missed = [f"{model} batch {batch}" for (model, batch), ratio in ratios.items() if not _within(ratio, LIMIT)]
-    if ("alexnet", 1) in ratios and not _within(first, LIMIT_ALEXNET) and "alexnet batch 1" not in missed:
-        missed.append(f"alexnet batch 1 (over {LIMIT_ALEXNET})")
-    unsure = [
-        f"{model} batch {batch}"
-        for (model, batch), ratio in ratios.items()
-        if ratio and ratio["low"] < 1 < ratio["high"]
-    ]
-    finding = f"geometric mean {mean:.3f} over {len(values)} of {wanted} rows, {len(missed)} missed"
+    missed = [name for name, ratio in ratios.items() if not ratio or ratio["value"] > limits[name]]
+    unsure = [name for name, ratio in ratios.items() if ratio and ratio["low"] < 1 < ratio["high"]]
+    finding = f"geometric mean {mean:.3f} over {len(values)} rows of {len(set(pairs))} of {wanted} models and batches"
+    finding += f", {len(missed)} missed"
     if missed:
         finding += f" ({', '.join(missed)})"
     if unsure:
@@ -200,25 +206,24 @@ def summary(rows: Sequence[Mapping[str, Any]], wanted: int) -> Result:
             f"optc's median latency over the best peer's is at most {LIMIT:.1f} on every row,"
             f" {LIMIT_ALEXNET} on AlexNet at batch 1, {LIMIT_MEAN} in geometric mean."
         ),
-        held=not missed and mean <= LIMIT_MEAN and len(rows) >= wanted,
+        held=not missed and mean <= LIMIT_MEAN and len(set(pairs)) >= wanted,
         finding=finding,
         table=[_summary_row(row) for row in rows],
-        raw={"ratios": {f"{model}, {batch}": ratio for (model, batch), ratio in ratios.items()}},
+        raw={"ratios": ratios},
         notes=[
-            "optc auto is `--passes auto --backend auto`: the fastest of int8, bf16 and float32 on any backend here.",
-            "Each row is one run on one machine; a row measured again takes the place of what was known of it.",
+            (
+                "optc auto is `--passes auto --backend auto`: the fastest of int8, bf16, float32 and each layer's own"
+                " fastest format, on any backend here."
+            ),
+            "Each row is one run on one machine; a row measured again there takes the place of what was known of it.",
             f"Random weights; a tool whose outputs keep less than {LEAST_SQNR_DB:.0f} dB is not compared with.",
             *(
-                f"{row['model']} batch {row['batch']}, {name}: {why}"
-                for row in rows
-                for name, why in row["out"].items()
+                f"{name}, {tool}: {why}" + (f", {row['p50_ms'][tool]:.4g} ms" if tool in row["p50_ms"] else "")
+                for name, row in zip(names, rows, strict=True)
+                for tool, why in row["out"].items()
             ),
         ],
     )
-
-
-def _within(ratio: Mapping[str, Any] | None, limit: float) -> bool:
-    return ratio is not None and ratio["value"] <= limit
 
 
 def _summary_row(row: Mapping[str, Any]) -> dict[str, str | float]:
@@ -233,14 +238,24 @@ def _summary_row(row: Mapping[str, Any]) -> dict[str, str | float]:
         "its p50 ms": row["p50_ms"].get(best, "–"),
         "optc auto p50 ms": row["p50_ms"].get(AUTO, "–"),
         "ratio": ratio_text(row["ratios"].get(AUTO)),
+        "SQNR dB (best peer / optc)": " / ".join(_decibels(row["sqnr_db"], name) for name in (best, AUTO)),
         "optc auto kept": own or "–",
         "made in s (best peer / all peers / optc)": " / ".join("–" if each is None else f"{each:.0f}" for each in made),
     }
 
 
+def _decibels(sqnr: Mapping[str, float | None], name: str | None) -> str:
+    value = sqnr.get(name or "", math.nan)
+    return "exact" if value is None else "–" if math.isnan(value) else f"{value:.1f}"
+
+
 def _where(of: Mapping[str, Any]) -> str:
-    """A CPU by its name and its widest instructions for small types: cloud machines hide the model."""
-    return f"{of['cpu']} ({(of['isa'] or ['unknown instructions'])[-1]})"
+    return f"{of['cpu']} ({_isa(of)})"
+
+
+def _isa(of: Mapping[str, Any]) -> str:
+    """A CPU by its widest instructions for small types: cloud machines hide the model."""
+    return str((of["isa"] or ["unknown_isa"])[-1])
 
 
 def benchmark(options: argparse.Namespace, folder: Path) -> Result:
@@ -253,7 +268,7 @@ def benchmark(options: argparse.Namespace, folder: Path) -> Result:
                 found = measure_row(task, options.peers, options.blocks, Path(scratch))
             del task
             gc.collect()
-            stem = f"{model}-batch-{batch}"
+            stem = f"{model}-batch-{batch}-{_isa(found['machine'])}"
             write(folder / f"{stem}.json", json.dumps(found))
             text = row_markdown(found)
             write(folder / f"{stem}.md", text)
@@ -268,7 +283,9 @@ def known_rows(folder: Path) -> list[dict[str, Any]]:
     rows = [json.loads(path.read_text()) for path in folder.glob("*-batch-*.json")]
     rows = [row for row in rows if _versions(row["machine"]) == here]
     place = {model: number for number, model in enumerate(MODELS)}
-    return sorted(rows, key=lambda row: (place.get(row["model"], len(place)), row["model"], row["batch"]))
+    return sorted(
+        rows, key=lambda row: (place.get(row["model"], len(place)), row["model"], row["batch"], _isa(row["machine"]))
+    )
 
 
 def _versions(of: Mapping[str, Any]) -> list[Any]:

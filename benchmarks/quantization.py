@@ -158,9 +158,13 @@ def _row(
     sizes: Mapping[str, int],
     what: Mapping[str, str],
 ) -> dict[str, str | float]:
+    """One candidate's row; a dash stands for what failed when measured."""
     found = measured[name].percentiles
     rival = PEERS["openvino" if "openvino" in name else "onnxruntime"][-1].name
-    ratio = ratio_of_medians(measured[name].latencies_ns, measured[rival].latencies_ns, interleaved=True)
+    figures = "–"
+    if found and measured[rival].percentiles:
+        ratio = ratio_of_medians(measured[name].latencies_ns, measured[rival].latencies_ns, interleaved=True)
+        figures = f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
     return {
         "model": model,
         "candidate": name,
@@ -169,7 +173,7 @@ def _row(
         "lost points": f"{100 * (accuracy[FLOAT.name] - accuracy[name]):.2f}",
         "MB": sizes[name] / 1e6,
         "p50 ms": found.p50_ns / 1e6 if found else "–",
-        "/ peer": f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]",
+        "/ peer": figures,
     }
 
 
@@ -188,7 +192,7 @@ def _against_peers(rows: list[dict[str, str | float]], measured: Measurement) ->
             if not accurate:
                 missed.append(f"{peer.name} is more accurate")
                 continue
-            best = str(min(accurate, key=lambda row: float(row["p50 ms"]))["candidate"])
+            best = str(min(accurate, key=_p50)["candidate"])
             ratio = ratio_of_medians(measured[best].latencies_ns, measured[peer.name].latencies_ns, interleaved=True)
             figures = f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
             if ratio.value > 1 and (ratio.low > 1 or ratio.high > EQUAL):
@@ -196,6 +200,11 @@ def _against_peers(rows: list[dict[str, str | float]], measured: Measurement) ->
             elif ratio.high >= 1:
                 equal.append(f"{best} and {peer.name} ({figures})")
     return missed, equal
+
+
+def _p50(row: Mapping[str, str | float]) -> float:
+    """Milliseconds; infinite for what failed when measured."""
+    return row["p50 ms"] if isinstance(row["p50 ms"], float) else math.inf
 
 
 def _names(runtime: str) -> tuple[str, ...]:
@@ -215,7 +224,15 @@ def benchmark(model: str, blocks: int) -> Result:
         f"{model}, trained on the digits: optc's int8, that with bf16, or auto (at most {MAX_DROP:g} point lost) is at"
         " least as accurate as onnxruntime's quantize_static and NNCF's quantize, and as fast on the same runtime"
     )
-    p50 = {str(row["candidate"]): float(row["p50 ms"]) for row in rows}
+    missed += [f"there is no {name}" for name in refused if AUTO in name]
+    auto = f"{AUTO}, onnxruntime"
+    if auto not in refused:
+        against = ratio_of_medians(
+            measured[auto].latencies_ns, measured[FLOAT.name].latencies_ns, interleaved=measured.interleaved
+        )
+        if against.low > 1:
+            missed.append(f"{auto} is {against.value:.2f} times as slow as float32")
+    p50 = {str(row["candidate"]): _p50(row) for row in rows}
     gain = p50.get(f"{INT8}, onnxruntime", 0.0) / p50.get(f"{AUTO}, onnxruntime", math.inf)
     finding = f"missed: {'; '.join(missed)}" if missed else "so on both runtimes"
     if gain:

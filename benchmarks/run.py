@@ -15,6 +15,7 @@ NAMES = (
     "ort_options",
     "overhead",
     "quantization",
+    "hard_models",
     "peers",
     "partition",
     "pipeline_throughput",

@@ -16,7 +16,7 @@ from optc.accuracy import after_of, before_of, budget_of, metric_of
 from optc.batches import Batches, as_calibration, first_samples
 from optc.bench.latency import latencies
 from optc.budget import Call, exceeds
-from optc.errors import BackendError
+from optc.errors import BackendError, VerificationError
 from optc.frontend.capture import capture
 from optc.lowering.artifact import write_artifact
 from optc.lowering.backend import Backend, Runner
@@ -25,9 +25,9 @@ from optc.lowering.node_times import node_times
 from optc.lowering.pipeline import staged
 from optc.machine import isa, total_memory
 from optc.ops.costs import node_costs
-from optc.passmanager.alternatives import Alternatives
+from optc.passmanager.alternatives import Alternatives, did
 from optc.passmanager.compare import compare
-from optc.passmanager.contract import Calibration, Instrument, Pass, PassContext
+from optc.passmanager.contract import Calibration, Change, Instrument, Pass, PassContext
 from optc.passmanager.instruments import Statistics, Timing, Verify
 from optc.passmanager.manager import PassManager
 from optc.program import ModelInfo, Program
@@ -126,7 +126,8 @@ def optimize(
         calibration: input batches for passes that need activation ranges; must not be what ``evaluate`` uses.
         evaluate: given something callable like ``model``, returns the task metric, 0 to 1; called before and after.
         max_drop: percentage points that ``evaluate`` may fall by at most. Layers go back to float until it holds; if
-            nothing holds, only passes that promise exact outputs are run. Without ``evaluate``, it limits the share of
+            nothing holds, the passes are run without ``quant``, and if that is too much those that promise exact
+            outputs alone. Without ``evaluate``, it limits the share of
             verification samples whose largest output becomes another.
         validate: the same metric on other data, for the search; ``evaluate`` then only confirms the result.
         verification: batches to compare outputs on after every pass; if not given, the first of ``calibration``,
@@ -141,7 +142,8 @@ def optimize(
 
     Raises:
         CaptureError: the model cannot be captured.
-        VerificationError: a pass changed what the model computes; nothing was lowered.
+        VerificationError: a pass changed what the model computes; nothing was lowered. With ``max_drop``, a pass that
+            only is noisier than it promised is tried again with less noise.
         BackendError: the runtime cannot run the result.
     """
     run = Run(progress or Progress())
@@ -156,7 +158,7 @@ def optimize(
         step.done(f"{captured.operator_count()} operators, {model_bytes / 1e6:.1f} MB")
     watchers: list[Instrument] = [Timing(), Statistics()]
     ranges = as_calibration(calibration, captured)
-    batches = list(Batches(verification or _representative(ranges, captured), captured))
+    batches = list(Batches(verification or _representative(ranges, captured), captured, "verification"))
     captured = replace(captured, example_inputs=first_samples(batches, captured))
     if verify:
         with run.step("Running the captured model on verification inputs"):
@@ -182,14 +184,26 @@ def optimize(
     whole = budget_of(search, model, captured, max_drop)
     tried: list[str] = []
     least_db = -math.inf
+    last: list[list[tuple[str, tuple[Change, ...]]]] = []
     for trial in _trials(asked, max_drop):
-        with run.step(trial.title) as step:
-            budget = None
-            if whole and trial.max_drop is not None:
-                budget = replace(whole, max_drop=trial.max_drop, min_sqnr_db=least_db)
-            given = replace(context, progress=step.update, budget=budget)
-            made = trial.passes.run(captured, given, step.update)
-            step.done("; ".join(map(_modified, made.programs.values())))
+        budget = None
+        if whole and trial.max_drop is not None:
+            budget = replace(whole, max_drop=trial.max_drop, min_sqnr_db=least_db)
+        try:
+            with run.step(trial.title) as step:
+                given = replace(context, progress=step.update, budget=budget)
+                made = trial.passes.run(captured, given, step.update)
+                step.done("; ".join(map(_modified, made.programs.values())))
+        except VerificationError as error:
+            if trial.max_drop is None or error.min_sqnr_db is None:
+                raise
+            tried.append(f"{trial.what}: {error.message}")
+            least_db = error.min_sqnr_db + _MORE_DB
+            continue
+        doing = [did(program) for program in made.programs.values()]
+        if doing == last and trial.max_drop is not None:
+            continue
+        last = doing
         program = next(iter(made.programs.values()))
         if max_drop is None:
             del captured, watchers, batches, context, given, whole, budget  # frees the float weights
@@ -251,11 +265,17 @@ class _Trial:
 
 
 def _trials(asked: Alternatives, max_drop: float | None) -> Iterator[_Trial]:
-    """As asked; with less of the budget, should the runtime or other data cost more; what is exact alone."""
+    """As asked; with less of the budget, should the runtime or other data cost more; unquantized; exact passes alone.
+
+    A trial that makes the same as the one before it is passed over.
+    """
     yield _Trial("the passes", asked, max_drop)
     if max_drop is not None:
         yield _Trial("half the budget", asked, max_drop / 2)
         yield _Trial("a quarter of the budget", asked, max_drop / 4)
+        unquantized = asked.unquantized()
+        if any(not each.numerics.exact for manager in unquantized.lists.values() for each in manager.leaves()):
+            yield _Trial("without quantization", unquantized, max_drop)
         yield _Trial("exact passes alone", asked.exact(), None)
 
 
@@ -271,11 +291,11 @@ def _sqnr_db(captured: Program, program: Program, batches: Sequence[tuple[Tensor
 def _representative(ranges: Calibration | None, captured: Program) -> list[tuple[Tensor, ...]]:
     """Batches like those the model is meant for, of few images together: a single one may be far from the others.
 
-    What is wrong with calibration data, the pass that reads it tells.
+    Of calibration data that holds NaN or Inf, the pass that reads it tells.
     """
     found: list[tuple[Tensor, ...]] = []
     for batch in ranges or ():
-        if len(batch) != len(captured.example_inputs) or not all(bool(tensor.isfinite().all()) for tensor in batch):
+        if not all(bool(tensor.isfinite().all()) for tensor in batch):
             return [captured.example_inputs]
         found.append(batch)
         if sum(inputs[0].shape[:1].numel() for inputs in found) >= _VERIFICATION_IMAGES:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from optc.errors import DataError
+
 if TYPE_CHECKING:
     from optc.passmanager.contract import Calibration
     from optc.program import Program
@@ -18,30 +20,55 @@ class Batches:
     """Any iterable of tensors or tuples of tensors as a :class:`~optc.Calibration`.
 
     Where the program takes one batch size only, batches are cut to it; what is left over at the end of one is not used.
+
+    Args:
+        what: what the batches are, for errors.
+
+    Raises:
+        DataError: when iterated: a batch does not fit the program.
     """
 
-    def __init__(self, batches: Iterable[Tensor | tuple[Tensor, ...]], program: Program) -> None:
+    def __init__(
+        self, batches: Iterable[Tensor | tuple[Tensor, ...]], program: Program, what: str = "calibration"
+    ) -> None:
         self.description = getattr(batches, "description", "batches given by the caller")
         self._batches = batches if hasattr(batches, "__len__") else list(batches)
+        self._what = what
         self._size = fixed_batch(program)
+        self._examples = program.example_inputs
+
+    def __len__(self) -> int:
+        return len(self._batches)  # type: ignore[arg-type]  # lists and calibrations have one
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        for batch in self._batches:
+        for number, batch in enumerate(self._batches, 1):
             tensors = (batch,) if isinstance(batch, Tensor) else tuple(batch)
+            self._check(tensors, f"{self._what} batch {number} of '{self.description}'")
             if self._size is None:
                 yield tensors
             else:
                 for start in range(0, len(tensors[0]) - self._size + 1, self._size):
                     yield tuple(tensor[start : start + self._size] for tensor in tensors)
 
+    def _check(self, tensors: tuple[Tensor, ...], what: str) -> None:
+        wanted = self._examples
+        if len(tensors) != len(wanted):
+            raise DataError(f"{what} has {len(tensors)} tensors, the model takes {len(wanted)}", "give one per input")
+        for tensor, example in zip(tensors, wanted, strict=True):
+            if tensor.shape[1:] != example.shape[1:] or tensor.dtype != example.dtype:
+                raise DataError(f"{what} is {_kind(tensor)}, the model takes {_kind(example)}", "give what it takes")
+
+
+def _kind(tensor: Tensor) -> str:
+    sizes = ", ".join(["batch", *map(str, tensor.shape[1:])]) if tensor.ndim else ""
+    return f"{str(tensor.dtype).removeprefix('torch.')} ({sizes})"
+
 
 def as_calibration(
     given: Calibration | Iterable[Tensor | tuple[Tensor, ...]] | None, program: Program
 ) -> Calibration | None:
     """What the caller gave, as calibration batches that the program takes."""
-    if given is None or (hasattr(given, "description") and program.dynamic_batch):
-        return given  # type: ignore[return-value]  # a Calibration is recognised by its description
-    return Batches(given, program)
+    return None if given is None else Batches(given, program)
 
 
 def fixed_batch(program: Program) -> int | None:
@@ -50,17 +77,14 @@ def fixed_batch(program: Program) -> int | None:
 
 
 def first_samples(batches: Iterable[tuple[Tensor, ...]], program: Program) -> tuple[Tensor, ...]:
-    """As many samples as the program's example inputs have, which are given back if the batches have no such samples.
+    """As many samples as the program's example inputs have, which are given back if there are too few.
 
     Runtimes are compared with the graph on example inputs. On noise, activations leave the ranges that calibration
     found, and a runtime that fuses a rounding away does not clip them there as the graph does.
     """
     wanted = program.example_inputs
-    kinds = [(example.shape[1:], example.dtype) for example in wanted]
     taken: list[tuple[Tensor, ...]] = []
     for batch in batches:
-        if [(tensor.shape[1:], tensor.dtype) for tensor in batch] != kinds:
-            return wanted  # what is wrong with the data is told by what uses all of it
         taken.append(batch)
         if sum(len(tensors[0]) for tensors in taken) >= len(wanted[0]):
             return tuple(

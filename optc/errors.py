@@ -54,7 +54,16 @@ class PassContractError(OptcError):
 
 
 class VerificationError(OptcError):
-    """A pass moved the model's outputs beyond what it declared."""
+    """A pass moved the model's outputs beyond what it declared.
+
+    Args:
+        min_sqnr_db: what an approximate pass promised the outputs keep and they do not; ``None`` where anything else is
+            wrong, such as an exact pass that is none.
+    """
+
+    def __init__(self, message: str, hint: str = "", min_sqnr_db: float | None = None) -> None:
+        super().__init__(message, hint)
+        self.min_sqnr_db = min_sqnr_db
 
 
 class BackendError(OptcError):

@@ -20,7 +20,7 @@ from optc.bench.measure import measure as measure_candidates
 from optc.bench.results import Candidate, Measurement
 from optc.errors import BackendError
 from optc.evaluation import evaluation_mode
-from optc.lowering.backend import Backend
+from optc.lowering.backend import Array, Backend
 from optc.lowering.lowering import Lowering, has_own_process, lower_all
 from optc.passmanager.alternatives import SEPARATOR, Made
 from optc.program import Program
@@ -78,7 +78,7 @@ def select(
         automatic: whether nobody asked for a backend in particular.
 
     Raises:
-        BackendError: no backend takes any program.
+        BackendError: no backend takes any program, or all failed when measured.
     """
     programs = made.programs
     remembered = None
@@ -198,7 +198,7 @@ class _Contest:
     def _look(self, lowerings: Sequence[Lowering], progress: Callable[[str], None]) -> list[float]:
         """Nanoseconds that each takes, by a short measurement; infinite for what fails."""
         candidates = [_candidate(str(number), each) for number, each in enumerate(lowerings)]
-        query = [tuple(tensor.numpy() for tensor in _query(self._inputs, self._target))]
+        query = [_arrays(_query(self._inputs, self._target))]
         found = measure_candidates(
             candidates, query, self._target, blocks=LOOK_BLOCKS, block_seconds=LOOK_SECONDS, progress=progress
         )
@@ -225,6 +225,10 @@ def _query(inputs: tuple[Tensor, ...], target: Target) -> tuple[Tensor, ...]:
     return tuple(tensor[: target.batch].contiguous() for tensor in inputs)
 
 
+def _arrays(query: tuple[Tensor, ...]) -> tuple[Array, ...]:
+    return tuple(tensor.detach().cpu().numpy() for tensor in query)
+
+
 def _candidate(name: str, made: Lowering) -> Candidate:
     quantized = "int8" in made.precision or "int4" in made.precision
     return Candidate(name, made.precision, quantized, made.load, made.bytes)
@@ -242,7 +246,7 @@ def _measure(
     query = _query(inputs, target)
     candidates = baselines(model, query, target) if with_baselines else []
     candidates += [_candidate(name, made) for name, made in lowerings.items()]
-    arrays = [tuple(tensor.numpy() for tensor in query)]
+    arrays = [_arrays(query)]
     with run.step("Measuring with MLPerf LoadGen") as step, evaluation_mode(model):
         measurement = measure_candidates(candidates, arrays, target, optimized=tuple(lowerings), progress=step.update)
         step.done(", ".join(result.name for result in measurement.results if result.error is None))

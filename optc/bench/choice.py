@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from optc.bench import statistics
 from optc.bench.results import CandidateResult, Measurement
+from optc.errors import BackendError
 from optc.lowering.lowering import Lowering
 
 
@@ -41,6 +42,9 @@ def choose(
         measured: may be ``None`` where there is but one.
         left: what was not lowered or not measured.
 
+    Raises:
+        BackendError: every one failed when measured.
+
     Returns:
         The one to keep, and every outcome: the kept one first, then by latency, then what was not run.
     """
@@ -52,6 +56,9 @@ def choose(
     results = [measured[name] for name in lowerings]
     ranked = sorted(results, key=_p50)
     best = ranked[0]
+    if best.error is not None:
+        reasons = "; ".join(f"{result.name}: {result.error}" for result in ranked)
+        raise BackendError(f"everything that was lowered failed when measured: {reasons}")
     outcomes = [_outcome(result, lowerings[result.name], best, measured.interleaved) for result in ranked]
     return lowerings[best.name], (*outcomes, *left)
 

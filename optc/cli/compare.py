@@ -53,7 +53,7 @@ def command(
     verbose: bool,
     quiet: bool,
 ) -> None:
-    r"""Compare the latency of TARGETS with that of the first.
+    """Compare the latency of TARGETS with that of the first.
 
     A target is an artifact folder, a folder of such, a model, or a run that 'optc profile' saved. Artifacts and models
     are measured now, in blocks that take turns. Of a model, and of a run with several candidates, the fastest counts.
@@ -63,7 +63,7 @@ def command(
       optc compare resnet50-int8 resnet50-fused
       optc compare alexnet-int8 alexnet
       optc compare monday.json friday.json
-    """
+    """  # noqa: D301  (click takes a real backspace for "do not wrap")
     from optc.bench.limits import limited, parse_bytes, parse_cpus
 
     cpus = parse_cpus(cpu_affinity) if cpu_affinity else None

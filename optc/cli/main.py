@@ -74,6 +74,8 @@ def run(argv: list[str] | None = None) -> int:
         if error.errno == errno.ENOSPC:
             where = f" while writing {error.filename}" if error.filename else ""
             return _fail(f"no space left on the disk{where}; nothing was written — free some or choose another -o")
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
+            return _fail(f"'{error.filename}' is not accessible: {error.strerror} — choose another or its permissions")
         raise
 
 

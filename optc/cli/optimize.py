@@ -84,7 +84,7 @@ def command(
     verbose: bool,
     quiet: bool,
 ) -> None:
-    r"""Optimize MODEL: a timm or torchvision name, package.module:factory, or a .pt2 file.
+    """Optimize MODEL: a timm or torchvision name, package.module:factory, or a .pt2 file.
 
     \b
     Examples:
@@ -92,7 +92,7 @@ def command(
       optc optimize alexnet --weights alexnet-digits.safetensors --data digits --passes fuse,quant
       optc optimize alexnet --weights alexnet-digits.safetensors --data digits -O quant.formats=auto --max-drop 1
       optc optimize timm:resnet50 --passes fuse,quant -O quant.observer=entropy -o resnet50-int8
-    """
+    """  # noqa: D301  (click takes a real backspace for "do not wrap")
     if output is not None and output.exists():
         raise ArtifactError(f"output folder '{output}' exists", "choose another -o or remove it")
     if report is not None:

@@ -85,7 +85,7 @@ def command(
     verbose: bool,
     quiet: bool,
 ) -> None:
-    r"""Cut MODEL into stages that run one after the other on devices of their own.
+    """Cut MODEL into stages that run one after the other on devices of their own.
 
     The slowest stage, what it hands on included, is as fast as it can be. With -o each stage is lowered and all are
     saved as one artifact for optc profile, optc compare and python -m optc.distributed.
@@ -95,7 +95,7 @@ def command(
       optc partition vit_huge_patch14_224 --stages 2 --microbatches 8 -o vith.pipe
       optc partition vit_base_patch16_224 --devices 2xcpu:1 --passes fuse
       optc partition vit_huge_patch14_224 --simulate 64xh100 --microbatches 256
-    """
+    """  # noqa: D301  (click takes a real backspace for "do not wrap")
     _check(devices, simulate, output)
     if report is not None:
         from optc.report.write import check_path

@@ -91,7 +91,7 @@ def command(
     verbose: bool,
     quiet: bool,
 ) -> None:
-    r"""Measure TARGETS with MLPerf LoadGen, in turns.
+    """Measure TARGETS with MLPerf LoadGen, in turns.
 
     A target is an artifact folder, a folder of such, or a model: a model is measured in eager float32, eager half
     precision and compiled. A scenario takes seconds, as blocks end when the median is known to 1 %; --official takes
@@ -102,7 +102,7 @@ def command(
       optc profile resnet50-int8
       optc profile alexnet --scenario all --against none
       optc profile alexnet-int8 --data digits --scenario Offline -o runs/alexnet
-    """
+    """  # noqa: D301  (click takes a real backspace for "do not wrap")
     from optc.bench.limits import limited, parse_bytes, parse_cpus
 
     if output is not None and output.exists():

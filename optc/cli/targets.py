@@ -68,6 +68,7 @@ def _artifact(folder: Path, target: Target) -> Subject:
     artifact = load_artifact(folder)
     manifest = artifact.manifest
     name = str(folder)
+    target = replace(target, device=manifest.target.get("device", target.device))
     quantized = "int8" in artifact.precision or "int4" in artifact.precision
 
     def candidates(batch: int) -> list[Candidate]:

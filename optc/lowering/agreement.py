@@ -69,7 +69,7 @@ def check_agreement(runtime: str, program: Program, run: Callable[..., Sequence[
             bfloat16 30 dB, quantized 20 dB), with the numbers.
     """
     graph = [output.detach().float().cpu().numpy() for output in program.run(*program.example_inputs)]
-    outputs = run(*(tensor.detach().cpu().numpy() for tensor in program.example_inputs))
+    outputs = run(*map(_array, program.example_inputs))
     names = ["output"] if len(graph) == 1 else [f"output_{index}" for index in range(len(graph))]
     bound = bound_db(program)
     try:
@@ -82,6 +82,12 @@ def check_agreement(runtime: str, program: Program, run: Callable[..., Sequence[
     # quantization itself has made.
     own = min(bound, _steadiness_db(program, graph) - _CLOSE_DB, _from_captured_db(program) + _CLOSE_DB)
     return compare_outputs(runtime, names, graph, outputs, max(LEAST_QUANTIZED_DB, own))
+
+
+def _array(tensor: torch.Tensor) -> Array:
+    """A tensor for a runner; types numpy has not (bfloat16) as float32."""
+    array: Array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().cpu().numpy()
+    return array
 
 
 def _steadiness_db(program: Program, outputs: Sequence[Array]) -> float:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from optc.errors import BackendError
+from optc.lowering.agreement import check_agreement
 from optc.lowering.backend import Array, Backend, Lowered, Runner
 from optc.lowering.eager_times import kernel_times
 from optc.lowering.graph_file import read_graph, refusal, write_graph
@@ -62,10 +63,11 @@ class EagerBackend(Backend):
         return refusal(node)
 
     def lower(self, program: Program, target: Target, folder: Path) -> Lowered:
-        """Write ``graph.json`` and ``weights.safetensors``.
+        """Write ``graph.json`` and ``weights.safetensors``, and compare what the kernels compute with the graph.
 
         Raises:
-            BackendError: the graph holds something that is not a call of a PyTorch operator.
+            BackendError: the graph holds something that is not a call of a PyTorch operator, or the outputs on the
+                example inputs differ from the graph's.
         """
         refused = [(node, reason) for node in program.graph.nodes if (reason := self.supports(node))]
         if refused:
@@ -75,11 +77,15 @@ class EagerBackend(Backend):
         files = write_graph(program, folder)
         composites = Counter(str(node.target) for node in program.graph.nodes if node.target in COMPOSITES)
         operators = sum(node.op == "call_function" for node in program.graph.nodes)
-        details = {
+        details: dict[str, Any] = {
             "operators": operators,
             "composites": dict(composites),
             "no_run_script": "eager artifacts run inside optc: optc.load(folder)",
         }
+        runner = self.load(folder, files, target)
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # the graph runs on the CPU
+            details["check"] = check_agreement(self.name, program, runner).details()
+        runner.close()
         return Lowered(files, details)
 
     def load(self, folder: Path, files: tuple[str, ...], target: Target) -> Runner:

@@ -231,6 +231,10 @@ def _refuse_others(path: Path, facts: Mapping[str, Any], target: Target) -> None
         raise BackendError(f"{path.name} was compiled with torch {facts['torch']}, this is {torch.__version__}", again)
     if facts["device"] != target.device:
         raise BackendError(f"{path.name} was compiled for {facts['device']}, not for {target.device}", again)
+    if target.device == "cuda" and not torch.cuda.is_available():
+        raise BackendError(
+            f"{path.name} was compiled for a GPU, and this PyTorch sees none", "run it where there is one"
+        )
     if target.device == "cuda" and tuple(facts["capability"]) != torch.cuda.get_device_capability():
         made, here = (f"{major}.{minor}" for major, minor in (facts["capability"], torch.cuda.get_device_capability()))
         raise BackendError(f"{path.name} was compiled for compute capability {made}, this GPU has {here}", again)

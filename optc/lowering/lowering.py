@@ -179,7 +179,13 @@ def _kept(refused: dict[str, str], backend: Backend, count: int) -> Iterator[Non
     """Keep a backend's refusal as a reason, unless it was the only one asked for."""
     try:
         yield
-    except BackendError as error:
+    except OptcError as error:
         if count == 1:
             raise
         refused[backend.name] = str(error)
+    except Exception as error:
+        text = next(iter(str(error).strip().splitlines()), "")
+        what = f"backend '{backend.name}' (from {backend.origin}) raised {type(error).__name__}: {text}"
+        if count == 1:
+            raise BackendError(what, "run with -v for the traceback") from error
+        refused[backend.name] = what

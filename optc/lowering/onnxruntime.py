@@ -57,7 +57,7 @@ class OnnxRuntimeBackend(Backend):
         if not wanted:
             return f"{cls.name} runs on {' or '.join(filter(cls.providers, PROVIDERS))}, not on '{target.device}'"
         if wanted[0] not in ort.get_available_providers():
-            return f"the installed onnxruntime has no {wanted[0]}: pip install 'optc[gpu]'"
+            return f"the installed onnxruntime has no {wanted[0]}: pip uninstall onnxruntime && pip install 'optc[gpu]'"
         return None
 
     def lower(self, program: Program, target: Target, folder: Path) -> Lowered:
@@ -261,9 +261,10 @@ def _who_ran(ran: Sequence[Kernel], wanted: str, fallen: Sequence[object]) -> st
 
 
 def _run_script(providers: Sequence[str]) -> str:
-    """The artifact's ``run.py``, on the same execution providers."""
+    """The artifact's ``run.py``, on the same execution providers with the same options."""
     text = RUN_SCRIPT.read_text(encoding="utf-8")
-    return text.replace('PROVIDERS = ["CPUExecutionProvider"]', f"PROVIDERS = {json.dumps(list(providers))}")
+    wanted = ", ".join(f'("{name}", {json.dumps(OPTIONS.get(name, {}))})' for name in providers)
+    return text.replace('= [("CPUExecutionProvider", {})]', f"= [{wanted}]")
 
 
 def _zeros(value: Any) -> Array:

@@ -1,6 +1,7 @@
 """Runs this model with torch and numpy alone: ``python run.py [input.npy ...]``, or ``from run import load``."""
 
 import json
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -19,11 +20,25 @@ def facts() -> dict[str, Any]:
         return found
 
 
+def missing_instructions() -> list[str]:
+    """What the model was compiled for and this CPU lacks: it would end the process. Only Linux on x86 tells."""
+    manifest = json.loads(MODEL.with_name("manifest.json").read_text())
+    cpu = Path("/proc/cpuinfo")
+    flags = re.search(r"^flags\s*:(.*)$", cpu.read_text(), re.MULTILINE) if cpu.exists() else None
+    return [each for each in manifest["required_isa"] if each not in flags[1].split()] if flags else []
+
+
 def load() -> "torch._C._aoti.AOTIModelPackageLoader":
     """The compiled model; ``load().run([tensor, ...])`` gives a list of tensors."""
-    made = facts()["torch"]
-    if made != torch.__version__:
-        sys.exit(f"{MODEL.name} was compiled with torch {made}, this is {torch.__version__}: optimize the model again")
+    made = facts()
+    if made["torch"] != torch.__version__:
+        sys.exit(
+            f"{MODEL.name} was compiled with torch {made['torch']}, this is {torch.__version__}: optimize it again here"
+        )
+    if made["device"] == "cuda" and not torch.cuda.is_available():
+        sys.exit(f"{MODEL.name} was compiled for a GPU, and this PyTorch sees none")
+    if missing := missing_instructions():
+        sys.exit(f"{MODEL.name} was compiled for a CPU with {', '.join(missing)}: optimize the model again here")
     return torch._C._aoti.AOTIModelPackageLoader(str(MODEL), "model", False, 1, -1)
 
 

@@ -6,15 +6,22 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-PROVIDERS = ["CPUExecutionProvider"]
+PROVIDERS: list[tuple[str, dict[str, str]]] = [("CPUExecutionProvider", {})]
+"""Execution providers in order, with their options; onnxruntime adds the CPU's, for operators that they lack."""
 
 
 def load(threads: int = 0) -> onnxruntime.InferenceSession:
-    """The model as an onnxruntime session; 0 threads lets onnxruntime choose."""
+    """The model as an onnxruntime session; 0 threads lets onnxruntime choose.
+
+    Ends the program where the first provider does not start: onnxruntime would take another and be silent about it.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     model = Path(__file__).resolve().with_name("model.onnx")
-    return onnxruntime.InferenceSession(str(model), options, providers=PROVIDERS)
+    session = onnxruntime.InferenceSession(str(model), options, providers=PROVIDERS, enable_fallback=0)
+    if session.get_providers()[0] != PROVIDERS[0][0]:
+        sys.exit(f"{PROVIDERS[0][0]} does not start here, {session.get_providers()[0]} would run instead")
+    return session
 
 
 def main(files: list[str]) -> None:

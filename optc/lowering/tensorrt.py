@@ -55,6 +55,9 @@ class TensorRtBackend(Backend):
     def unavailable(cls, target: Target) -> str | None:
         """What is missing, with the pip line. Imports nothing of NVIDIA's."""
         major, minor = torch.__version__.split(".")[:2]
+        if (int(major), int(minor)) < FIRST_VERSION:
+            first = ".".join(map(str, FIRST_VERSION))
+            return f"strongly typed networks need torch {first} or newer, this is torch {torch.__version__}"
         packages = f"'torch-tensorrt=={major}.{minor}.*' {PIP_MODELOPT.removeprefix('pip install ')}"
         pip = f"pip install {packages} --extra-index-url https://pypi.nvidia.com"
         if importlib.util.find_spec("torch_tensorrt") is None:

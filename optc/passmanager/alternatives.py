@@ -15,6 +15,7 @@ from optc.program import Program
 
 AUTO = "auto"
 """The name that stands for :data:`AUTO_PASSES`."""
+QUANT = "quant"
 MIXED = "fuse,quant<formats=auto>"
 AUTO_PASSES = ("fuse,quant", MIXED, "fuse,quant,bf16", "fuse,bf16", "fuse")
 """Each precision a CPU or GPU may be fastest in. The first one tells which backends are worth trying the others on."""
@@ -86,6 +87,14 @@ class Alternatives:
         """The first list."""
         return next(iter(self.lists.values()))
 
+    def unquantized(self) -> Alternatives:
+        """The same lists without the pass that quantizes; of those that then do the same, one."""
+        lists: dict[str, PassManager] = {}
+        for text, manager in self.lists.items():
+            items = [item for item in text.split(",") if read_pass(item)[0] != QUANT]
+            lists[",".join(items)] = PassManager([each for each in manager.passes if each.name != QUANT])
+        return Alternatives(lists if len(lists) > 1 else {"": next(iter(lists.values()))}, self.automatic)
+
     def exact(self) -> Alternatives:
         """The passes of the first list that promise exact outputs."""
         return Alternatives({"": PassManager([each for each in self.first.leaves() if each.numerics.exact])})
@@ -117,7 +126,7 @@ class Alternatives:
             except OptcError as error:
                 failure, dropped[text] = failure or error, str(error)
                 continue
-            twin = next((each for each, other in programs.items() if _did(other) == _did(result)), None)
+            twin = next((each for each, other in programs.items() if did(other) == did(result)), None)
             if twin is None:
                 programs[text] = result
             else:
@@ -155,5 +164,6 @@ def _run(manager: PassManager, made: dict[tuple[str, ...], Program], context: Pa
     return made[path]
 
 
-def _did(program: Program) -> list[tuple[str, tuple[Change, ...]]]:
+def did(program: Program) -> list[tuple[str, tuple[Change, ...]]]:
+    """What passes did to a program: the same for two made alike of one."""
     return [(record.name, record.applied) for record in program.history if record.modified]

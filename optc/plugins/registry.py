@@ -25,6 +25,8 @@ KINDS = {
     "model source": "optc_model_sources",
     "dataset": "optc_datasets",
 }
+ELSEWHERE = {("backend", "openvino"): "optc-openvino"}
+"""What comes with a package of its own, by kind and name."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,12 @@ class Registry:
         """Look a name up.
 
         Raises:
+            OptcError: the package that provides it is not installed; carries the pip line.
             UnknownNameError: nothing of that kind has the name; suggests the closest.
         """
         table = self.all(kind)
+        if name not in table and (kind, name) in ELSEWHERE:
+            raise OptcError(f"{kind} '{name}' is not installed", f"pip install {ELSEWHERE[kind, name]}")
         if name not in table:
             raise UnknownNameError(kind, name, table, hint=f"known: {', '.join(table)}")
         return table[name]

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from optc import Change, Pass, PassContext, PassOptions, PassResult, Program, Skip
 from optc.ops import COMPOSITES
 from optc.rewrite import add_constant, argument, constant_of, erase_unused, is_call, label, set_argument, shape
+from optc_passes.calibration import checked
 from optc_passes.channels import layers_after
 from optc_passes.layers import Layer, as_layer, as_reader, scale_input, scale_output
 
@@ -168,8 +169,7 @@ def _ranges(program: Program, sources: list[_Source], context: PassContext) -> d
                 peaks[n] = torch.maximum(peaks[n], seen) if n in peaks else seen
             return value
 
-    for number, batch in enumerate(context.calibration, 1):
-        context.progress(f"looking at calibration batch {number}")
+    for batch in checked(context.calibration, len(program.example_inputs), context):
         Watcher(program.module).run(*batch)
     return peaks
 

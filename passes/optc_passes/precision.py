@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from optc import Change, Numerics, Pass, PassContext, PassResult, Program, Skip
 from optc.rewrite import add_constant, constant_of, dtype, erase_unused
 from optc_passes.fake_values import recompute
+from optc_passes.hardware import emulates_half
 from optc_passes.precision_regions import inner, is_quantized_product, split_residuals
 from optc_passes.precision_rules import DELICATE, is_dequantize, operator_name, role
 
@@ -47,6 +48,8 @@ class _HalfPrecision(Pass):
         applied = (*(Change("split", name) for name in splits), *rewrite.applied)
         if applied:
             erase_unused(program.graph.find_nodes(op="get_attr"))
+            if emulates_half(context):
+                context.note(f"this CPU has no arithmetic for {self.name}: it is emulated, and slower than float32")
         return PassResult(program, bool(applied), applied, tuple(rewrite.skipped))
 
 

@@ -10,7 +10,16 @@ from pydantic import BeforeValidator, Field
 from optc import Numerics, OptcError, Pass, PassContext, PassOptions, PassResult, Program, Skip
 from optc_passes.observers import ActivationObserver, EntropyObserver, MseObserver, PercentileObserver
 from optc_passes.quant_account import Entry, account, entries, noisiest
-from optc_passes.quant_auto import CHOSEN, Choice, choose, in_words, measure_layers, possible_formats, whole_seconds
+from optc_passes.quant_auto import (
+    CHOSEN,
+    Choice,
+    choose,
+    in_words,
+    measure_layers,
+    possible_formats,
+    whole_seconds,
+    worth_having,
+)
 from optc_passes.quant_budget import MIN_SQNR_DB, over_budget
 from optc_passes.quant_formats import FLOAT, INT8, WEIGHTS_ALONE, Attempt, Formats, LayerFormats
 from optc_passes.quantizer import SATURATES
@@ -89,7 +98,7 @@ class Quant(Pass):
         if not formats:
             return PassResult(program, modified=False, skipped=(*layers.skipped(None), *skipped))
         asked = dict.fromkeys(formats, (form,))
-        noise = layers.noise(asked, with_outputs=context.budget is not None)
+        layers.noise(asked, with_outputs=context.budget is not None)
         best: Attempt | None
         best = layers.attempt(formats)
         if form == INT8:
@@ -100,6 +109,7 @@ class Quant(Pass):
             problem = over_budget(best, context)
         if problem and not layers.output_noise:
             layers.noise(asked, with_outputs=True)
+        noise = layers.own_noise
         doubtful = noisiest(layers, noise, context) if problem else {}
         table = entries(layers, asked, noise, doubtful)
         if problem:
@@ -122,12 +132,15 @@ class Quant(Pass):
             )
         forms = possible_formats(layers, context)
         asked = {name: tuple(form for form in each if form != FLOAT) for name, each in forms.items()}
-        noise = layers.noise(asked, with_outputs=True)
+        layers.noise(asked, with_outputs=True)
         int8 = {name: INT8 for name, each in forms.items() if INT8 in each}
         layers.with_better_bias(int8, layers.attempt(int8))
-        wholes = noisiest(layers, noise, context)
+        noise = layers.own_noise
+        measured = measure_layers(layers, forms, context)
+        wholes = noisiest(layers, worth_having(noise, measured), context)
         best: Choice | None = None
-        for backend, seconds in measure_layers(layers, forms, context).items():
+        for backend, seconds in measured.items():
+            layers.attention = layers.kernels.attention
             choice = choose(layers, entries(layers, forms, noise, wholes, backend, seconds), context)
             if best is None or choice.seconds < best.seconds:
                 best = choice
@@ -141,19 +154,21 @@ class Quant(Pass):
         models = {FLOAT: program}
         if best.attempt.layers:
             models[CHOSEN] = best.attempt.program
-        plain = self._within_budget(layers, int8, best.table, context) if int8 else None
+        layers.attention = layers.kernels.attention
+        plain, given_back = self._within_budget(layers, int8, best.table, context) if int8 else (None, [])
         if plain is not None:
             models[INT8] = plain.program
         taken = whole_seconds(models, backend, context)
         quickest = min((name for name in taken if taken[name] >= 0), key=taken.__getitem__, default=FLOAT)
         # Not where the backend could not run the mix: lowering says why.
         if not best.attempt.layers or taken[CHOSEN] > taken[quickest]:
-            reason = in_words(taken, backend)
             kept = plain if quickest == INT8 else None
             formats = {change.node: INT8 for change in kept.layers} if kept else {}
+            why = dict.fromkeys(layers.names, in_words(taken, backend))
+            why |= {skip.node: skip.reason for skip in given_back if kept}
             floats = [name for name in layers.names if name not in formats]
-            skipped = (*layers.skipped(kept), *(Skip("auto", name, reason) for name in floats))
-            rows = account(best.table, formats, dict.fromkeys(layers.names, reason))
+            skipped = (*layers.skipped(kept), *(Skip("auto", name, why[name]) for name in floats))
+            rows = account(best.table, formats, why)
             if kept is None:
                 return PassResult(program, modified=False, skipped=skipped, account=rows)
             return PassResult(kept.program, True, kept.layers, skipped, rows)
@@ -161,11 +176,14 @@ class Quant(Pass):
 
     def _within_budget(
         self, layers: LayerFormats, formats: Formats, table: Sequence[Entry], context: PassContext
-    ) -> Attempt | None:
-        """Layers in the formats given, as many as the budget allows; ``None`` if that is none."""
+    ) -> tuple[Attempt | None, list[Skip]]:
+        """As many layers in the formats given as the budget allows (``None`` if none), and why not the others."""
         whole = layers.attempt(formats)
         problem = over_budget(whole, context)
-        return self._give_back(layers, formats, table, problem, context)[0] if problem else whole
+        if problem and layers.give_back_attention():
+            whole = layers.attempt(formats)
+            problem = over_budget(whole, context)
+        return self._give_back(layers, formats, table, problem, context) if problem else (whole, [])
 
     def _give_back(
         self,

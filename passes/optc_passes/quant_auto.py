@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor, fx
 
 from optc import PassContext, Program
+from optc_passes.hardware import emulates_half
 from optc_passes.quant_account import Entry, Pair
 from optc_passes.quant_budget import MIN_SQNR_DB, over_budget
 from optc_passes.quant_formats import FLOAT, INT8, Attempt, LayerFormats
@@ -19,9 +20,6 @@ from optc_passes.quant_plan import Layer
 
 _TRIES = 12
 """Most times the budget of noise is tightened, by half each, where the sum of the layers' noise was too optimistic."""
-
-_HALF_ARITHMETIC = {"avx512_bf16", "amx_bf16"}
-"""Instruction sets one of which every x86 CPU has that computes in bfloat16 or float16."""
 
 Latency = Callable[[Sequence[Program]], list[float]]
 _measured: WeakKeyDictionary[Latency, dict[str, dict[str, float]]] = WeakKeyDictionary()
@@ -51,8 +49,7 @@ class Choice:
 
 def possible_formats(layers: LayerFormats, context: PassContext) -> dict[str, tuple[str, ...]]:
     """By layer, the formats it can have, float first; half precision only where the CPU does not emulate it."""
-    on_cpu = context.target.device == "cpu" and context.isa is not None
-    emulated = on_cpu and _HALF_ARITHMETIC.isdisjoint(context.isa or ())
+    emulated = emulates_half(context)
     local = [name for name, form in layers.local.items() if not (emulated and isinstance(form, Half))]
     forms = (FLOAT, INT8, *local)
     return {name: tuple(form for form in forms if not layers.refusal(name, form)) for name in layers.names}
@@ -69,7 +66,7 @@ def measure_layers(
     seconds: dict[str, dict[Pair, float]] = {backend: {} for backend in context.latency}
     refused: set[tuple[str, object, str]] = set()
     for number, layer in enumerate(layers.plan.layers, 1):
-        name, kind, operator = layer.node.name, _kind(layer), layer.node.target
+        name, kind, operator = layer.node.name, f"{_kind(layer)}, blocks of {layers.block}", layer.node.target
         programs: dict[str, Program] = {}  # one for all backends, which then share its export
         for backend in list(seconds):
             measured = _measured.setdefault(context.latency[backend], {})
@@ -86,6 +83,19 @@ def measure_layers(
             else:
                 seconds[backend] |= {(name, form): taken for form, taken in measured[kind].items()}
     return seconds
+
+
+def worth_having(noise: Mapping[Pair, float], seconds: Mapping[str, Mapping[Pair, float]]) -> dict[Pair, float]:
+    """The noise of those pairs of layer and format that are faster than float on some backend.
+
+    Args:
+        seconds: by backend, what :func:`measure_layers` found.
+    """
+
+    def faster(pair: Pair) -> bool:
+        return any(each[pair] < each[pair[0], FLOAT] for each in seconds.values())
+
+    return {pair: level for pair, level in noise.items() if faster(pair)}
 
 
 CHOSEN = "the formats chosen"
@@ -114,19 +124,22 @@ def choose(layers: LayerFormats, table: Sequence[Entry], context: PassContext) -
         formats = solve(table, noise_budget)
         attempt = layers.attempt(_quantized(formats))
         context.progress(f"outputs at {attempt.sqnr:.1f} dB with {len(attempt.layers)} layers quantized")
-        if over_budget(attempt, context) is None:
-            break
-        if INT8 in formats.values() and layers.give_back_attention():
+        problem = over_budget(attempt, context)
+        if problem and INT8 in formats.values() and layers.give_back_attention():
             attempt = layers.attempt(_quantized(formats))
-            if over_budget(attempt, context) is None:
-                break
+            problem = over_budget(attempt, context)
         own_noise = sum(entry.noise for entry in table if formats[entry.layer] == entry.form)
+        if problem is None:
+            return Choice(table, formats, attempt, _seconds(table, formats))
+        if not own_noise:
+            break  # nothing is quantized any more
         noise_budget = min(noise_budget, own_noise) / 2
-    else:
-        formats = dict.fromkeys(layers.names, FLOAT)
-        attempt = layers.attempt({})
-    seconds = sum(_cost(entry) for entry in table if formats[entry.layer] == entry.form)
-    return Choice(table, formats, attempt, seconds)
+    formats = dict.fromkeys(layers.names, FLOAT)
+    return Choice(table, formats, layers.attempt({}), _seconds(table, formats))
+
+
+def _seconds(table: Sequence[Entry], formats: Mapping[str, str]) -> float:
+    return sum(_cost(entry) for entry in table if formats[entry.layer] == entry.form)
 
 
 def _quantized(formats: Mapping[str, str]) -> dict[str, str]:

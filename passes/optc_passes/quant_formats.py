@@ -11,10 +11,11 @@ from torch import Tensor, fx
 
 from optc import Change, ModelInfo, PassContext, Program, Skip
 from optc.rewrite import argument, calls, complete_meta, constant_of, is_call, shape
+from optc_passes.calibration import Batch
 from optc_passes.quant_bias import correct_bias
 from optc_passes.quant_blocks import Rounded
 from optc_passes.quant_local import local_formats
-from optc_passes.quant_noise import Batch, NoiseMeter, output_sqnr
+from optc_passes.quant_noise import NoiseMeter, output_sqnr
 from optc_passes.quant_plan import ATTENTION, CONVS, DEQUANTIZERS, FLOAT_OPS, LINEARS, RULE, Layer, Plan, make_plan
 from optc_passes.quant_pt2e import calibrate, convert, prepare
 from optc_passes.quant_reach import reach
@@ -32,11 +33,16 @@ Formats = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Attempt:
-    """A quantized program, what was done to its layers, and the SQNR of its outputs on calibration data, in dB."""
+    """A quantized program, what was done to its layers, and the SQNR of its outputs on calibration data, in dB.
+
+    Attributes:
+        attention: whether attention could have its queries and keys in int8.
+    """
 
     program: Program
     layers: tuple[Change, ...]
     sqnr: float
+    attention: bool
 
 
 class LayerFormats:
@@ -49,6 +55,7 @@ class LayerFormats:
         block: weights that share a scale in formats with blocks.
 
     Attributes:
+        block: weights that share a scale in formats with blocks.
         plan: every layer in int8; the names of its layers are those of :data:`Formats`.
         kernels: what the target's int8 kernels take.
         local: formats other than static int8, by name.
@@ -57,7 +64,7 @@ class LayerFormats:
     """
 
     def __init__(self, program: Program, context: PassContext, observer: Any, block: int = 128) -> None:
-        self._program, self._observer = program, observer
+        self._program, self._observer, self.block = program, observer, block
         self.kernels = Int8Kernels.of(context)
         self.local = local_formats(block, self.kernels.weight_limit)
         self.corrects_bias = False
@@ -110,16 +117,31 @@ class LayerFormats:
         """
         work = split_composites(self._program.fork())
         plan = make_plan(work)
-        outputs = reach(work, plan.layers, self.batches[0]) if with_outputs else None
+        batch = self._one_batch()
+        outputs = reach(work, plan.layers, batch) if with_outputs else None
         self._meter = NoiseMeter(work.module, plan, self._observers, formats, self.local, outputs)
         with torch.no_grad():
-            self._meter.run(*self.batches[0])
-        return self._meter.sqnr
+            self._meter.run(*batch)
+        return self.own_noise
+
+    def _one_batch(self) -> Batch:
+        """All samples kept, where the program takes them together: a batch may be of a single one."""
+        if not self._program.dynamic_batch:
+            return self.batches[0]
+        return tuple(torch.cat(column) for column in zip(*self.batches, strict=True))
 
     @property
-    def output_noise(self) -> Mapping[tuple[str, str], float]:
+    def own_noise(self) -> dict[tuple[str, str], float]:
+        """What :meth:`noise` found, for biases as attempts now have them."""
+        assert self._meter is not None, "noise() comes first"
+        return self._meter.sqnr if self.corrects_bias else {**self._meter.sqnr, **self._meter.uncorrected[0]}
+
+    @property
+    def output_noise(self) -> dict[tuple[str, str], float]:
         """SQNR in dB of the model's outputs, estimated, when one layer has a format; empty if not asked for."""
-        return self._meter.outputs if self._meter else {}
+        if self._meter is None:
+            return {}
+        return self._meter.outputs if self.corrects_bias else {**self._meter.outputs, **self._meter.uncorrected[1]}
 
     def attempt(self, formats: Formats, attention: bool = True) -> Attempt:
         """The program with each layer in its format (in float if it has none), and how far its outputs move.
@@ -146,7 +168,8 @@ class LayerFormats:
             changes += [Change(INT8, layer.node.name, str(layer.weight.target)) for layer in plan.layers]
             changes += [Change(INT8, node.name, "queries and keys") for node in plan.attention]
             work = convert(prepared, plan, self._program)
-        return Attempt(work, tuple(changes), output_sqnr(work, self.batches, self._references))
+        sqnr = output_sqnr(work, self.batches, self._references)
+        return Attempt(work, tuple(changes), sqnr, attention and self.attention)
 
     def give_back_attention(self) -> bool:
         """Leave attention in float from now on; returns whether that changes anything."""
@@ -157,7 +180,8 @@ class LayerFormats:
     def skipped(self, attempt: Attempt | None) -> tuple[Skip, ...]:
         """What is no layer, or none that can be quantized, and stays in float in an attempt."""
         done = {change.node for change in attempt.layers} if attempt else set()
-        reason = FLOAT_OPS[ATTENTION] if self.attention else "given back to float: the budget has no room for its noise"
+        had_room = self.attention if attempt is None else attempt.attention
+        reason = FLOAT_OPS[ATTENTION] if had_room else "given back to float: the budget has no room for its noise"
         left = [node.name for node in self.plan.attention if node.name not in done]
         return (*self.plan.skipped, *(Skip(INT8, name, reason) for name in left))
 

@@ -17,8 +17,8 @@ from optc_passes.quant_scale import best_scale
 if TYPE_CHECKING:
     from optc_passes.quant_blocks import BlockFormat
 
-_DAMPING = 0.01
-"""Share of the mean diagonal added to the Hessian, as in the paper."""
+_DAMPING = (0.01, 0.1, 1.0)
+"""Share of the mean diagonal added to the Hessian: as in the paper, then more where float32 cannot invert it so."""
 
 
 def enough_samples(inputs: Tensor) -> bool:
@@ -64,7 +64,11 @@ def _inverse_factor(inputs: Tensor) -> Tensor:
     hessian = inputs.T @ inputs
     diagonal = hessian.diagonal()
     mean = diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny)
-    diagonal.add_(_DAMPING * mean)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return factor
+    for damping in _DAMPING:
+        diagonal.add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(hessian)
+        factor, failed_again = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not (failed or failed_again):
+            break
+    upper: Tensor = factor
+    return upper

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from optc import Program
+from optc_passes.calibration import Batch
 from optc_passes.quant_bias import mean_shift
 from optc_passes.quant_blocks import Rounded
 from optc_passes.quant_local import LocalFormat
@@ -16,7 +17,8 @@ from optc_passes.quant_plan import Layer, Plan
 from optc_passes.quant_reach import Reach
 from optc_passes.torchao_pt2e import ObserverBase
 
-Batch = tuple[Tensor, ...]
+Levels = dict[tuple[str, str], float]
+"""SQNR in dB by name of a layer's node and format."""
 REMEMBERED = ("int4-weights",)
 """Formats whose rounding depends on what a layer reads (GPTQ). Others are found again quickly and would take memory."""
 
@@ -56,6 +58,7 @@ class NoiseMeter(fx.Interpreter):
     Attributes:
         outputs: SQNR in dB of the model's outputs, estimated, when that layer alone has the format, by (name, format).
         sqnr: SQNR in dB of the layer's output when that layer alone has the format, by (name, format).
+        uncorrected: ``sqnr`` and ``outputs`` of static int8 where the bias is left as it is; above it is corrected.
         shifts: by how much rounding its weight moves the mean of its output, channel by channel, likewise.
         rounded: what formats store of a weight where that takes long to find, likewise.
     """
@@ -71,10 +74,11 @@ class NoiseMeter(fx.Interpreter):
     ) -> None:
         super().__init__(module)
         self._reach = reach
-        self.outputs: dict[tuple[str, str], float] = {}
+        self.outputs: Levels = {}
         self._layers = {layer.node: layer for layer in plan.layers}
         self._observers, self._formats, self._local = observers, formats, local
-        self.sqnr: dict[tuple[str, str], float] = {}
+        self.sqnr: Levels = {}
+        self.uncorrected: tuple[Levels, Levels] = {}, {}
         self.shifts: dict[tuple[str, str], Tensor] = {}
         self.rounded: dict[tuple[str, str], Rounded] = {}
 
@@ -93,16 +97,24 @@ class NoiseMeter(fx.Interpreter):
             else:
                 given, weight = (self._round(node.args[i], each) for i, each in enumerate((x, exact)))
             shift = mean_shift(node, x, weight - exact)
+            operands = [given, weight, *rest]
             if rest and rest[0] is not None:
-                rest[0] = rest[0] - shift
+                if form not in self._local:
+                    self._look(layer, form, wanted, node.target(*operands, **kwargs), *self.uncorrected)  # type: ignore[operator]
+                operands[2] = rest[0] - shift
                 self.shifts[node.name, form] = shift
-            got = _behind(layer, node.target(given, weight, *rest, **kwargs))  # type: ignore[operator]
-            if layer.is_conv and form not in self._local:
-                got = self._round(layer.tail, got)
-            self.sqnr[node.name, form] = sqnr_db(wanted, got)
-            if self._reach is not None and node.name in self._reach.gradients:
-                self.outputs[node.name, form] = self._reach.sqnr_db(node.name, got - wanted)
+            self._look(layer, form, wanted, node.target(*operands, **kwargs), self.sqnr, self.outputs)  # type: ignore[operator]
         return value
+
+    def _look(self, layer: Layer, form: str, wanted: Tensor, value: Tensor, own: Levels, outputs: Levels) -> None:
+        """Write down how far a layer's value in a format is from the one wanted, and what that does to the outputs."""
+        got = _behind(layer, value)
+        name = layer.node.name
+        if layer.is_conv and form not in self._local:
+            got = self._round(layer.tail, got)
+        own[name, form] = sqnr_db(wanted, got)
+        if self._reach is not None and name in self._reach.gradients:
+            outputs[name, form] = self._reach.sqnr_db(name, got - wanted)
 
     def _round(self, source: Any, value: Tensor) -> Tensor:
         observer: Any = self._observers[source.name]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -10,9 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from optc import Calibration, DataError, OptcError, PassContext, Program
+from optc import Calibration, OptcError, PassContext, Program
 from optc.rewrite import constant_of, is_call
-from optc_passes.quant_noise import Batch
+from optc_passes.calibration import Batch, checked
 from optc_passes.quant_plan import DEQUANTIZERS, QUANTIZERS, Plan, aten
 from optc_passes.quantizer import ANNOTATION, Int8Kernels, Int8Quantizer
 from optc_passes.torchao_pt2e import ObserverBase, convert_pt2e, insert_observers, quiet
@@ -55,28 +54,20 @@ def calibrate(
     """Show every batch to the observers; returns the first few batches and the float outputs for them.
 
     Raises:
-        DataError: there are no batches, or one does not fit the program or holds NaN or Inf.
+        DataError: as :func:`~optc_passes.calibration.checked` does.
         OptcError: the float program itself gives NaN or Inf.
     """
     inputs = len(prepared.graph.find_nodes(op="placeholder"))
-    total = operator.length_hint(calibration, 0)
     batches: list[Batch] = []
     outputs: list[Batch] = []
-    for number, batch in enumerate(calibration, 1):
-        context.progress(f"calibrating {number}/{total}" if total else f"calibrating {number}")
-        what = f"calibration batch {number} of '{calibration.description}'"
-        if len(batch) != inputs:
-            raise DataError(f"{what} has {len(batch)} tensors, the model takes {inputs}", "give one per model input")
-        if not all(bool(tensor.isfinite().all()) for tensor in batch):
-            raise DataError(f"{what} holds NaN or Inf", "clean the data")
+    for number, batch in enumerate(checked(calibration, inputs, context), 1):
         result = prepared(*batch)
         if not all(bool(tensor.isfinite().all()) for tensor in result):
+            what = f"calibration batch {number} of '{calibration.description}'"
             raise OptcError(f"the unquantized model gives NaN or Inf on {what}", "check the model's weights")
         if sum(len(kept[0]) for kept in batches) < CHECKED_SAMPLES:
-            batches.append(tuple(batch))
+            batches.append(batch)
             outputs.append(result)
-    if not batches:
-        raise DataError(f"calibration data '{calibration.description}' holds no batch", "give at least one")
     return batches, outputs
 
 

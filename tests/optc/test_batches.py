@@ -8,6 +8,7 @@ from torch import nn
 
 import optc
 from optc.batches import first_samples
+from optc.errors import DataError
 
 EXAMPLE = torch.zeros(2, 3)
 PROGRAM = optc.capture(nn.Linear(3, 4), (EXAMPLE,))
@@ -26,14 +27,35 @@ def test_as_many_samples_as_the_example_has_are_taken_over_batches_and_no_more()
     [
         [],
         [(torch.ones(1, 3),)],
-        [(torch.ones(1, 3),), (torch.ones(1, 4),)],
-        [(torch.ones(2, 3).half(),)],
-        [(torch.ones(2, 3), torch.ones(2, 3))],
     ],
-    ids=["none", "too few", "of two sizes", "of another type", "too many inputs"],
+    ids=["none", "too few"],
 )
 def test_without_such_samples_the_example_stays(batches: list[tuple[torch.Tensor, ...]]) -> None:
     assert first_samples(batches, PROGRAM) is PROGRAM.example_inputs
+
+
+@pytest.mark.parametrize(
+    ("batches", "wrong"),
+    [
+        (
+            [torch.ones(8, 3), torch.ones(8, 4)],
+            "batch 2 of .* is float32 (batch, 4), the model takes float32 (batch, 3)",
+        ),
+        ([torch.ones(8, 3).half()], "batch 1 of .* is float16 (batch, 3), the model takes float32 (batch, 3)"),
+        ([(torch.ones(8, 3), torch.ones(8, 3))], "batch 1 of .* has 2 tensors, the model takes 1"),
+    ],
+    ids=["another size", "another type", "too many inputs"],
+)
+@pytest.mark.parametrize("what", ["calibration", "verification"])
+def test_data_that_does_not_fit_is_one_line(batches: list[torch.Tensor], wrong: str, what: str) -> None:
+    pattern = wrong.replace("(", r"\(").replace(")", r"\)")
+    with pytest.raises(DataError, match=f"^{what} {pattern}"):
+        optc.optimize(nn.Linear(3, 4), EXAMPLE, "fuse,quant", **{what: batches})
+
+
+def test_fewer_than_eight_samples_to_calibrate_on_are_one_line() -> None:
+    with pytest.raises(DataError, match="holds 6 samples, fewer than 8 — give more"):
+        optc.optimize(nn.Linear(3, 4), EXAMPLE, "quant", calibration=[torch.ones(3, 3)] * 2, measure=False)
 
 
 def test_backends_are_compared_with_the_graph_on_data() -> None:

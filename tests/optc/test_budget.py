@@ -14,9 +14,10 @@ import optc
 from optc import api
 from optc.batches import in_batches_of
 from optc.budget import AGREEMENT, Budget, Metric, agreement
-from optc.errors import BackendError
+from optc.errors import BackendError, VerificationError
 from optc.lowering.backend import Lowered
 from optc.lowering.eager import EagerBackend
+from optc.rewrite import add_constant, calls, constant_of
 
 IMAGES = [torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
 OPTIONS: dict[str, Any] = {"backend": "onnxruntime", "calibration": IMAGES, "measure": False}
@@ -225,6 +226,85 @@ def test_a_runtime_that_refuses_what_a_trial_made_gets_the_next_one(monkeypatch:
     assert "the passes: float-alone has no integers" in optimized.report.verdict
     with pytest.raises(BackendError, match="float-alone has no integers"):
         optc.optimize(model, IMAGES[0][:1], "fuse,quant", **asked)
+
+
+class Noisy(optc.Pass):
+    """Keeps 0 dB, and what it promised only where more than that is asked for."""
+
+    name, summary = "noisy", "Add noise to the last layer's weight."
+    numerics = optc.Numerics(exact=False, min_sqnr_db=20.0)
+
+    def run(self, program: optc.Program, context: optc.PassContext) -> optc.PassResult:
+        asked = context.budget.min_sqnr_db if context.budget else 0.0
+        (layer,) = calls(program, torch.ops.aten.linear.default)
+        weight = constant_of(program, layer.args[1])
+        moved = weight * (1 + (1e-3 if asked > 20 else 1.0))
+        layer.update_arg(1, add_constant(program, layer, "moved", moved))
+        return optc.PassResult(program, True, (optc.Change("noisy", layer.name, str(asked)),))
+
+
+def test_a_pass_that_is_noisier_than_it_promised_is_asked_for_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where reproducers go
+    model = Clean()
+    asked = {**OPTIONS, "evaluate": lambda call: 1.0}
+    optimized = optc.optimize(model, IMAGES[0][:1], [Noisy()], max_drop=1.0, **asked)
+    budget = optimized.report.budget
+    assert budget is not None
+    (first,) = budget.tried
+    assert first.startswith("the passes: pass 'noisy'")
+    assert "is below its budget of 20 dB" in first
+    assert optimized.report.passes[-1].applied[0].detail == "23.0"
+    with pytest.raises(VerificationError, match="pass 'noisy'"):
+        optc.optimize(model, IMAGES[0][:1], [Noisy()], **asked)
+
+
+def test_where_int8_costs_too_much_bfloat16_may_not() -> None:
+    model, options = Clean(), {**OPTIONS, "backend": "eager"}
+    worst: dict[str, float] = {}
+    for passes in ("fuse,quant", "fuse,bf16"):
+        made = optc.optimize(model, IMAGES[0][:1], passes, **options)
+        with torch.no_grad():
+            worst[passes] = max(float((made(images) - model(images)).abs().max()) for images in IMAGES)
+    assert worst["fuse,quant"] > 2 * worst["fuse,bf16"], "or the test says nothing"
+    within = same_as(model, 1.5 * worst["fuse,bf16"])
+    optimized = optc.optimize(
+        model,
+        IMAGES[0][:1],
+        "fuse,quant,bf16",
+        evaluate=lambda call: within(call),
+        validate=lambda call: 1.0,
+        max_drop=1.0,
+        **options,
+    )
+    report = optimized.report
+    assert report.budget is not None
+    assert report.precision == "bfloat16"
+    assert report.verdict.split("Budget: ")[1].startswith("NOT quantized: nothing that bf16, quant can do")
+
+
+def test_a_trial_that_makes_the_same_again_is_passed_over() -> None:
+    lowered: list[str] = []
+
+    class Counts(EagerBackend):
+        def lower(self, program: optc.Program, target: optc.Target, folder: Path) -> Lowered:
+            lowered.append(program.history[-1].name)
+            return super().lower(program, target, folder)
+
+    model = Clean()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(api, "backends", lambda name, target: ([Counts()], {}))
+        optimized = optc.optimize(
+            model,
+            IMAGES[0][:1],
+            "fuse,bf16",
+            evaluate=same_as(model, 1e-7),
+            max_drop=1.0,
+            **{**OPTIONS, "backend": "eager"},
+        )
+    assert lowered.count("bf16") == 1
+    assert optimized.report.precision == "float32"
 
 
 def sqnr_db(reference: torch.Tensor, outputs: torch.Tensor) -> float:

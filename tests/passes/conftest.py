@@ -140,7 +140,8 @@ class Quantized:
 
     Args:
         model: an ``nn.Module``, or a program already captured.
-        inputs: example inputs, batch first; calibration is on four batches of noise like them.
+        inputs: example inputs, batch first; calibration is on four batches of noise like them,
+            more where these have fewer than eight samples.
     """
 
     def __init__(
@@ -150,7 +151,8 @@ class Quantized:
 
         self.before = model if isinstance(model, Program) else optc.capture(model, inputs)
         self.inputs = self.before.example_inputs
-        self.batches = batches or [tuple(torch.randn_like(t) for t in self.inputs) for _ in range(4)]
+        count = max(4, -(-8 // len(self.inputs[0])))
+        self.batches = batches or [tuple(torch.randn_like(t) for t in self.inputs) for _ in range(count)]
         context = optc.PassContext(calibration=Batches(*self.batches))
         self.result = Quant(**options)(self.before, context)
         self.program = self.result.program

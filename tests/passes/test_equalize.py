@@ -14,7 +14,7 @@ from optc_passes.activation_fusion import FuseActivation
 from optc_passes.equalize import Equalize
 from optc_passes.quant import Quant
 
-TOKENS, IMAGE = torch.randn(2, 6, 16), torch.randn(2, 4, 9, 9)
+TOKENS, IMAGE = torch.randn(8, 6, 16), torch.randn(2, 4, 9, 9)
 
 
 class Block(nn.Module):

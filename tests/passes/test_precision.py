@@ -373,3 +373,13 @@ def test_a_residual_stream_between_quantized_layers_is_in_half(quantized: Callab
 def test_chains_from_quantized_layers_to_quantize_operators_stay_as_they_are(quantized: Callable[..., Any]) -> None:
     _, halves = halves_behind(Convolutions(), quantized)
     assert halves == []
+
+
+@HALVES
+@pytest.mark.parametrize(("isa", "emulated"), [(("avx2",), True), (("avx2", "avx512_bf16"), False), (None, False)])
+def test_what_is_emulated_is_said(half: type[optc.Pass], isa: tuple[str, ...] | None, emulated: bool) -> None:
+    notes: list[str] = []
+    program = optc.capture(nn.Linear(4, 4), (torch.randn(2, 4),))
+    half()(program, optc.PassContext(isa=isa, note=notes.append))
+    said = f"this CPU has no arithmetic for {half.name}: it is emulated, and slower than float32"
+    assert notes == ([said] if emulated else [])

@@ -86,7 +86,7 @@ def test_every_observer_keeps_the_model(quantized: Callable, model: type[nn.Modu
 def test_observers_differ(quantized: Callable) -> None:
     torch.manual_seed(1)
     program = optc.capture(Residual().eval(), (IMAGE,))
-    batches = [(torch.randn(4, 3, 16, 16) ** 5,)]
+    batches = [(torch.randn(8, 3, 16, 16) ** 5,)]
     choices = ({"observer": "minmax"}, {"observer": "percentile", "percentile": 99.0}, {"observer": "entropy"})
     runs = [quantized(program, batches=batches, **choice).program for choice in choices]
     outputs = [run.run(IMAGE)[0] for run in runs]
@@ -274,7 +274,7 @@ def check_verified(name: str, size: int, folder: Path) -> optc.PassResult:
 
     model = torchvision.models.alexnet() if name == "alexnet" else timm.create_model(name)
     generator = torch.Generator().manual_seed(1)
-    batches = [(torch.randn(2, 3, size, size, generator=generator),) for _ in range(4)]
+    batches = [(torch.randn(2, 3, size, size, generator=generator),) for _ in range(5)]
     captured = optc.capture(model, batches[0])
 
     class Data:

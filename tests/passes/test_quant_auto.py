@@ -16,8 +16,8 @@ from optc.budget import Budget, Metric
 from optc.machine import BF16_FLAGS, isa
 from optc_passes.observers import ActivationObserver
 from optc_passes.quant import Quant
-from optc_passes.quant_account import Entry
-from optc_passes.quant_auto import solve
+from optc_passes.quant_account import Entry, entries
+from optc_passes.quant_auto import choose, solve, worth_having
 from optc_passes.quant_formats import LayerFormats
 
 SECONDS = {"a": (5.0, 2.0, 1.0), "b": (3.0, 1.0, math.nan), "c": (4.0, 6.0, 2.0)}
@@ -50,7 +50,7 @@ def test_the_integer_program_finds_what_trying_all_finds(least_db: float) -> Non
 def test_auto_measures_every_layer_and_says_what_it_chose() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 196, 512), nn.Linear(512, 10))
-    batches = [torch.randn(4, 3, 16, 16)]
+    batches = [torch.randn(8, 3, 16, 16)]
     optimized = optc.optimize(
         model,
         batches[0][:1],
@@ -185,6 +185,59 @@ def test_int8_that_is_faster_as_a_whole_alone_is_kept(above_db: float) -> None:
     assert {change.rule for change in result.applied} == {"int8"}
 
 
+def tabled(least: float) -> tuple[LayerFormats, list[Entry], optc.PassContext]:
+    """Three linear layers, quicker the fewer bits, with a table that takes noise for a tenth of what it is.
+
+    Args:
+        least: SQNR in dB that the outputs must keep.
+    """
+    torch.manual_seed(0)
+    program = optc.capture(nn.Sequential(*(nn.Linear(256, 256) for _ in range(3))).eval(), (torch.randn(2, 256),))
+
+    class Batches:
+        description = "noise"
+
+        def __iter__(self):  # type: ignore[no-untyped-def]
+            return iter([(torch.randn(16, 256, generator=torch.Generator().manual_seed(1)),)])
+
+    budget = Budget(Metric("always 1", lambda call: 1.0), 1.0, 0.0, min_sqnr_db=least)
+    context = optc.PassContext(calibration=Batches(), budget=budget)
+    layers = LayerFormats(program, context, ActivationObserver)
+    layers.calibrate(context)
+    forms = dict.fromkeys(layers.names, ("float", "int8", "int4-weights"))
+    noise = layers.noise(dict.fromkeys(layers.names, ("int8", "int4-weights")))
+    seconds = {(name, form): 3.0 - rank for name in forms for rank, form in enumerate(forms[name])}
+    table = entries(layers, forms, {pair: level + 10 for pair, level in noise.items()}, {}, "test", seconds)
+    return layers, table, context
+
+
+def test_a_sum_that_was_too_optimistic_is_tightened_until_the_whole_holds() -> None:
+    layers, table, context = tabled(least=25.0)
+    first = layers.attempt(solve(table, 0.1))
+    assert first.sqnr < 25, "or there is nothing to tighten"
+    choice = choose(layers, table, context)
+    assert choice.attempt.sqnr >= 25
+    assert set(choice.formats.values()) & {"int8", "int4-weights"}, "not everything had to go"
+    assert choice.seconds == sum(entry.seconds for entry in table if choice.formats[entry.layer] == entry.form)
+
+
+def test_where_nothing_holds_all_layers_are_in_float() -> None:
+    layers, table, context = tabled(least=25.0)
+    refuse = Budget(Metric("always 0", lambda call: 0.0, "three images"), 1.0, 0.0)
+    choice = choose(layers, table, replace(context, budget=refuse))
+    assert set(choice.formats.values()) == {"float"}
+    assert choice.attempt.layers == ()
+
+
+def test_only_what_is_faster_than_float_somewhere_is_worth_a_look() -> None:
+    noise = {("a", "int8"): 30.0, ("a", "int4-weights"): 20.0, ("b", "int8"): 40.0}
+    a, b = {("a", "float"): 2.0, ("b", "float"): 1.0}, {("a", "float"): 2.0, ("b", "float"): 3.0}
+    slow = a | {("a", "int8"): 3.0, ("a", "int4-weights"): math.nan, ("b", "int8"): 1.0}
+    quick = b | {("a", "int8"): 1.0, ("a", "int4-weights"): 2.5, ("b", "int8"): 4.0}
+    assert worth_having(noise, {"slow": slow}) == {}
+    assert worth_having(noise, {"slow": slow, "quick": quick}) == {("a", "int8"): 30.0}
+
+
 def test_auto_without_a_backend_is_one_line() -> None:
     program = optc.capture(nn.Linear(32, 4), (torch.randn(2, 32),))
 
@@ -192,7 +245,7 @@ def test_auto_without_a_backend_is_one_line() -> None:
         description = "noise"
 
         def __iter__(self):  # type: ignore[no-untyped-def]
-            return iter([(torch.randn(2, 32),)])
+            return iter([(torch.randn(8, 32),)])
 
     with pytest.raises(optc.OptcError, match="needs a backend to measure layers on"):
         Quant(formats="auto")(program, optc.PassContext(calibration=Batches()))

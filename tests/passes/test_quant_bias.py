@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -63,8 +66,11 @@ def test_static_int8_takes_the_correction_only_if_it_helps() -> None:
     formats = dict.fromkeys(layers.names, "int8")
     layers.noise(dict.fromkeys(layers.names, ("int8",)))
     plain = layers.attempt(formats)
-    better = layers.with_better_bias(formats, plain)
-    assert better.sqnr >= plain.sqnr
-    assert layers.corrects_bias == (better is not plain)
     layers.corrects_bias = True
-    assert layers.attempt(formats).sqnr != plain.sqnr
+    corrected = layers.attempt(formats).sqnr
+    assert corrected != plain.sqnr
+    assert layers.with_better_bias(formats, plain).sqnr == max(corrected, plain.sqnr)
+    assert layers.corrects_bias is (corrected > plain.sqnr)
+    best = replace(plain, sqnr=math.inf)
+    assert layers.with_better_bias(formats, best) is best
+    assert not layers.corrects_bias

@@ -18,6 +18,7 @@ from optc_passes.observers import ActivationObserver
 from optc_passes.quant import Quant
 from optc_passes.quant_blocks import BlockFormat, dequantized, round_blocks
 from optc_passes.quant_formats import LayerFormats
+from optc_passes.quant_gptq import round_gptq
 
 X = torch.randn(2, 3, 8, 8)
 
@@ -140,3 +141,18 @@ def test_blocks_behind_int8_still_run_one_kernel(tmp_path: Path) -> None:
     runner = backend.load(tmp_path, lowered.files, Target(threads=1))
     assert runner.precision == "int4 (1 of 5 layers, 4 int8)"
     assert lowered.details["not_int8"] == {}
+
+
+def test_gptq_where_inputs_are_nearly_dependent() -> None:
+    """Channels that are copies of each other at very different scales: float32 cannot factor that Hessian as it is."""
+    torch.manual_seed(0)
+    inputs = torch.randn(512, 8).repeat(1, 16) * torch.logspace(-6, 4, 128)
+    weight = torch.randn(16, 128) / torch.logspace(-6, 4, 128)
+    form = BlockFormat(4, 32)
+    integers, scales = round_gptq(weight, inputs, form)
+    assert scales.isfinite().all()
+    wanted = inputs @ weight.T
+    (nearest, plain) = (
+        (inputs @ dequantized(*each).T - wanted).norm() for each in (round_blocks(weight, form), (integers, scales))
+    )
+    assert plain < nearest

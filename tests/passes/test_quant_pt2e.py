@@ -12,7 +12,7 @@ from torch import nn
 import optc
 from optc_passes.quant import Quant
 
-X = torch.randn(2, 3, 8, 8)
+X = torch.randn(8, 3, 8, 8)
 
 
 class Data:
@@ -39,7 +39,7 @@ def test_a_batch_with_nan_or_inf_is_named(bad: float) -> None:
 
 
 def test_no_batches() -> None:
-    with pytest.raises(optc.DataError, match="'bad data' holds no batch"):
+    with pytest.raises(optc.DataError, match="'bad data' holds no samples, fewer than 8"):
         quantize()
 
 

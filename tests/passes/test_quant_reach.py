@@ -34,19 +34,20 @@ class Funnel(nn.Module):
         return self.last((loud + 0.01 * quiet).mean((2, 3)))
 
 
-def layers_of(program: optc.Program, images: torch.Tensor) -> LayerFormats:
-    context = optc.PassContext(calibration=Batches(images))
+def layers_of(program: optc.Program, *images: torch.Tensor) -> LayerFormats:
+    context = optc.PassContext(calibration=Batches(*images))
     layers = LayerFormats(program, context, ActivationObserver)
     layers.calibrate(context)
     return layers
 
 
-@pytest.mark.parametrize("count", [1, 3, 16])
-def test_noise_that_is_amplified_counts_more(count: int) -> None:
+@pytest.mark.parametrize("size", [1, 3, 16])
+def test_noise_that_is_amplified_counts_more(size: int) -> None:
+    """Whatever the size of calibration batches."""
     torch.manual_seed(1)
-    x = torch.rand(count, 3, 12, 12)
+    x = torch.rand(16, 3, 12, 12)
     program = optc.capture(Funnel().eval(), (x[:1],))
-    layers = layers_of(program, x)
+    layers = layers_of(program, *x.split(size))
     own = layers.noise(dict.fromkeys(layers.names, ("int8",)), with_outputs=True)
     loud, quiet, _ = layers.names
     assert own[loud, "int8"] == pytest.approx(own[quiet, "int8"], abs=0.1)
@@ -54,7 +55,8 @@ def test_noise_that_is_amplified_counts_more(count: int) -> None:
     assert next(iter(noisiest(layers, own, optc.PassContext()))) != (quiet, "int8")
 
 
-def test_estimates_are_near_what_is_seen_when_the_layer_is_quantized() -> None:
+@pytest.mark.parametrize("corrects", [True, False], ids=["corrected bias", "plain bias"])
+def test_estimates_are_near_what_is_seen_when_the_layer_is_quantized(corrects: bool) -> None:
     """On a network with composites (a residual, an activation in the convolution), within the estimator's spread."""
     from optc.frontend.load import load_model
 
@@ -65,11 +67,12 @@ def test_estimates_are_near_what_is_seen_when_the_layer_is_quantized() -> None:
     program = build_passes("fuse")(optc.capture(model, (images[:2],)), context).program
     layers = layers_of(program, images)
     layers.noise(dict.fromkeys(layers.names, ("int8",)), with_outputs=True)
+    layers.corrects_bias = corrects
     estimates = layers.output_noise
     assert set(estimates) == {(name, "int8") for name in layers.names}
     seen = {name: layers.attempt({name: "int8"}).sqnr for name in layers.names}
     far = [estimates[name, "int8"] - seen[name] for name in layers.names]
-    assert abs(sum(far) / len(far)) < 3
+    assert abs(sum(far) / len(far)) < 2
     assert max(map(abs, far)) < 8
 
 
@@ -77,11 +80,11 @@ def test_what_does_not_reach_the_outputs_makes_no_noise() -> None:
     class Unused(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Linear(4, 4)
+            self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Linear(4, 4), nn.Conv2d(3, 4, 1)
 
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             a = self.a(x)
-            return self.b(a.mean((2, 3))), (a > 0).sum()
+            return self.b(a.mean((2, 3))), (self.c(x) > 0).sum()
 
     x = torch.rand(12, 3, 4, 4)
     with torch.inference_mode():
@@ -89,9 +92,11 @@ def test_what_does_not_reach_the_outputs_makes_no_noise() -> None:
     program = optc.capture(Unused().eval(), (x[:2],))
     found = reach(program, make_plan(program).layers, [images])
     assert found.images == IMAGES
-    (conv, linear) = (layer.node.name for layer in make_plan(program).layers)
-    assert found.sqnr_db(linear, torch.zeros(12, 4)) == math.inf
-    assert found.sqnr_db(conv, 0.01 * torch.randn(12, 4, 4, 4)) < 60
+    (conv, linear, unused) = (layer.node.name for layer in make_plan(program).layers)
+    error = 0.01 * torch.randn(12, 4, 4, 4)
+    assert found.sqnr_db(conv, error) < 60
+    assert found.sqnr_db(linear, error[:, :, 0, 0]) < 60
+    assert unused not in found.gradients or found.sqnr_db(unused, error) == math.inf
     assert all(not parameter.requires_grad or parameter.grad is None for parameter in program.module.parameters())
 
 
@@ -104,7 +109,7 @@ def test_without_a_derivative_nothing_is_estimated_and_own_noise_decides() -> No
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.special.gammainc(self.a(x).abs() + 1, x.mean(1, keepdim=True) + 1).mean((2, 3))
 
-    x = torch.rand(4, 3, 4, 4)
+    x = torch.rand(8, 3, 4, 4)
     program = optc.capture(Gamma().eval(), (x[:2],))
     assert reach(program, make_plan(program).layers, [x]).gradients == {}
     layers = layers_of(program, x)

@@ -53,7 +53,8 @@ class Verify(Instrument):
         step, total = compare(last, outputs), compare(self._reference, outputs)
         reason = _exceeded(pass_, after, step if pass_.numerics.exact else total)
         if reason:
-            raise self._failure(pass_, before, after, reason)
+            noisy = not pass_.numerics.exact and total.finite
+            raise self._failure(pass_, before, after, reason, pass_.numerics.min_sqnr_db if noisy else None)
         self._outputs[(*path, id(record))] = outputs
         return {
             "exact": pass_.numerics.exact,
@@ -62,7 +63,9 @@ class Verify(Instrument):
             "seconds": time.perf_counter() - start,
         }
 
-    def _failure(self, pass_: Pass, before: Program, after: Program, reason: str) -> VerificationError:
+    def _failure(
+        self, pass_: Pass, before: Program, after: Program, reason: str, min_sqnr_db: float | None
+    ) -> VerificationError:
         where = first_divergence(before, after, self._inputs[0])
         path = write_reproducer(self._folder, pass_, before, after, self._inputs[0], f"{reason}; {where}")
         predecessors = ", ".join(r.name for r in before.history if r.modified) or "none"
@@ -70,6 +73,7 @@ class Verify(Instrument):
             f"pass '{pass_.name}' (from {pass_.origin}) changed what the model computes: {reason};"
             f" {where}; passes before it: {predecessors}",
             f"a reproducer is in {path}",
+            min_sqnr_db,
         )
 
 

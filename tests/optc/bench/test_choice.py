@@ -12,6 +12,7 @@ from optc import Backend, Lowered, Program, Runner, Target
 from optc.bench.choice import Outcome, choose, rows
 from optc.bench.measure import measure
 from optc.bench.results import Candidate
+from optc.errors import BackendError
 from optc.lowering.lowering import Lowering
 
 
@@ -72,6 +73,14 @@ def test_the_fastest_is_kept_and_every_other_has_its_reason(made: dict[str, Lowe
     table = rows(outcomes)
     assert table[0][0] == "fast (kept)"
     assert table[3][2:5] == ("–", "–", "–")
+
+
+def test_where_all_fail_none_is_kept(made: dict[str, Lowering]) -> None:
+    broken = dict.fromkeys(("broken", "again"), made["broken"])
+    candidates = [Candidate(name, "", False, each.load) for name, each in broken.items()]
+    measured = measure(candidates, [(np.zeros((1, 2), np.float32),)], Target(threads=1), optimized=tuple(broken))
+    with pytest.raises(BackendError, match="failed when measured: broken: RuntimeError: out of order; again: "):
+        choose(broken, (), measured)
 
 
 def test_equals_are_said_to_be_equal(made: dict[str, Lowering]) -> None:

@@ -67,6 +67,13 @@ def test_says_what_runs(cnn: Program, tmp_path: Path) -> None:
         assert runner.left == {}
 
 
+def test_what_the_kernels_compute_is_compared_with_the_graph(cnn: Program, tmp_path: Path) -> None:
+    lowered = EagerBackend().lower(cnn, Target(threads=1), tmp_path)
+    check = lowered.details["check"]
+    assert check["bound_db"] == 60
+    assert float(check["sqnr_db"]) > 100
+
+
 def test_says_what_onednn_does_not_run(tmp_path: Path) -> None:
     program = capture(nn.Sequential(nn.Linear(4, 4), nn.ReLU()).double(), (torch.randn(2, 4).double(),))
     runner = loaded(program, tmp_path)

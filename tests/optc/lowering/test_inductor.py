@@ -254,6 +254,16 @@ def test_the_run_script_needs_numpy_and_torch_alone(int8: Made, saved: Path, tmp
     assert bare.stderr == fed.stderr == ""
 
 
+@X86
+def test_the_run_script_refuses_a_cpu_that_lacks_instructions(saved: Path) -> None:
+    manifest = json.loads((saved / "manifest.json").read_text())
+    manifest["required_isa"].append("amx_of_another_cpu")
+    (saved / "manifest.json").write_text(json.dumps(manifest))
+    done = subprocess.run([sys.executable, "-I", saved / "run.py"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "model.pt2 was compiled for a CPU with amx_of_another_cpu: optimize the model again here\n"
+
+
 def rewrite(source: Path, folder: Path, change: Callable[[dict[str, bytes]], object]) -> Path:
     """A copy of a package with other members, in ``folder``."""
     with zipfile.ZipFile(source) as archive:

@@ -65,6 +65,28 @@ def test_each_backend_gets_a_folder_and_refusals_are_kept(program: Program, tmp_
     torch.testing.assert_close(torch.from_numpy(output), program.run(*program.example_inputs)[0])
 
 
+class Breaks(Refuses):
+    """Has a bug."""
+
+    name = "breaks"
+    origin = "a-plugin"
+
+    def lower(self, program: Program, target: Target, folder: Path) -> Lowered:
+        raise KeyError("weights")
+
+
+def test_a_bug_in_one_backend_is_its_reason_and_names_its_plugin(program: Program, tmp_path: Path) -> None:
+    done, refused = lower_all([EagerBackend(), Breaks()], program, Target(threads=1), tmp_path, lambda text: None)
+    assert [made.backend.name for made in done] == ["eager"]
+    assert refused == {"breaks": "backend 'breaks' (from a-plugin) raised KeyError: 'weights'"}
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    with pytest.raises(
+        BackendError, match=r"^backend 'breaks' \(from a-plugin\) raised KeyError: 'weights' — run with"
+    ):
+        lower_all([Breaks()], program, Target(threads=1), alone, lambda text: None)
+
+
 def test_the_only_backend_raises_its_own_reason(program: Program, tmp_path: Path) -> None:
     with pytest.raises(BackendError, match=r"aten\.relu\.default has no form here"):
         lower_all([Refuses()], program, Target(threads=1), tmp_path, lambda text: None)

@@ -52,7 +52,7 @@ def test_an_allowed_fallback_is_recorded_node_by_node(block: Program, tmp_path: 
     assert len(operators) < ran
     assert {each["provider"] for each in details["fallback"]} == {CPU}
     assert made.provider == f"onnxruntime {CPU} ({ran} nodes)"
-    assert f'PROVIDERS = ["{AZURE}", "{CPU}"]' in made.lowered.run_script
+    assert f'= [("{AZURE}", {{}}), ("{CPU}", {{}})]' in made.lowered.run_script
     runner = made.load()
     x = torch.randn(2, 3, 16, 16)
     for ours, graph in zip(runner(x.numpy()), block.run(x), strict=True):

@@ -27,7 +27,10 @@ def test_where_it_cannot_run_it_says_why() -> None:
     assert OnnxRuntimeTensorRtBackend.unavailable(Target()) == "onnxruntime-tensorrt runs on cuda, not on 'cpu'"
     if TENSORRT not in onnxruntime.get_available_providers():
         reason = OnnxRuntimeTensorRtBackend.unavailable(CUDA)
-        assert reason == f"the installed onnxruntime has no {TENSORRT}: pip install 'optc[gpu]'"
+        assert (
+            reason
+            == f"the installed onnxruntime has no {TENSORRT}: pip uninstall onnxruntime && pip install 'optc[gpu]'"
+        )
 
 
 @pytest.mark.gpu

@@ -111,6 +111,20 @@ def test_a_list_that_fails_verification_is_left_out_with_the_reason(
         Alternatives({"a": spoiled, "b": optc.PassManager([Spoil()])}).run(captured, watched)
 
 
+def test_lists_without_quantization() -> None:
+    def named(passes: str) -> dict[str, list[str]]:
+        lists = Alternatives.of(passes).unquantized().lists
+        return {text: [each.name for each in manager.passes] for text, manager in lists.items()}
+
+    assert named("fuse,quant | fuse,quant<formats=auto>,bf16 | fuse") == {
+        "fuse": ["fuse"],
+        "fuse,bf16": ["fuse", "bf16"],
+    }
+    assert named("fuse,quant") == {"": ["fuse"]}
+    assert named("auto") == {"fuse": ["fuse"], "fuse,bf16": ["fuse", "bf16"]}
+    assert Alternatives.of("auto").unquantized().automatic
+
+
 def test_without_calibration_data_auto_leaves_int8_out(captured: optc.Program) -> None:
     made = Alternatives.of("auto").run(captured, context(None))
     assert set(made.programs) == {"fuse,bf16", "fuse"}

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -175,3 +177,11 @@ def test_two_distributions_with_one_plugin_name_are_refused(installed: Path) -> 
     (installed / "zenith-1.0.dist-info" / "entry_points.txt").write_text("[optc]\nacme = zenith\n")
     with pytest.raises(PluginError, match=r"(acme and zenith|zenith and acme) both install a plugin called 'acme'"):
         registry()
+
+
+def test_a_backend_of_a_plugin_that_is_not_installed_has_a_pip_line() -> None:
+    code = "import sys; from optc.cli.main import run; sys.exit(run(['optimize', 'alexnet', '--backend', 'openvino']))"
+    environment = {**os.environ, "OPTC_DISABLE_PLUGINS": "openvino"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "optc: backend 'openvino' is not installed — pip install optc-openvino"
