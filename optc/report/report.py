@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from optc.budget import exceeds
+from optc.passmanager.alternatives import QUANT
 from optc.passmanager.contract import Pass, PassRecord
 from optc.program import ModelInfo
 
@@ -45,7 +46,7 @@ class BudgetOutcome:
     """Whether the metric stayed within ``max_drop`` percentage points, and what it took.
 
     Attributes:
-        quantized: whether passes that change the outputs are part of what was kept; ``False`` if none kept the budget.
+        quantized: whether quantization, or another pass that changes the outputs, is part of what was kept.
         tried: what was given up because it lost more.
     """
 
@@ -67,14 +68,16 @@ class BudgetOutcome:
         if max_drop is None:
             return None
         approximate = {each.name for each in asked.leaves() if not each.numerics.exact}
-        quantized = any(record.modified and record.name in approximate for record in history)
+        did = {record.name for record in history if record.modified} & approximate
+        gone = approximate - did if not did else {QUANT} & (approximate - did)
+        quantized = bool(did) and not gone
         if accuracy.drop is None:
             return cls(max_drop, quantized, tuple(tried), f"NOT checked: accuracy {accuracy.reason}")
         lost = f"{accuracy.drop:.2f} points of {accuracy.metric} lost, {max_drop:g} allowed ({accuracy.data})"
         if exceeds(accuracy.drop, max_drop):
             lost = f"NOT kept: {lost}"
-        if approximate and not quantized:
-            names = ", ".join(sorted(approximate))
+        if gone:
+            names = ", ".join(sorted(gone))
             text = "; ".join([f"NOT quantized: nothing that {names} can do keeps the budget", *tried, lost])
         else:
             text = "; ".join([lost, *tried])
