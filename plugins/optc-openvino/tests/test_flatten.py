@@ -37,7 +37,7 @@ class Block(nn.Module):
 def test_layers_over_feature_maps_are_flattened(passes: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     module, x = Block().eval(), torch.randn(2, 8, 6, 5)
-    made = optc.optimize(module, x, passes, backend="openvino", calibration=[x], measure=False, target=TARGET)
+    made = optc.optimize(module, x, passes, backend="openvino", calibration=[x] * 4, measure=False, target=TARGET)
     optc.export_onnx(made.program, tmp_path / "model.onnx")
     model = read(tmp_path / "model.onnx")
     drop_zero_points(model)

@@ -78,7 +78,7 @@ class Activated(nn.Module):
 def test_the_rounding_before_an_activation_goes(activation: nn.Module, dropped: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     module, x = Activated(activation).eval(), torch.randn(2, 3, 16, 16)
-    made = optc.optimize(module, x, "fuse,quant", backend="openvino", calibration=[x], measure=False, target=TARGET)
+    made = optc.optimize(module, x, "fuse,quant", backend="openvino", calibration=[x] * 4, measure=False, target=TARGET)
     assert made.details["dropped_quantizations"] == dropped
     assert made.details["not_int8"] == {}
     optc.export_onnx(made.program, tmp_path / "model.onnx")

@@ -27,7 +27,9 @@ class Watched(EagerBackend):
     def lower(self, program: Program, target: Target, folder: Path) -> Lowered:
         if program.graph.output_node().args[0][0].meta["val"].shape[-1] == 3:  # type: ignore[index, union-attr]
             raise BackendError("three are too many")
-        return super().lower(program, target, folder)
+        lowered = super().lower(program, target, folder)
+        self.batches.clear()  # what was asked to compare it with the graph
+        return lowered
 
     def load(self, folder: Path, files: tuple[str, ...], target: Target) -> Runner:
         runner, batches = super().load(folder, files, target), self.batches

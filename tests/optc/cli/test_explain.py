@@ -64,7 +64,7 @@ def test_the_table_of_auto_has_latencies_and_the_whole_models_noise(
     monkeypatch.setenv("COLUMNS", "200")
     assert run(["explain", str(artifacts / "auto"), "-v", "--plot", str(tmp_path / "formats.svg")]) == 0
     out = capsys.readouterr().out
-    for column in ("own SQNR dB", "model SQNR dB", "points lost", "µs in float", "MB in float", "why"):
+    for column in ("own SQNR dB", "model SQNR dB", "µs in float", "MB in float", "why"):
         assert column in out
     assert "int4-weights" in out
     drawn = (tmp_path / "formats.svg").read_text()
@@ -72,6 +72,8 @@ def test_the_table_of_auto_has_latencies_and_the_whole_models_noise(
     assert [path.name for path in tmp_path.iterdir()] == ["formats.svg"]
     assert run(["explain", str(artifacts / "auto"), "--json"]) == 0
     account = json.loads(capsys.readouterr().out)["account"]
+    tried = [row for row in account if row["drop"] is not None]  # where some format is faster than float here
+    assert ("points lost" in out) is bool(tried)
     reasons = ("its fastest format on onnxruntime", "more noise than the budget", "the whole model takes ")
     assert all(any(reason in row["why"] for reason in reasons) for row in account if row["chosen"])
 

@@ -49,7 +49,7 @@ def program(request: pytest.FixtureRequest) -> Program:
     captured = optc.capture(Small().eval(), inputs)
     if not request.param:
         return captured
-    return build_passes(request.param)(captured, PassContext(calibration=Batches([inputs]))).program
+    return build_passes(request.param)(captured, PassContext(calibration=Batches([inputs] * 4))).program
 
 
 @pytest.mark.parametrize("name", ["eager", "onnxruntime", "openvino"])

@@ -85,7 +85,7 @@ def test_nothing_is_listed_where_every_layer_runs_in_int8(tmp_path: Path) -> Non
     )
     images = torch.randn(4, 3, 12, 12)
     made = optc.optimize(
-        model, images, "fuse,quant", calibration=[images], backend="onnxruntime", measure=False, target=TARGET
+        model, images, "fuse,quant", calibration=[images] * 2, backend="onnxruntime", measure=False, target=TARGET
     )
     assert made.report.precision == "int8 (3 of 3 layers)"
     assert made.details["not_int8"] == {}

@@ -14,7 +14,7 @@ def costs_of(model: nn.Module, shape: tuple[int, ...], passes: str = "", batch: 
     inputs = (torch.randn(2, *shape),)
     program = optc.capture(model.eval(), inputs)
     if passes:
-        program = build_passes(passes)(program, PassContext(calibration=Batches([inputs]))).program
+        program = build_passes(passes)(program, PassContext(calibration=Batches([inputs] * 4))).program
     return CostGraph(node_costs(program, batch))
 
 

@@ -54,7 +54,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Optimized, Path, Insi
     file.write_text(json.dumps(asdict(known)))  # measuring them takes seconds
     torch.manual_seed(0)
     model, inputs = Net().eval(), torch.randn(2, 3, 32, 32)
-    optimized = optc.optimize(model, inputs, backend="onnxruntime", calibration=[inputs], measure=False, target=TARGET)
+    optimized = optc.optimize(
+        model, inputs, backend="onnxruntime", calibration=[inputs] * 4, measure=False, target=TARGET
+    )
     artifact = optimized.save(tmp_path_factory.mktemp("report") / "net")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernel_times, "SECONDS", 0.01)
