@@ -12,6 +12,7 @@ import gc
 import json
 import math
 import os
+import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -125,6 +126,7 @@ def row(
         "model": task.model,
         "batch": task.batch,
         "machine": asdict(machine(gpus=False)),
+        "commit": commit(),
         "task": asdict(task),
         "best_peer": best_peer,
         "p50_ms": p50,
@@ -134,6 +136,13 @@ def row(
         "productions": {name: asdict(made) for name, made in productions.items()},
         "measurement": measured.to_dict(),
     }
+
+
+def commit() -> str:
+    """What is measured: the commit that is checked out, or nothing known."""
+    asked = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    done = subprocess.run(asked, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
 
 
 def _ratio(measured: Measurement, name: str, peer: str) -> Ratio:
@@ -217,13 +226,18 @@ def summary(rows: Sequence[Mapping[str, Any]], wanted: int) -> Result:
             ),
             "Each row is one run on one machine; a row measured again there takes the place of what was known of it.",
             f"Random weights; a tool whose outputs keep less than {LEAST_SQNR_DB:.0f} dB is not compared with.",
-            *(
-                f"{name}, {tool}: {why}" + (f", {row['p50_ms'][tool]:.4g} ms" if tool in row["p50_ms"] else "")
-                for name, row in zip(names, rows, strict=True)
-                for tool, why in row["out"].items()
-            ),
+            *(f"{name}: {text}" for name, row in zip(names, rows, strict=True) for text in _left_out(row)),
         ],
     )
+
+
+def _left_out(row: Mapping[str, Any]) -> list[str]:
+    """What a row's comparison is without, by reason, with the latency where there is one."""
+    tools: dict[str, list[str]] = {}
+    for tool, why in row["out"].items():
+        taken = f" ({row['p50_ms'][tool]:.4g} ms)" if tool in row["p50_ms"] else ""
+        tools.setdefault(why, []).append(f"{tool}{taken}")
+    return [f"without {', '.join(each)}: {why}" for why, each in tools.items()]
 
 
 def _summary_row(row: Mapping[str, Any]) -> dict[str, str | float]:
