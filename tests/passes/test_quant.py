@@ -261,7 +261,8 @@ def test_onnxruntime_runs_the_linear_layers_of_a_transformer_in_int8(quantized: 
 
 MODELS = (
     "alexnet", "resnet18", "resnet50", "mobilenetv3_large_100", "efficientnet_b0", "convnext_tiny",
-    "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "densenet121",
+    "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "densenet121", "mixnet_s", "deit3_small_patch16_224",
+    "vit_base_patch16_224",
 )  # fmt: skip
 
 
