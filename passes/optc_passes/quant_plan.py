@@ -37,8 +37,8 @@ RESCALING = {aten.relu.default, aten.adaptive_avg_pool2d.default, aten.avg_pool2
 """Operators that runtimes have in int8 and whose output has a range of its own. So do sums and spatial means.
 
 Not here, because onnxruntime has no int8 kernel or is no faster with it than with the float one: SiLU as QLinearSigmoid
-and QLinearMul (hardly faster on EfficientNet-B0 than one float QuickGelu, and 1 dB less SQNR), hard-swish, hard-sigmoid,
-GELU, and the product of a squeeze-and-excitation gate, one operand of which is float.
+and QLinearMul (hardly faster on EfficientNet-B0 than one float QuickGelu, and noisier), hard-swish, hard-sigmoid, GELU,
+and the product of a squeeze-and-excitation gate, one operand of which is float.
 """
 
 QUANTIZERS = (
