@@ -148,4 +148,7 @@ if __name__ == "__main__":
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
     given = parser.parse_args()
     run = partial(benchmark, given.models, given.images)
-    publish("hard_models", run, command="python benchmarks/hard_models.py", folder=given.results)
+    try:
+        publish("hard_models", run, command="python benchmarks/hard_models.py", folder=given.results)
+    except optc.OptcError as error:
+        parser.error(str(error))

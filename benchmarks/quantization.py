@@ -192,6 +192,9 @@ def _against_peers(rows: list[dict[str, str | float]], measured: Measurement) ->
             if not accurate:
                 missed.append(f"{peer.name} is more accurate")
                 continue
+            if not any(math.isfinite(_p50(row)) for row in accurate) or not math.isfinite(_p50(theirs)):
+                missed.append(f"{peer.name} was not compared: it, or what is as accurate, failed when measured")
+                continue
             best = str(min(accurate, key=_p50)["candidate"])
             ratio = ratio_of_medians(measured[best].latencies_ns, measured[peer.name].latencies_ns, interleaved=True)
             figures = f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
@@ -226,7 +229,7 @@ def benchmark(model: str, blocks: int) -> Result:
     )
     missed += [f"there is no {name}" for name in refused if AUTO in name]
     auto = f"{AUTO}, onnxruntime"
-    if auto not in refused:
+    if auto not in refused and measured[auto].percentiles and measured[FLOAT.name].percentiles:
         against = ratio_of_medians(
             measured[auto].latencies_ns, measured[FLOAT.name].latencies_ns, interleaved=measured.interleaved
         )

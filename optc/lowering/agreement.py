@@ -69,7 +69,7 @@ def check_agreement(runtime: str, program: Program, run: Callable[..., Sequence[
             bfloat16 30 dB, quantized 20 dB), with the numbers.
     """
     graph = [output.detach().float().cpu().numpy() for output in program.run(*program.example_inputs)]
-    outputs = run(*map(_array, program.example_inputs))
+    outputs = run(*map(as_array, program.example_inputs))
     names = ["output"] if len(graph) == 1 else [f"output_{index}" for index in range(len(graph))]
     bound = bound_db(program)
     try:
@@ -84,9 +84,11 @@ def check_agreement(runtime: str, program: Program, run: Callable[..., Sequence[
     return compare_outputs(runtime, names, graph, outputs, max(LEAST_QUANTIZED_DB, own))
 
 
-def _array(tensor: torch.Tensor) -> Array:
-    """A tensor for a runner; types numpy has not (bfloat16) as float32."""
-    array: Array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().cpu().numpy()
+def as_array(tensor: torch.Tensor) -> Array:
+    """A tensor as an array; types numpy has not (bfloat16, float8) as float32."""
+    if tensor.dtype.is_floating_point and tensor.dtype not in (torch.float64, torch.float32, torch.float16):
+        tensor = tensor.float()
+    array: Array = tensor.detach().cpu().contiguous().numpy()
     return array
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from optc.errors import BackendError
-from optc.lowering.agreement import check_agreement
+from optc.lowering.agreement import as_array, check_agreement
 from optc.lowering.backend import Array, Backend, Lowered, Runner
 from optc.lowering.eager_times import kernel_times
 from optc.lowering.graph_file import read_graph, refusal, write_graph
@@ -142,7 +142,7 @@ class EagerRunner(Runner):
         with torch.inference_mode():
             tensors = [_tensor(array, dtype, self._device) for array, dtype in zip(inputs, self._dtypes, strict=True)]
             outputs: tuple[Tensor, ...] = self._module(*tensors)
-            return tuple(_array(output) for output in outputs)
+            return tuple(as_array(output) for output in outputs)
 
     def run_tensors(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run one query; the outputs stay on the device, in the graph's types."""
@@ -169,14 +169,6 @@ def _tensor(array: Array, dtype: torch.dtype, device: torch.device) -> Tensor:
     if not (array.flags.writeable and array.flags.c_contiguous):
         array = np.array(array)
     return torch.from_numpy(array).to(device, dtype)
-
-
-def _array(tensor: Tensor) -> Array:
-    """The tensor as an array; types numpy has not (bfloat16, float8) as float32."""
-    if tensor.dtype.is_floating_point and tensor.dtype not in (torch.float64, torch.float32, torch.float16):
-        tensor = tensor.float()
-    array: Array = tensor.cpu().contiguous().numpy()
-    return array
 
 
 @torch.no_grad()

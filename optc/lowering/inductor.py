@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx
 
 from optc.errors import BackendError
-from optc.lowering.agreement import check_agreement
+from optc.lowering.agreement import as_array, check_agreement
 from optc.lowering.backend import Array, Backend, Lowered, Runner
 from optc.lowering.graph_file import refusal, write_graph
 from optc.lowering.inductor_times import kernel_times
@@ -169,7 +169,7 @@ class InductorRunner(Runner):
             torch.set_num_threads(self._threads)
         tensors = [self._tensor(array, entry["dtype"]) for array, entry in zip(inputs, self._inputs, strict=True)]
         with torch.inference_mode():
-            return tuple(_array(output) for output in self._loader.boxed_run(tensors))
+            return tuple(as_array(output) for output in self._loader.boxed_run(tensors))
 
     def run_tensors(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run one query; the outputs stay on the device, in the graph's types."""
@@ -302,12 +302,6 @@ def _why_float(layer: fx.Node | None, target: Target) -> str:
             if "::dequantize_" not in str(getattr(getattr(source, "target", None), "_schema", "")):
                 return f"its {what} is not quantized in the graph"
     return "Inductor found no oneDNN int8 kernel for it"
-
-
-def _array(tensor: Tensor) -> Array:
-    """The tensor as an array; bfloat16, which numpy has not, as float32."""
-    array: Array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().contiguous().numpy()
-    return array
 
 
 def _first_line(text: str) -> str:

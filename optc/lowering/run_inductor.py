@@ -22,10 +22,12 @@ def facts() -> dict[str, Any]:
 
 def missing_instructions() -> list[str]:
     """What the model was compiled for and this CPU lacks: it would end the process. Only Linux on x86 tells."""
-    manifest = json.loads(MODEL.with_name("manifest.json").read_text())
-    cpu = Path("/proc/cpuinfo")
+    manifest, cpu = MODEL.with_name("manifest.json"), Path("/proc/cpuinfo")
+    if not manifest.exists():  # the files were taken out of their folder
+        return []
     flags = re.search(r"^flags\s*:(.*)$", cpu.read_text(), re.MULTILINE) if cpu.exists() else None
-    return [each for each in manifest["required_isa"] if each not in flags[1].split()] if flags else []
+    required = json.loads(manifest.read_text())["required_isa"]
+    return [each for each in required if each not in flags[1].split()] if flags else []
 
 
 def load() -> "torch._C._aoti.AOTIModelPackageLoader":
