@@ -59,7 +59,7 @@ def optc_passes() -> Iterable[Entry]:
         ),
         Entry(
             "remove-identity",
-            "Remove operators that hand on their input unchanged (dropout, no-op views, copies, casts, pads).",
+            "Remove operators that hand on their input unchanged: dropout, no-op views and casts, copies, zero biases.",
             "optc_passes.identity:RemoveIdentity",
         ),
         Entry(

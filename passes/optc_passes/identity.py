@@ -8,7 +8,20 @@ import torch
 from torch import Tensor, fx
 
 from optc import Change, Pass, PassContext, PassResult, Program, Skip
-from optc.rewrite import argument, constant_of, dims, dtype, is_call, loosen_layout, shape
+from optc.rewrite import (
+    argument,
+    calls,
+    constant_of,
+    dims,
+    dtype,
+    erase_unused,
+    is_call,
+    loosen_layout,
+    module_path,
+    set_argument,
+    shape,
+)
+from optc_passes.layers import CONVOLUTIONS, LINEARS, TRANSPOSED
 
 aten = torch.ops.aten
 
@@ -18,11 +31,14 @@ class RemoveIdentity(Pass):
 
     Copies (``clone``, ``contiguous``) mean nothing in a functional graph. One asked for in another memory format than
     its input has stays, as a choice of layout; ``merge-views`` takes those that only serve a view. A copy that keeps a
-    program output from being the very tensor that was passed in stays too.
+    program output from being the very tensor that was passed in stays too. A layer's bias of zeros is an addition that
+    changes no value.
     """
 
     name = "remove-identity"
-    summary = "Remove operators that hand on their input unchanged (dropout, no-op views, copies, casts, pads)."
+    summary = (
+        "Remove operators that hand on their input unchanged: dropout, no-op views and casts, copies, zero biases."
+    )
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         applied: list[Change] = []
@@ -54,7 +70,20 @@ class RemoveIdentity(Pass):
                 program.graph.erase_node(old)
             applied.append(Change(self.name, node.name, str(node.target).removeprefix("aten.").split(".")[0]))
         loosen_layout(relaid)
+        applied += _drop_zero_biases(program)
         return PassResult(program, bool(applied), tuple(applied), tuple(skipped))
+
+
+def _drop_zero_biases(program: Program) -> list[Change]:
+    changes = []
+    for layer in calls(program, *LINEARS, *CONVOLUTIONS, *TRANSPOSED):
+        bias = argument(layer, "bias")
+        tensor = constant_of(program, bias)
+        if tensor is not None and not bool(tensor.any()):
+            set_argument(layer, "bias", None)
+            erase_unused((bias,))
+            changes.append(Change(RemoveIdentity.name, layer.name, f"{module_path(layer)} bias of zeros".strip()))
+    return changes
 
 
 def _strides(node: fx.Node) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from optc_passes.quant_auto import (
 )
 from optc_passes.quant_budget import MIN_SQNR_DB, over_budget
 from optc_passes.quant_formats import FLOAT, INT8, WEIGHTS_ALONE, Attempt, Formats, LayerFormats
-from optc_passes.quantizer import SATURATES
+from optc_passes.quantizer import SATURATES, Int8Kernels
 
 
 class QuantOptions(PassOptions):
@@ -81,7 +81,9 @@ class Quant(Pass):
             OptcError: there is no calibration data, or the model itself gives NaN or Inf on it.
             DataError: a calibration batch cannot be used.
         """
-        layers = LayerFormats(program, context, self._observer(), self.options.block or _block(self.options.formats))
+        layers = LayerFormats(
+            program, context, self._observer(context), self.options.block or _block(self.options.formats)
+        )
         if not layers.plan.layers:
             return PassResult(program, modified=False, skipped=layers.skipped(None))
         if context.calibration is None and self.options.formats not in WEIGHTS_ALONE:
@@ -221,10 +223,12 @@ class Quant(Pass):
             for name in ranked[:enough]
         ]
 
-    def _observer(self) -> Any:
+    def _observer(self, context: PassContext) -> Any:
+        centre = Int8Kernels.of(context).centre
         if self.options.observer == "percentile":
-            return PercentileObserver.with_args(percentile=self.options.percentile)
-        return {"minmax": ActivationObserver, "entropy": EntropyObserver, "mse": MseObserver}[self.options.observer]
+            return PercentileObserver.with_args(percentile=self.options.percentile, centre=centre)
+        kinds = {"minmax": ActivationObserver, "entropy": EntropyObserver, "mse": MseObserver}
+        return kinds[self.options.observer].with_args(centre=centre)
 
 
 def _block(formats: str) -> int:

@@ -43,6 +43,8 @@ class Int8Kernels:
     Attributes:
         symmetric: activations symmetric int8 instead of affine uint8. On x86 the int8 dot-product instructions take an
             unsigned and a signed operand; tensor cores take two signed ones, and TensorRT no zero point.
+        centre: affine activations whose range is nearly symmetric get one that is. oneDNN's kernels make up for a
+            zero point at a cost that shows with AMX, and a middle one is none to a runtime that stores int8 instead.
         weight_limit: largest magnitude of a weight. 127 leaves out -128: symmetric, and what the VNNI and AMX kernels
             of oneDNN and MLAS are written for. Before VNNI, ``vpmaddubsw`` adds two products of 8 bits and saturates at
             16: 2 · 255 · 64 is the most that fits (oneDNN, "Nuances of int8 computations").
@@ -50,6 +52,7 @@ class Int8Kernels:
     """
 
     symmetric: bool = False
+    centre: bool = False
     weight_limit: int = 127
     attention: bool = True
 
@@ -59,7 +62,7 @@ class Int8Kernels:
         if context.target.device == "cuda":
             return cls(symmetric=True, attention=False)
         saturates = context.isa is not None and not _DOT_PRODUCT & set(context.isa)
-        return cls(weight_limit=64 if saturates else 127)
+        return cls(centre="amx_int8" in (context.isa or ()), weight_limit=64 if saturates else 127)
 
     @property
     def saturates(self) -> bool:

@@ -127,3 +127,12 @@ def test_view_behind_a_removed_copy_still_works(tester: Callable) -> None:
     """A copy of a slice is dense and can be viewed flat; the slice itself cannot."""
     model = Between(lambda x: torch.ops.aten.slice(x, 2, 0, 6, 2).clone().view(-1, 72))
     tester(model, IMAGE).run(RemoveIdentity()).check_count(clone=0, view=0, reshape=1).check_close()
+
+
+@pytest.mark.parametrize(("fill", "left"), [(0.0, 0), (0.5, 2)])
+def test_biases_of_zeros(tester: Callable, fill: float, left: int) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 3, 3), nn.Flatten(), nn.Linear(48, 5))
+    for layer in (model[0], model[2]):
+        nn.init.constant_(layer.bias, fill)
+    t = tester(model, IMAGE).run(RemoveIdentity()).check_close()
+    assert sum(name.endswith("bias") for name, _ in t.program.constants()) == left

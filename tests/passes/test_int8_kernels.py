@@ -33,6 +33,13 @@ class Batches:
         return iter([(torch.randn(8, 3, 8, 8),)])
 
 
+class Rows:
+    description = "rows from -1.1 to 1"
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        return iter([(torch.linspace(-1.1, 1.0, 8 * 64).view(8, 64),)])
+
+
 def _product(limit: int) -> int:
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
     ran = subprocess.run(
@@ -70,6 +77,15 @@ def test_weights_fit_the_instruction_set(isa: tuple[str, ...] | None, limit: int
     assert len(weights) == 2
     assert all(int(weight.abs().max()) == limit for weight in weights)
     assert notes == ([SATURATES] if limit == 64 else [])
+
+
+@pytest.mark.parametrize(("isa", "middle"), [(("avx512_vnni", "amx_int8"), True), (("avx512_vnni",), False)])
+def test_nearly_symmetric_inputs_have_the_middle_as_zero_point_with_amx(isa: tuple[str, ...], middle: bool) -> None:
+    program = optc.capture(nn.Linear(64, 4), (torch.randn(2, 64),))
+    quantized = Quant()(program, optc.PassContext(calibration=Rows(), isa=isa)).program
+    quantize = torch.ops.quantized_decomposed.quantize_per_tensor.default
+    (node,) = (node for node in quantized.graph.nodes if node.target is quantize)
+    assert (node.args[2] == 128) == middle
 
 
 def test_a_gpu_has_no_such_kernels() -> None:

@@ -42,6 +42,26 @@ def test_minmax_covers_all_it_saw_and_zero() -> None:
     assert int(zero_point) == 0
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "zero_point"), [(-1.1, 1.0, 128), (-1.0, 1.3, 128), (-1.0, 1.4, 106), (0.0, 1.0, 0)]
+)
+def test_a_range_that_is_nearly_symmetric_is_centred(low: float, high: float, zero_point: int) -> None:
+    plain, centred = ActivationObserver(**ACTIVATION), ActivationObserver(**ACTIVATION, centre=True)
+    x = torch.linspace(low, high, 1001)
+    plain(x), centred(x)
+    scale, chosen = centred.calculate_qparams()
+    assert int(chosen) == zero_point
+    assert float((fake(centred, x) - x).abs().max()) <= 0.501 * float(scale)
+    assert float(plain.calculate_qparams()[0]) <= float(scale) <= 1.15 * float(plain.calculate_qparams()[0])
+
+
+def test_what_is_symmetric_anyway_is_not_centred() -> None:
+    symmetric = {**ACTIVATION, "dtype": torch.int8, "quant_min": -128, "quant_max": 127}
+    observers = [ActivationObserver(**symmetric, qscheme=torch.per_tensor_symmetric, centre=c) for c in (False, True)]
+    x = torch.tensor([-0.9, 1.0])
+    assert len({float(observer.calculate_qparams()[0]) for observer in observers if observer(x) is x}) == 1
+
+
 @pytest.mark.parametrize("cls", OBSERVERS)
 @pytest.mark.parametrize("size", [1e-30, 1e-6, 1.0, 1e20])
 def test_a_scale_is_as_small_or_large_as_the_data(cls: type[ActivationObserver], size: float) -> None:

@@ -18,7 +18,7 @@ import optc
 from optc.machine import isa
 from optc_openvino import backend as backend_module
 from optc_openvino.backend import OpenVinoBackend
-from optc_openvino.runtime import VERSION
+from optc_openvino.runtime import ROUNDED_TOGETHER, VERSION
 
 TARGET = optc.Target(threads=2)
 Sqnr = Callable[[np.ndarray, np.ndarray], float]
@@ -183,6 +183,10 @@ def test_nothing_is_reported_to_anyone(module: str, tmp_path: Path) -> None:
     assert done.stdout.split() == ["None", "True"], done.stderr
     assert done.stderr == ""
     assert not list((tmp_path / "home").iterdir())
+
+
+def test_run_py_rounds_inputs_as_the_backend_does() -> None:
+    assert f'"DYNAMIC_QUANTIZATION_GROUP_SIZE": {ROUNDED_TOGETHER}' in backend_module.RUN_SCRIPT.read_text()
 
 
 def test_loading_needs_no_torch() -> None:

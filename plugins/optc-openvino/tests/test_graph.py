@@ -15,6 +15,7 @@ from optc_openvino.graph import (
     drop_zero_points,
     quantized_layers,
     use_hsigmoid,
+    use_signed_activations,
 )
 from optc_openvino.runner import OpenVinoRunner
 from optc_openvino.runtime import ov, read
@@ -44,6 +45,28 @@ def test_other_zero_points_stay(tmp_path: Path) -> None:
         shifted = ops.subtract(ops.convert(weights, "f32"), shift)
         model = ov.Model([ops.matmul(x, shifted, False, True)], [x])
         assert drop_zero_points(model) == drops
+
+
+@pytest.mark.parametrize(("zero_point", "changed"), [(128, 1), (127, 0), (0, 0)])
+def test_symmetric_activations_are_signed(zero_point: int, changed: int) -> None:
+    ops = ov.opset13
+    x = ops.parameter([1, 3, 8, 8], np.float32)
+    scale = np.float32(0.05)
+    ends = [ops.constant(np.float32((end - zero_point) * scale)) for end in (0, 255)]
+    levels = ops.fake_quantize(x, *ends, ops.constant(np.float32(0)), ops.constant(np.float32(255)), 256)
+    wide = ops.convert(ops.convert(levels, "u8"), "f32")
+    value = ops.multiply(ops.subtract(wide, ops.convert(ops.constant(np.uint8(zero_point)), "f32")), scale)
+    weight = np.random.default_rng(0).integers(-127, 128, (4, 3, 3, 3)).astype(np.int8)
+    kernel = ops.multiply(ops.convert(ops.constant(weight), "f32"), np.float32(0.01))
+    model = ov.Model([ops.convolution(value, kernel, [1, 1], [1, 1], [1, 1], [1, 1])], [x])
+    inputs = np.random.default_rng(1).uniform(-7, 7, (1, 3, 8, 8)).astype(np.float32)
+    (before,) = OpenVinoRunner(model.clone(), TARGET)(inputs)
+    assert use_signed_activations(model) == changed
+    assert use_signed_activations(model) == 0
+    stored = {node.get_output_element_type(0).get_type_name() for node in model.get_ops()}
+    assert ("u8" not in stored) == bool(changed)
+    (after,) = OpenVinoRunner(model, TARGET)(inputs)
+    np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["f32", "bf16"])

@@ -20,6 +20,7 @@ from optc_openvino.graph import (
     drop_zero_points,
     quantized_layers,
     use_hsigmoid,
+    use_signed_activations,
 )
 from optc_openvino.runner import OpenVinoRunner
 from optc_openvino.runtime import VERSION, errors, ov, read
@@ -59,6 +60,7 @@ class OpenVinoBackend(Backend):
             _, exported = export_onnx(program, onnx)
             model = read(onnx)
             dropped = drop_zero_points(model)
+            use_signed_activations(model)
             use_hsigmoid(model)
             not_rounded = drop_quantizations_before_activations(model)
             flatten_layers(model)

@@ -15,7 +15,7 @@ def load(batch: int = 1, threads: int = 0) -> openvino.CompiledModel:
     model = core.read_model(Path(__file__).resolve().with_name("model.xml"))
     bf16 = model.has_rt_info(["optc", "inference_precision"])
     bf16 = bf16 and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    options = {"PERFORMANCE_HINT": "LATENCY", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+    options = {"PERFORMANCE_HINT": "LATENCY", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 64}
     options["INFERENCE_PRECISION_HINT"] = "bf16" if bf16 else "f32"
     if threads:
         options["INFERENCE_NUM_THREADS"] = threads
