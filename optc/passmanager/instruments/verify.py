@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -23,8 +24,9 @@ class Verify(Instrument):
     """Stops the run when a pass moves the outputs beyond what it declared.
 
     An exact pass is compared with the program before it and may cost float rounding only; an approximate one is
-    compared with the captured model and must hold its declared budget. Both distances are recorded. Several lists of
-    passes may run on the captured program, or on what another list began with, under one instrument.
+    compared with the captured model and may add the noise that it declared to what there was. Both distances are
+    recorded. Several lists of passes may run on the captured program, or on what another list began with, under one
+    instrument.
 
     Args:
         captured: the program as captured; it is run once and not kept.
@@ -51,17 +53,22 @@ class Verify(Instrument):
         start = time.perf_counter()
         outputs = _run(after, self._inputs)
         step, total = compare(last, outputs), compare(self._reference, outputs)
-        reason = _exceeded(pass_, after, step if pass_.numerics.exact else total)
+        exact = pass_.numerics.exact
+        reason = _exceeded(pass_, after, step if exact else total, math.inf if exact else self._noise_db(last))
         if reason:
-            noisy = not pass_.numerics.exact and total.finite
+            noisy = not exact and total.finite
             raise self._failure(pass_, before, after, reason, pass_.numerics.min_sqnr_db if noisy else None)
         self._outputs[(*path, id(record))] = outputs
         return {
-            "exact": pass_.numerics.exact,
+            "exact": exact,
             "from_previous": asdict(step),
             "from_captured": asdict(total),
             "seconds": time.perf_counter() - start,
         }
+
+    def _noise_db(self, outputs: list[tuple[Tensor, ...]]) -> float:
+        """SQNR in dB of the outputs before a pass; infinite for the captured program's."""
+        return math.inf if outputs is self._reference else compare(self._reference, outputs).sqnr_db
 
     def _failure(
         self, pass_: Pass, before: Program, after: Program, reason: str, min_sqnr_db: float | None
@@ -90,8 +97,8 @@ def _run(program: Program, inputs: Sequence[tuple[Tensor, ...]]) -> list[tuple[T
     return [run_stages(stages, *batch) for batch in inputs]
 
 
-def _exceeded(pass_: Pass, after: Program, distance: Comparison) -> str | None:
-    """What about ``distance`` breaks the pass's promise, or ``None``."""
+def _exceeded(pass_: Pass, after: Program, distance: Comparison, before_db: float) -> str | None:
+    """What about ``distance`` breaks the pass's promise, or ``None``. Without the pass SQNR was ``before_db``."""
     promise = pass_.numerics
     if not distance.finite:
         return "the outputs are no longer finite"
@@ -102,12 +109,18 @@ def _exceeded(pass_: Pass, after: Program, distance: Comparison) -> str | None:
                 f"an exact pass, but SQNR fell to {distance.sqnr_db:.1f} dB (rounding alone stays above {bound:.0f} dB)"
             )
         return None
-    if promise.min_sqnr_db is not None and distance.sqnr_db < promise.min_sqnr_db:
-        return f"SQNR {distance.sqnr_db:.1f} dB is below its budget of {promise.min_sqnr_db:g} dB"
+    if promise.min_sqnr_db is not None and distance.sqnr_db < _with_noise(before_db, promise.min_sqnr_db):
+        before = f", and passes before it left {before_db:.1f} dB" if math.isfinite(before_db) else ""
+        return f"SQNR {distance.sqnr_db:.1f} dB is below its budget of {promise.min_sqnr_db:g} dB{before}"
     agreement = distance.top1_agreement
     if promise.min_top1_agreement is not None and agreement is not None and agreement < promise.min_top1_agreement:
         return f"top-1 agreement {agreement:.1%} is below its budget of {promise.min_top1_agreement:.1%}"
     return None
+
+
+def _with_noise(*sqnr_db: float) -> float:
+    """SQNR in dB where independent noises come together: their powers add up."""
+    return -10.0 * math.log10(sum(10.0 ** (-db / 10.0) for db in sqnr_db))
 
 
 def first_divergence(before: Program, after: Program, inputs: tuple[Tensor, ...]) -> str:

@@ -130,6 +130,15 @@ def test_an_approximate_pass_is_held_to_its_budget(program: Program, inputs, tmp
         Approximate(factor=2.0)(program, verified(program, inputs, tmp_path))
 
 
+def test_noise_of_an_earlier_pass_is_not_blamed_on_a_later_one(program: Program, inputs, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    noisy, quiet, wrong = (Approximate(factor=factor) for factor in (1.13, 1.02, 2.0))
+    result = PassManager([noisy, quiet])(program, verified(program, inputs, tmp_path))
+    first, second = (record.notes["verify"]["from_captured"]["sqnr_db"] for record in result.program.history)
+    assert first > 20.0 > second, "or the test says nothing"
+    with pytest.raises(VerificationError, match=rf"its budget of 20 dB, and passes before it left {first:.1f} dB"):
+        PassManager([noisy, wrong])(program, verified(program, inputs, tmp_path))
+
+
 def test_an_exact_pass_after_an_approximate_one_is_judged_by_its_own_step(
     program: Program, inputs, tmp_path: Path
 ) -> None:  # type: ignore[no-untyped-def]

@@ -41,8 +41,8 @@ def drop_zero_points(model: ov.Model) -> int:
 def use_signed_activations(model: ov.Model) -> int:
     """Store, in place, activations in uint8 with zero point 128 as the same integers less 128; returns how many.
 
-    A zero point is something that oneDNN's kernels have to make up for, int8 without one is not: with AMX, ViT-B/16
-    whose symmetric activations were unsigned took 1.07 times as long (OpenVINO 2026.4).
+    A zero point is something that oneDNN's kernels have to make up for, and int8 has none. ``quant`` writes this one
+    only for CPUs where that shows (AMX).
     """
     changed = 0
     for node in model.get_ordered_ops():
