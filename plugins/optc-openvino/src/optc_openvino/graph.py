@@ -15,6 +15,8 @@ _MOVES = frozenset(("Convert", "Reshape", "Squeeze", "Transpose", "Unsqueeze"))
 _INT8 = frozenset(("i8", "u8"))
 _ACTIVATIONS = frozenset(("Elu", "Gelu", "HSigmoid", "HSwish", "HardSigmoid", "Mish", "Sigmoid", "Swish", "Tanh"))
 _DEQUANTIZED = (["Convert", "Convert", "Multiply"], ["Convert", "Convert", "Subtract", "Multiply"])
+_MIDDLE = 128
+"""The zero point with which uint8 is symmetric, but for one value."""
 
 
 def drop_zero_points(model: ov.Model) -> int:
@@ -60,10 +62,6 @@ def use_signed_activations(model: ov.Model) -> int:
             shift.output(0).replace(ov.opset13.convert(stored, shift.get_output_element_type(0)).output(0))
         changed += 1
     return changed
-
-
-_MIDDLE = 128
-"""The zero point with which uint8 is symmetric, but for one value."""
 
 
 def _is_uint8(node: ov.Node) -> bool:
