@@ -36,6 +36,8 @@ PROVIDERS: dict[str, tuple[str, ...]] = {"cpu": ("CPUExecutionProvider",), "cuda
 """By device, the execution providers to use, in order: the first is what is asked for. ONNX Runtime adds the CPU's."""
 OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
 """By provider. float32 in the graph is float32: the CUDA provider's default is TF32, with 10 bits of 23."""
+SPIN_MICROSECONDS = 1000
+"""How long workers wait awake for more work: longer than they wait within a call."""
 _ERRORS_ONLY = 3
 
 
@@ -188,15 +190,16 @@ def with_weight_types(ran: list[Kernel], path: Path) -> list[Kernel]:
 
 
 def session_options(target: Target) -> ort.SessionOptions:
-    """Options every session runs with: the target's threads, all graph optimizations, spinning within calls alone.
+    """Options every session runs with: the target's threads, all graph optimizations, a millisecond of spinning.
 
     ``benchmarks/ort_options.py`` holds them against others. Within a call idle workers spin: waking them for every node
     costs more the smaller the nodes are (two cores, AVX2: MobileNetV3-Small int8 5.2 ms without, 4.0 with; ViT-Tiny
-    int8 31 and 26). When the last call has returned they stop: left alone they would burn 40 to 60 ms of CPU time after
-    each, which slows whatever else runs (a second model, the caller's own preprocessing). Of the optimizations those
-    of layout (``ORT_ENABLE_LAYOUT`` and above) matter: without them the shortest of some hundred calls took 3.0 instead
-    of 2.0 ms (AlexNet int8), 5.7 instead of 3.1 (ResNet-18 int8), 16.6 instead of 12.2 (ResNet-18), the same on
-    ViT-Tiny. Binding inputs and outputs gained nothing on the CPU, where ``run`` reads the caller's arrays in place.
+    int8 31 and 26). After the last call they go on for :data:`SPIN_MICROSECONDS`, so that calls one after another find
+    them awake; by ONNX Runtime's default they would burn tens of milliseconds of CPU time, which slows whatever else
+    runs (a second model, the caller's own preprocessing). Old versions do not know the option and spin on. Of the
+    optimizations those of layout (``ORT_ENABLE_LAYOUT`` and above) matter: without them the shortest of some hundred
+    calls took 3.0 instead of 2.0 ms (AlexNet int8), 5.7 instead of 3.1 (ResNet-18 int8), 16.6 instead of 12.2
+    (ResNet-18), the same on ViT-Tiny. Binding inputs and outputs gained nothing on the CPU, where ``run`` reads the caller's arrays in place.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = target.threads
@@ -204,7 +207,7 @@ def session_options(target: Target) -> ort.SessionOptions:
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = _ERRORS_ONLY
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_MICROSECONDS))
     return options
 
 

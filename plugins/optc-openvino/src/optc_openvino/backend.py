@@ -16,7 +16,6 @@ from optc_openvino.bfloat16 import use_inference_precision
 from optc_openvino.execution import not_int8
 from optc_openvino.flatten import flatten_layers
 from optc_openvino.graph import (
-    drop_quantizations_before_activations,
     drop_zero_points,
     quantized_layers,
     use_hsigmoid,
@@ -47,14 +46,16 @@ class OpenVinoBackend(Backend):
         return f"the openvino backend runs on the CPU only, not on '{target.device}': use --device cpu"
 
     def lower(self, program: Program, target: Target, folder: Path) -> Lowered:
-        """Write ``model.xml`` and ``model.bin``, and compare what they compute with the graph.
+        """Write ``model.xml`` and ``model.bin``, and compare what they compute with the graph, less needless roundings.
 
         Raises:
             BackendError: an operator has no ONNX form, OpenVINO refuses it, or OpenVINO's outputs on the example
                 inputs differ from the graph's.
         """
         from optc import check_agreement, export_onnx  # they import torch, which loading a model does not need
+        from optc_openvino.roundings import without_roundings_before_activations
 
+        program, not_rounded = without_roundings_before_activations(program)
         with tempfile.TemporaryDirectory(prefix="onnx-", dir=folder) as scratch:
             onnx = Path(scratch) / "model.onnx"
             _, exported = export_onnx(program, onnx)
@@ -62,7 +63,6 @@ class OpenVinoBackend(Backend):
             dropped = drop_zero_points(model)
             use_signed_activations(model)
             use_hsigmoid(model)
-            not_rounded = drop_quantizations_before_activations(model)
             flatten_layers(model)
             own = use_inference_precision(model)
             with errors("openvino cannot write the model"):

@@ -13,8 +13,6 @@ LAYERS = frozenset(
 )
 _MOVES = frozenset(("Convert", "Reshape", "Squeeze", "Transpose", "Unsqueeze"))
 _INT8 = frozenset(("i8", "u8"))
-_ACTIVATIONS = frozenset(("Elu", "Gelu", "HSigmoid", "HSwish", "HardSigmoid", "Mish", "Sigmoid", "Swish", "Tanh"))
-_DEQUANTIZED = (["Convert", "Convert", "Multiply"], ["Convert", "Convert", "Subtract", "Multiply"])
 _MIDDLE = 128
 """The zero point with which uint8 is symmetric, but for one value."""
 
@@ -107,45 +105,6 @@ def use_hsigmoid(model: ov.Model) -> int:
             node.output(0).replace(gate.output(0))
             replaced += 1
     return replaced
-
-
-def drop_quantizations_before_activations(model: ov.Model) -> int:
-    """Remove, in place, each quantization and dequantization that only activations in float read; returns how many.
-
-    ONNX Runtime has int8 kernels only for layers whose output is quantized, so the graph rounds it even where an
-    activation in float comes next. OpenVINO's int8 layers have float outputs, to which it fuses the activation and
-    the quantization after it. Between the two another one is a kernel of its own, and noise.
-    """
-    dropped = 0
-    for node in model.get_ordered_ops():
-        last = _dequantized(node)
-        if last is not None and all(_is_activation(reader.get_node(), last) for reader in last.get_target_inputs()):
-            last.replace(node.input_value(0))
-            dropped += 1
-    return dropped
-
-
-def _dequantized(node: ov.Node) -> ov.Output | None:
-    """The dequantized value that a quantization is read as; ``None`` if the node is none or is read otherwise."""
-    if node.get_type_name() != "FakeQuantize":
-        return None
-    value, types = node.output(0), []
-    while len(value.get_target_inputs()) == 1 and "Multiply" not in types:
-        reader = next(iter(value.get_target_inputs())).get_node()
-        types.append(reader.get_type_name())
-        value = reader.output(0)
-    return value if types in _DEQUANTIZED else None
-
-
-def _is_activation(node: ov.Node, value: ov.Output) -> bool:
-    """Whether a node is an activation, or the product of ``value`` and its sigmoid, which is one."""
-    if node.get_type_name() == "Multiply":
-        factors = [node.input_value(index).get_node() for index in (0, 1)]
-        return any(
-            factor.get_type_name() in _ACTIVATIONS and factor.input_value(0).get_node() == value.get_node()
-            for factor in factors
-        )
-    return node.get_type_name() in _ACTIVATIONS
 
 
 def quantized_layers(model: ov.Model) -> dict[str, str]:
