@@ -199,7 +199,8 @@ def session_options(target: Target) -> ort.SessionOptions:
     runs (a second model, the caller's own preprocessing). Old versions do not know the option and spin on. Of the
     optimizations those of layout (``ORT_ENABLE_LAYOUT`` and above) matter: without them the shortest of some hundred
     calls took 3.0 instead of 2.0 ms (AlexNet int8), 5.7 instead of 3.1 (ResNet-18 int8), 16.6 instead of 12.2
-    (ResNet-18), the same on ViT-Tiny. Binding inputs and outputs gained nothing on the CPU, where ``run`` reads the caller's arrays in place.
+    (ResNet-18), the same on ViT-Tiny. Binding inputs and outputs gained nothing on the CPU, where ``run`` reads the
+    caller's arrays in place.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = target.threads
