@@ -16,6 +16,7 @@ from optc.accuracy import after_of, before_of, budget_of, metric_of
 from optc.batches import Batches, as_calibration, first_samples
 from optc.bench.latency import latencies
 from optc.budget import Call, exceeds
+from optc.contest import TemporaryFolder
 from optc.errors import BackendError, VerificationError
 from optc.frontend.capture import capture
 from optc.lowering.artifact import write_artifact
@@ -33,7 +34,7 @@ from optc.passmanager.manager import PassManager
 from optc.program import ModelInfo, Program
 from optc.progress import Progress, Run
 from optc.report.report import BudgetOutcome, Report
-from optc.selection import TemporaryFolder, select
+from optc.selection import select
 from optc.target import Target
 
 

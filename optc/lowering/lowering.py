@@ -130,40 +130,36 @@ def lower_all(
     target: Target,
     folder: Path,
     progress: Callable[[str], None],
-    hopeless: Callable[[list[Lowering]], str] = lambda done: "",
+    needed: bool = True,
 ) -> tuple[list[Lowering], dict[str, str]]:
     """Lower to each backend into a folder of its name; those that cannot are returned with their reason.
 
     Backends that compile in a process of their own do so while the others are lowered, where memory allows.
 
     Args:
-        hopeless: asked once, when only backends that take long are left: why they need not go on, or nothing.
+        needed: whether one has to.
 
     Raises:
-        BackendError: none can; or the only one cannot.
+        BackendError: none can, or the only one cannot, and one is ``needed``.
     """
     done: list[Lowering] = []
     refused: dict[str, str] = {}
-    asked: str | None = None
+    alone = needed and len(chosen) == 1
     with ExitStack() as stack:
         begun: dict[str, Callable[[], Lowering]] = {}
         if program.constant_bytes() <= _SIDE_BY_SIDE_SHARE * available_memory():
             for backend in filter(has_own_process, chosen):
-                with _kept(refused, backend, len(chosen)):
+                with _kept(refused, backend, alone):
                     context = _begun(backend, program, target, folder / backend.name)
                     begun[backend.name] = stack.enter_context(context)
         for backend in sorted(chosen, key=has_own_process):
-            if has_own_process(backend) and done and asked is None:
-                asked = hopeless(done)
-            if asked:
-                refused.setdefault(backend.name, asked)
             if backend.name in refused:
                 continue
             progress(f"lowering to {backend.name}")
-            with _kept(refused, backend, len(chosen)):
+            with _kept(refused, backend, alone):
                 finish = begun.get(backend.name)
                 done.append(finish() if finish else lower(backend, program, target, folder / backend.name))
-    if not done:
+    if not done and needed:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise BackendError(f"no backend takes this model: {reasons}")
     return done, refused
@@ -175,17 +171,17 @@ def has_own_process(backend: Backend) -> bool:
 
 
 @contextmanager
-def _kept(refused: dict[str, str], backend: Backend, count: int) -> Iterator[None]:
+def _kept(refused: dict[str, str], backend: Backend, alone: bool) -> Iterator[None]:
     """Keep a backend's refusal as a reason, unless it was the only one asked for."""
     try:
         yield
     except OptcError as error:
-        if count == 1:
+        if alone:
             raise
         refused[backend.name] = str(error)
     except Exception as error:
         text = next(iter(str(error).strip().splitlines()), "")
         what = f"backend '{backend.name}' (from {backend.origin}) raised {type(error).__name__}: {text}"
-        if count == 1:
+        if alone:
             raise BackendError(what, "run with -v for the traceback") from error
         refused[backend.name] = what

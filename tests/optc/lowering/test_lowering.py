@@ -11,8 +11,7 @@ import optc
 from optc import Backend, BackendError, Lowered, Program, Runner, Target
 from optc.errors import OptcError
 from optc.lowering.eager import EagerBackend
-from optc.lowering.inductor import InductorBackend
-from optc.lowering.lowering import AUTO, Lowering, backends, lower_all
+from optc.lowering.lowering import AUTO, backends, lower_all
 
 
 class Refuses(Backend):
@@ -100,16 +99,8 @@ def test_no_backend_at_all_names_every_reason(program: Program, tmp_path: Path) 
         lower_all([Refuses(), AlsoRefuses()], program, Target(threads=1), tmp_path, lambda text: None)
 
 
-def test_what_takes_long_to_compile_is_stopped_where_it_is_hopeless(program: Program, tmp_path: Path) -> None:
-    asked: list[list[str]] = []
-
-    def hopeless(done: list[Lowering]) -> str:
-        asked.append([made.backend.name for made in done])
-        return "it takes too long elsewhere"
-
-    chosen: list[Backend] = [InductorBackend(), EagerBackend()]
-    done, refused = lower_all(chosen, program, Target(threads=1), tmp_path, lambda text: None, hopeless)
-    assert asked == [["eager"]]
-    assert [made.backend.name for made in done] == ["eager"]
-    assert refused == {"inductor": "it takes too long elsewhere"}
-    assert not list((tmp_path / "inductor").glob("*.pt2"))
+def test_none_need_take_a_program(program: Program, tmp_path: Path) -> None:
+    done, refused = lower_all([Refuses()], program, Target(threads=1), tmp_path, lambda text: None, needed=False)
+    assert done == []
+    assert list(refused) == ["refuses"]
+    assert "aten.relu.default has no form here" in refused["refuses"]

@@ -1,0 +1,217 @@
+"""Programs lowered to backends, those left out that cannot win."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from optc.bench.choice import Outcome
+from optc.bench.measure import measure
+from optc.bench.results import Candidate
+from optc.errors import BackendError
+from optc.lowering.backend import Array, Backend
+from optc.lowering.lowering import Lowering, has_own_process, lower_all
+from optc.passmanager.alternatives import SEPARATOR
+from optc.program import Program
+from optc.progress import Run
+from optc.report.account import is_account
+from optc.target import Target
+
+OPTIMIZED = "optc"
+"""What the optimized model is called among the measured candidates."""
+WORTHWHILE, WORTH_COMPILING = 2.0, 1.5
+"""How many times the lowest latency so far a further program may be expected to take on a backend to be lowered to it,
+and to one that compiles for seconds."""
+LOOK_BLOCKS, LOOK_SECONDS = 2, 0.1
+"""How long a look at a latency is."""
+
+
+class TemporaryFolder:
+    """A folder that is removed with the object, or at exit."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="optc-"))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+
+class Contest:
+    """Lowers programs to backends, those left out that cannot win.
+
+    The first program goes to every backend, and each latency is looked at. A further one goes first to the backend that
+    was the fastest; from what it takes there, what it would take on the others is told, roughly.
+
+    Attributes:
+        folder: where the files are.
+        lowerings: what came of it.
+        left: what was not lowered, with the reason.
+    """
+
+    def __init__(self, run: Run, inputs: tuple[Tensor, ...], target: Target) -> None:
+        self.folder = TemporaryFolder()
+        self.lowerings: list[Lowering] = []
+        self.left: list[Outcome] = []
+        self._run, self._inputs, self._target = run, inputs, target
+        self._first: Mapping[str, float] = {}
+        """Nanoseconds that the first program takes, by backend."""
+        self._best: Lowering | None = None
+        """The fastest that was looked at."""
+
+    def enter(self, programs: Mapping[str, Program], chosen: Sequence[Backend]) -> None:
+        """Lower the programs.
+
+        Raises:
+            BackendError: no backend takes any of them.
+        """
+        failure: BackendError | None = None
+        for number, (passes, program) in enumerate(programs.items()):
+            folder = self.folder.path / str(number)
+            folder.mkdir()
+            apt = self._apt(passes, program, chosen) if len(programs) > 1 else chosen
+            try:
+                if self._first and not _measured_on(program):
+                    self._lower_where_promising(passes, program, apt, folder)
+                else:
+                    self._lower(passes, program, apt, folder)
+            except BackendError as error:
+                failure = failure or error
+                self.left += [Outcome(each.name, False, str(error), passes=passes) for each in apt]
+                continue
+            if len(programs) > 1 and not self._first and len(chosen) > 1:
+                chosen = self._worthwhile(chosen, [each for each in programs if each != passes])
+        if not self.lowerings and failure is not None:
+            raise failure
+
+    def names(self, several: bool) -> dict[str, Lowering]:
+        """The lowerings by the names that they are measured under.
+
+        Args:
+            several: whether a single one is called by its backend, too.
+        """
+
+        def name(each: Lowering) -> str:
+            backend = each.backend.name if several else ""
+            return " ".join(filter(None, (OPTIMIZED, backend, each.passes)))
+
+        return {name(each): each for each in self.lowerings}
+
+    def _lower(
+        self, passes: str, program: Program, apt: Sequence[Backend], folder: Path, needed: bool = True
+    ) -> list[Lowering]:
+        """Lower to each of the backends.
+
+        Raises:
+            BackendError: none takes the program, and one is ``needed``.
+        """
+        names = ", ".join(each.name for each in apt)
+        with self._run.step(f"Lowering {passes} to {names}" if passes else f"Lowering to {names}") as step:
+            lowered, refused = lower_all(list(apt), program, self._target, folder, step.update, needed)
+            step.done("; ".join(f"{each.provider}, {each.precision}" for each in lowered))
+        lowered = [replace(each, passes=passes) for each in lowered]
+        self.lowerings += lowered
+        self.left += [Outcome(name, False, reason, passes=passes) for name, reason in refused.items()]
+        return lowered
+
+    def _lower_where_promising(self, passes: str, program: Program, apt: Sequence[Backend], folder: Path) -> None:
+        """Lower to the backend that was the fastest of those quick to lower to, then to others where that may pay."""
+        quick = [each for each in apt if each.name in self._first and not has_own_process(each)]
+        lead = min(quick, key=lambda each: self._first[each.name], default=None)
+        lowered = self._lower(passes, program, [lead], folder, needed=False) if lead else []
+        others = [each for each in apt if each is not lead]
+        if lead and lowered:
+            others = self._promising(lowered[0], others)
+        if others or not lead:
+            self._lower(passes, program, others, folder, needed=not lead)
+
+    def _promising(self, led: Lowering, others: Sequence[Backend]) -> list[Backend]:
+        """Those of the other backends that may win, if the program is to them what it is to the one it was lowered to.
+
+        A backend that could not take the first program is one of them.
+        """
+        assert self._best is not None
+        own, best = self._look([led, self._best], lambda text: None)
+        if not math.isfinite(own / best):
+            return list(others)
+        found = []
+        for each in others:
+            first = self._first.get(each.name, 0.0)
+            expected = own / best * first / self._first[led.backend.name]
+            if expected <= (WORTH_COMPILING if has_own_process(each) else WORTHWHILE):
+                found.append(each)
+                continue
+            times = f"{expected:.1f} times the latency of {self._best.passes} on {self._best.backend.name}"
+            reason = f"not tried: expected to have {times}, going by {led.backend.name}"
+            self.left.append(Outcome(each.name, False, reason, passes=led.passes))
+        if own < best:
+            self._best = led
+        return found
+
+    def _apt(self, passes: str, program: Program, chosen: Sequence[Backend]) -> Sequence[Backend]:
+        """Not those that compile for seconds if the program's formats are those that were fastest on others."""
+        measured = _measured_on(program)
+        apt = [each for each in chosen if each.name in measured or not has_own_process(each)]
+        if not measured or not apt:
+            return chosen
+        reason = f"not tried: each layer's format is the fastest on {', '.join(sorted(measured))}"
+        self.left += [Outcome(each.name, False, reason, passes=passes) for each in chosen if each not in apt]
+        return apt
+
+    def _worthwhile(self, chosen: Sequence[Backend], others: Sequence[str]) -> list[Backend]:
+        """The backends that other programs are worth lowering to, by a look at what each made of the first."""
+        with self._run.step("Comparing the backends") as step:
+            p50 = self._look(self.lowerings, step.update)
+            best = min(p50)
+            self._first = {each.backend.name: taken for each, taken in zip(self.lowerings, p50, strict=True)}
+            worthwhile = [each for each in chosen if self._first.get(each.name, 0.0) <= WORTHWHILE * best]
+            step.done(f"{', '.join(others)} on {', '.join(each.name for each in worthwhile)}")
+        self._best = self.lowerings[p50.index(best)]
+        first, rest = self._best.passes, SEPARATOR.join(others)
+        for each in chosen:
+            if each not in worthwhile:
+                times = f"{self._first[each.name] / best:.1f} times the latency that it has on the fastest backend"
+                self.left.append(Outcome(each.name, False, f"not tried: {first} has {times}", passes=rest))
+        return worthwhile
+
+    def _look(self, lowerings: Sequence[Lowering], progress: Callable[[str], None]) -> list[float]:
+        """Nanoseconds that each takes, by a short measurement; infinite for what fails."""
+        candidates = [candidate(str(number), each) for number, each in enumerate(lowerings)]
+        found = measure(
+            candidates,
+            [arrays(query(self._inputs, self._target))],
+            self._target,
+            blocks=LOOK_BLOCKS,
+            block_seconds=LOOK_SECONDS,
+            progress=progress,
+        )
+        return [
+            each.percentiles.p50_ns if each.percentiles and not each.error else math.inf
+            for each in (found[candidate.name] for candidate in candidates)
+        ]
+
+
+def _measured_on(program: Program) -> set[str]:
+    """The backends that the formats of a program's layers were measured on."""
+    accounts = [record.notes.get("account") for record in program.history]
+    return {row["backend"] for rows in accounts if is_account(rows) for row in rows or ()} - {""}
+
+
+def query(inputs: tuple[Tensor, ...], target: Target) -> tuple[Tensor, ...]:
+    """The example inputs at the target's batch size."""
+    return tuple(tensor[: target.batch].contiguous() for tensor in inputs)
+
+
+def arrays(query: tuple[Tensor, ...]) -> tuple[Array, ...]:
+    """A query as runners take it."""
+    return tuple(tensor.detach().cpu().numpy() for tensor in query)
+
+
+def candidate(name: str, made: Lowering) -> Candidate:
+    """A lowering as what is measured."""
+    quantized = "int8" in made.precision or "int4" in made.precision
+    return Candidate(name, made.precision, quantized, made.load, made.bytes)

@@ -1,0 +1,92 @@
+"""Which programs are lowered to which backends, judged by real runtimes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import optc
+from optc.contest import Contest
+from optc.lowering.eager import EagerBackend
+from optc.lowering.inductor import InductorBackend
+from optc.lowering.lowering import Lowering, lower
+from optc.lowering.onnxruntime import OnnxRuntimeBackend
+from optc.passmanager.contract import PassRecord
+from optc.progress import Progress, Run
+from optc.report.account import KEYS
+
+X = torch.randn(1, 512)
+TARGET = optc.Target(threads=1)
+
+
+@pytest.fixture(scope="module")
+def lowerings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Lowering]:
+    """One layer, and sixty like it, each lowered."""
+    found = {}
+    for name, layers in (("small", 1), ("large", 60)):
+        program = optc.capture(nn.Sequential(*(nn.Linear(512, 512) for _ in range(layers))), (X,))
+        made = lower(EagerBackend(), program, TARGET, Path(tmp_path_factory.mktemp(name)) / "eager")
+        found[name] = replace(made, passes=name)
+    return found
+
+
+def contest(best: Lowering | None, first: Mapping[str, float] | None = None) -> Contest:
+    made = Contest(Run(Progress()), (X,), TARGET)
+    made._best, made._first = best, first or {}
+    return made
+
+
+def test_a_program_far_slower_than_the_best_is_not_compiled(lowerings: dict[str, Lowering]) -> None:
+    race = contest(lowerings["small"], {"eager": 1e6, "inductor": 1e6})
+    assert race._promising(lowerings["large"], [InductorBackend()]) == []
+    (left,) = race.left
+    assert (left.backend, left.passes) == ("inductor", "large")
+    assert left.reason.startswith("not tried: expected to have ")
+    assert left.reason.endswith(" times the latency of small on eager, going by eager")
+    assert race._best is lowerings["small"]
+
+
+def test_a_faster_program_is_the_best_from_then_on(lowerings: dict[str, Lowering]) -> None:
+    race = contest(lowerings["large"], {"eager": 1e6, "inductor": 1.9e6})
+    compiles = InductorBackend()
+    assert race._promising(lowerings["small"], [compiles]) == [compiles], "60 times as fast as what led so far"
+    assert race._best is lowerings["small"]
+    assert race._promising(lowerings["small"], [compiles]) == [], "now nearly twice as slow as the best"
+
+
+def test_a_backend_that_could_not_take_the_first_program_may_win(lowerings: dict[str, Lowering]) -> None:
+    unknown = OnnxRuntimeBackend()
+    assert contest(lowerings["small"], {"eager": 1e6})._promising(lowerings["large"], [unknown]) == [unknown]
+
+
+def test_further_programs_go_to_the_fastest_backend_first() -> None:
+    programs = {
+        name: optc.capture(nn.Sequential(*(nn.Linear(512, 512) for _ in range(layers))), (X,))
+        for name, layers in (("small", 1), ("large", 60), ("smaller", 1))
+    }
+    race = contest(None)
+    race.enter(programs, [EagerBackend(), OnnxRuntimeBackend()])
+    lowered = [(made.passes, made.backend.name) for made in race.lowerings]
+    backends = {name for passes, name in lowered if passes == "small"}
+    assert backends == {"eager", "onnxruntime"}
+    assert len([name for passes, name in lowered if passes == "large"]) == 1, "60 times as slow there as the best"
+
+
+def test_formats_chosen_on_one_backend_are_not_compiled_for_seconds_for_another() -> None:
+    quick, slow = EagerBackend(), InductorBackend()
+    program = optc.capture(nn.Linear(4, 4), (torch.randn(1, 4),))
+    race = contest(None)
+    assert race._apt("plain", program, [quick, slow]) == [quick, slow], "nothing was measured for it"
+
+    account = {"account": [dict.fromkeys(KEYS, None) | {"layer": "linear", "backend": "eager"}]}
+    chosen = replace(program, history=(PassRecord("quant", {}, True, (), (), account),))
+    assert race._apt("mixed", chosen, [quick, slow]) == [quick]
+    (left,) = race.left
+    assert (left.backend, left.passes) == ("inductor", "mixed")
+    assert left.reason == "not tried: each layer's format is the fastest on eager"
+    assert race._apt("mixed", chosen, [slow]) == [slow], "the only one there is"
