@@ -1,13 +1,14 @@
-"""ONNX Runtime's session options: what optc runs with against each other setting, model by model."""
+"""The options of the backend onnxruntime: the defaults against each other setting, model by model."""
 
 from __future__ import annotations
 
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import onnxruntime as ort
 import torch
 from common import Result, publish, say
 
@@ -17,8 +18,8 @@ from optc.bench.measure import measure
 from optc.bench.results import Candidate, CandidateResult
 from optc.bench.statistics import Ratio, ratio_of_medians
 from optc.frontend.load import load_model
+from optc.lowering.artifact import load_artifact
 from optc.lowering.backend import Array
-from optc.lowering.onnxruntime import session_options
 
 MODELS = ("alexnet", "resnet18", "mobilenetv3_small_100", "vit_tiny_patch16_224")
 PASSES = {"fp32": "fuse", "int8": "fuse,quant"}
@@ -28,80 +29,27 @@ IDLE_SECONDS = 0.2
 DEFAULT = "as optc runs it"
 
 
-def _never_spin(options: ort.SessionOptions) -> None:
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-
-
-def _spin_for_long(options: ort.SessionOptions) -> None:
-    options.add_session_config_entry("session.intra_op.spin_duration_us", "50000")
-
-
-def _stop_with_the_call(options: ort.SessionOptions) -> None:
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-
-
-def _level(name: str) -> Callable[[ort.SessionOptions], None]:
-    def change(options: ort.SessionOptions) -> None:
-        options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, name)
-
-    return change
-
-
-def _one_thread(options: ort.SessionOptions) -> None:
-    options.intra_op_num_threads = 1
-
-
-def _unchanged(options: ort.SessionOptions) -> None:
-    pass
-
-
-VARIANTS: dict[str, tuple[Callable[[ort.SessionOptions], None], bool]] = {
-    DEFAULT: (_unchanged, False),
-    "IO binding": (_unchanged, True),
-    "never spinning": (_never_spin, False),
-    "spinning for 50 ms": (_spin_for_long, False),
-    "spinning within calls alone": (_stop_with_the_call, False),
-    "ORT_ENABLE_EXTENDED": (_level("ORT_ENABLE_EXTENDED"), False),
-    "ORT_ENABLE_LAYOUT": (_level("ORT_ENABLE_LAYOUT"), False),
-    "1 thread": (_one_thread, False),
+VARIANTS: dict[str, dict[str, Any]] = {
+    DEFAULT: {},
+    "io_binding": {"io_binding": True},
+    "spin_us=0": {"spin_us": 0},
+    "spin_us=50000": {"spin_us": 50_000},
+    "optimization=extended": {"optimization": "extended"},
+    "optimization=layout": {"optimization": "layout"},
+    "1 thread": {},
 }
-"""By name: what is changed in optc's session options, and whether inputs and outputs are bound."""
+"""By name: options of the backend that are not at their defaults."""
 
 
-class Session(Runner):
-    """A session with other options than optc's, called as optc calls it or through an IO binding."""
-
-    provider = "onnxruntime"
-
-    def __init__(self, path: Path, options: ort.SessionOptions, binding: bool, precision: str) -> None:
-        self.precision = precision
-        self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        self._input = self._session.get_inputs()[0].name
-        self._binding = self._session.io_binding() if binding else None
-        if self._binding is not None:
-            self._binding.bind_output(self._session.get_outputs()[0].name)
-
-    def __call__(self, *inputs: Array) -> tuple[Array, ...]:
-        """Run one query: one input, one output."""
-        if self._binding is None:
-            return tuple(self._session.run(None, {self._input: inputs[0]}))
-        self._binding.bind_cpu_input(self._input, inputs[0])
-        self._session.run_with_iobinding(self._binding)
-        return tuple(self._binding.copy_outputs_to_cpu())
-
-
-def candidates(path: Path, kind: str, target: Target) -> list[Candidate]:
+def candidates(artifact: Path, kind: str, target: Target) -> list[Candidate]:
     """One for each setting."""
+    made = load_artifact(artifact)
 
-    def opener(change: Callable[[ort.SessionOptions], None], binding: bool) -> Callable[[], Runner]:
-        def load() -> Runner:
-            options = session_options(target)
-            change(options)
-            return Session(path, options, binding, kind)
+    def opener(name: str) -> Callable[[], Runner]:
+        threads = 1 if name == "1 thread" else target.threads
+        return lambda: made.runner(replace(target, threads=threads, options={"onnxruntime": VARIANTS[name]}))
 
-        return load
-
-    return [Candidate(name, kind, kind == "int8", opener(*variant)) for name, variant in VARIANTS.items()]
+    return [Candidate(name, kind, kind == "int8", opener(name)) for name in VARIANTS]
 
 
 def idle_cpu_ms(candidate: Candidate, query: Array) -> float:
@@ -119,7 +67,6 @@ def idle_cpu_ms(candidate: Candidate, query: Array) -> float:
 def benchmark() -> Result:
     """All settings of a model in turns, the same file, inputs and threads."""
     target = Target()
-    ort.set_default_logger_severity(3)  # that a setting of optc's is changed is what is wanted
     table: list[dict[str, str | float]] = []
     raw, lost = {}, []
     for model in MODELS:
@@ -134,7 +81,7 @@ def benchmark() -> Result:
             )  # fmt: skip
             with tempfile.TemporaryDirectory() as folder:
                 artifact = optimized.save(Path(folder) / model)
-                tried = candidates(artifact / "model.onnx", kind, target)
+                tried = candidates(artifact, kind, target)
                 query = images[:1].numpy()
                 time.sleep(1)  # PyTorch's own workers spin for a while after the last call
                 idle = {each.name: idle_cpu_ms(each, query) for each in tried}

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from optc.lowering.agreement import check_agreement as check_agreement
     from optc.lowering.artifact import load as load
     from optc.lowering.backend import Backend as Backend
+    from optc.lowering.backend import BackendOptions as BackendOptions
     from optc.lowering.backend import Lowered as Lowered
     from optc.lowering.backend import Runner as Runner
     from optc.lowering.kernel_times import KernelTime as KernelTime
@@ -61,7 +62,7 @@ _HOMES = {
     "optc.frontend.source": ("BuiltModel", "ModelSource", "PretrainedUnavailable"),
     "optc.errors": ("BackendError", "DataError", "OptcError"),
     "optc.lowering.agreement": ("Agreement", "check_agreement"),
-    "optc.lowering.backend": ("Backend", "Lowered", "Runner"),
+    "optc.lowering.backend": ("Backend", "BackendOptions", "Lowered", "Runner"),
     "optc.lowering.kernel_times": ("KernelTime", "repeat_query"),
     "optc.lowering.layer_precision": ("layer_precision",),
     "optc.lowering.onnx_export": ("export_onnx",),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 def available_threads() -> int:
@@ -21,9 +23,11 @@ class Target:
         batch: images per query at measurement time.
         allow_fallback: whether a runtime may run nodes elsewhere than asked for. It lists them either way: as what fell
             back if this is true, as an error if not.
+        options: by name of a backend, its options that are not at their defaults.
     """
 
     device: str = "cpu"
     threads: int = field(default_factory=available_threads)
     batch: int = 1
     allow_fallback: bool = False
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)

@@ -106,7 +106,7 @@ def artifact_layers(artifact: Artifact, target: Target, peaks: Peaks) -> LayerPr
     manifest = artifact.manifest
     backend = registry().load("backend", manifest.backend)()
     query = artifact.example_query(target.batch)
-    times = backend.profile(artifact.folder, manifest.load, target, query)
+    times = backend.profile(artifact.folder, manifest.load, artifact.target(target), query)
     costs = [NodeCost(**entry) for entry in manifest.report.get("costs", ())]
     if target.batch != manifest.target.get("batch", 1):
         costs = [_scaled(cost, target.batch / manifest.target.get("batch", 1)) for cost in costs]

@@ -27,6 +27,9 @@ FAR, FAR_BLOCKS = 1.5, 3
 more: they would only narrow the interval of a loser."""
 SETTLING_BLOCKS = 10
 """Most further blocks for optimized candidates that are not told apart from the fastest one."""
+NEAR, NEAR_BLOCKS = 1.1, 3
+"""Optimized candidates that took at most this many times the fastest one's median get this many further blocks even if
+told apart: each block is of another opening then, and what tells them apart may be how one of them lay in memory."""
 STRETCH = 5
 """How much longer than asked for a block may take to hold as many queries as asked for."""
 STEADYING_BLOCKS = 20
@@ -64,7 +67,8 @@ def measure(
 
     Where several are ``optimized`` and take turns, those far behind the fastest of them get only :data:`FAR_BLOCKS`
     blocks, and those not told apart from it up to :data:`SETTLING_BLOCKS` further rounds, until their order is settled
-    or the time is up.
+    or the time is up. For those rounds they are opened anew, and the ones :data:`NEAR` the fastest take part in the
+    first few.
 
     Args:
         inputs: queries to draw from, one array per model input each, for candidates without inputs of their own.
@@ -237,13 +241,18 @@ class _Plan:
         return self.steady is None or all(_uncertainty(state) <= self.steady for state in states if not state.error)
 
     def settle(self, states: Sequence[_State]) -> None:
-        """Further rounds over the fastest state and those that nothing tells from it yet."""
+        """Further rounds over the fastest state and those that nothing tells from it yet, each opened anew."""
         for number in range(1, SETTLING_BLOCKS + 1):
             open_states = [state for state in states if state.runner is not None]
-            contest = _contest(open_states) if len(open_states) > 1 else []
+            near = NEAR if number <= NEAR_BLOCKS else 1.0
+            contest = _contest(open_states, near) if len(open_states) > 1 else []
             if len(contest) < 2 or time.perf_counter() > self.deadline:
                 return
-            self._round(contest, f"further block {number}, the order is not settled")
+            for state in contest if number % 2 else contest[::-1]:
+                if state.open_seconds <= REOPEN_SECONDS:
+                    state.close()
+                    state.open(self.progress)
+                self._round([state], f"further block {number}, the order is not settled")
 
     def _round(self, states: Sequence[_State], what: str) -> None:
         for state in states:
@@ -263,19 +272,18 @@ class _Plan:
                 )
 
 
-def _contest(states: Sequence[_State]) -> list[_State]:
-    """The fastest state, and those whose latency is not shown to differ from its."""
+def _contest(states: Sequence[_State], near: float) -> list[_State]:
+    """The fastest state, and those whose latency is below ``near`` times its, or not shown to differ from it."""
 
     def latencies(state: _State) -> list[tuple[int, ...]]:
         return [block.latencies_ns for block in state.blocks]
 
+    def is_in(state: _State) -> bool:
+        ratio = statistics.ratio_of_medians(latencies(state), latencies(best), interleaved=True)
+        return ratio.outcome == "no difference" or ratio.value < near
+
     best = min(states, key=lambda state: statistics.percentiles(latencies(state)).p50_ns)
-    return [
-        state
-        for state in states
-        if state is best
-        or statistics.ratio_of_medians(latencies(state), latencies(best), interleaved=True).outcome == "no difference"
-    ]
+    return [state for state in states if state is best or is_in(state)]
 
 
 def _far_behind(states: Sequence[_State]) -> list[_State]:

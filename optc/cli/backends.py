@@ -9,16 +9,22 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from optc.cli.options import json_option, print_json
+from optc.cli.options import json_option, options_table, print_json
 from optc.errors import OptcError
+from optc.options import described
 from optc.plugins.registry import registry
 from optc.target import Target
 
 
 @click.command("backends")
+@click.argument("name", required=False)
 @json_option
-def command(as_json: bool) -> None:
-    """List every backend, whether it runs on this machine, and what to install where it does not."""
+def command(name: str | None, as_json: bool) -> None:
+    """List every backend, whether it runs here, and what to install where not; with NAME, one and its options."""
+    if name is not None:
+        description = status(name) | {"options": described(registry().load("backend", name).Options)}
+        print_json(description) if as_json else _print_description(description)
+        return
     rows = [status(name) for name in registry().all("backend")]
     if as_json:
         print_json(rows)
@@ -44,3 +50,13 @@ def status(name: str) -> dict[str, Any]:
         "ready": reason is None,
         "reason": reason,
     }
+
+
+def _print_description(description: dict[str, Any]) -> None:
+    console = Console(highlight=False)
+    here = "ready" if description["ready"] else description["reason"]
+    console.print(f"[bold]{description['name']}[/bold] ({description['plugin']}): {escape(description['summary'])}\n")
+    console.print(f"here: {here}", markup=False)
+    if description["options"]:
+        console.print()
+        console.print(options_table(description["name"], description["options"]))

@@ -22,6 +22,7 @@ from optc.cli.options import (
     verbosity_options,
 )
 from optc.errors import ArtifactError
+from optc.plugins.registry import registry
 
 if TYPE_CHECKING:
     from optc.passmanager.contract import Instrument
@@ -36,7 +37,9 @@ if TYPE_CHECKING:
     help="Passes to run, in order, comma-separated, with options as in 'fuse,quant<observer=mse>'. Of several lists,"
     " separated by '|', the fastest is kept; auto stands for int8, the best format for each layer, bf16 and float.",
 )
-@click.option("-O", "assignments", multiple=True, metavar="PASS.OPTION=VALUE", help="Set an option of a pass.")
+@click.option(
+    "-O", "assignments", multiple=True, metavar="NAME.OPTION=VALUE", help="Set an option of a pass or backend."
+)
 @click.option("--weights", default="pretrained", show_default=True, help="pretrained, random, or a checkpoint file.")
 @click.option("--data", help="Dataset for calibration and accuracy: digits, or a folder of images.")
 @click.option(
@@ -108,7 +111,9 @@ def command(
         from optc.passmanager.manager import parse_options
         from optc.target import Target, available_threads
 
-    asked = Alternatives.of(passes, parse_options(assignments))
+    given = parse_options(assignments)
+    of_backends = {name: given.pop(name) for name in list(given) if name in registry().all("backend")}
+    asked = Alternatives.of(passes, given)
     instruments: list[Instrument] = []
     if bisect_limit is not None:
         instruments.append(Bisect(bisect_limit, lambda line: click.echo(line, err=True)))
@@ -135,7 +140,7 @@ def command(
         verification=role.verification(),
         verify=verify,
         measure=measure,
-        target=Target(device, threads or available_threads(), allow_fallback=allow_fallback),
+        target=Target(device, threads or available_threads(), allow_fallback=allow_fallback, options=of_backends),
         info=loaded.info,
         instruments=instruments,
         progress=progress,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from optc.cli.terminal import TerminalProgress, silence_third_parties
 
@@ -19,6 +21,14 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 def json_option(command: Command) -> Command:
     """``--json``: machine-readable output on stdout."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout instead of text.")(command)
+
+
+def options_table(name: str, options: Mapping[str, Mapping[str, Any]]) -> Table:
+    """The options of a pass or backend, as :func:`optc.options.described` has them."""
+    table = Table("option", "type", "default", "", box=None, pad_edge=False, header_style="bold")
+    for option, about in options.items():
+        table.add_row(f"{name}.{option}", escape(about["type"]), str(about["default"]), escape(about["description"]))
+    return table
 
 
 def verbosity_options(command: Command) -> Command:

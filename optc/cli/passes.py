@@ -8,7 +8,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from optc.cli.options import json_option, print_json
+from optc.cli.options import json_option, options_table, print_json
+from optc.options import described
 from optc.plugins.registry import Registered, registry
 
 
@@ -47,14 +48,7 @@ def describe(name: str) -> dict[str, Any]:
         if promise.exact
         else {"min_sqnr_db": promise.min_sqnr_db, "min_top1_agreement": promise.min_top1_agreement},
         "documentation": (cls.__doc__ or "").strip(),
-        "options": {
-            option: {
-                "type": str(field.annotation).replace("typing.", ""),
-                "default": field.default,
-                "description": field.description or "",
-            }
-            for option, field in cls.Options.model_fields.items()
-        },
+        "options": described(cls.Options),
         "members": [leaf.name for leaf in cls().leaves() if leaf.name != name],
     }
 
@@ -70,8 +64,5 @@ def _print_description(description: dict[str, Any]) -> None:
     if description["members"]:
         console.print(f"runs: {', '.join(description['members'])}")
     if description["options"]:
-        rows = Table("option", "type", "default", "", box=None, pad_edge=False, header_style="bold")
-        for option, about in description["options"].items():
-            rows.add_row(f"{description['name']}.{option}", about["type"], str(about["default"]), about["description"])
         console.print()
-        console.print(rows)
+        console.print(options_table(description["name"], description["options"]))

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,13 +47,18 @@ class Artifact:
         return str(self.manifest.report.get("precision", ""))
 
     def runner(self, target: Target | None = None) -> Runner:
-        """Load the runtime's files; ``target`` defaults to what the artifact was made for.
+        """Load the runtime's files, for :meth:`target`.
 
         Raises:
             OptcError: the backend is not installed or refuses the files.
         """
         backend: Backend = registry().load("backend", self.manifest.backend)()
-        return backend.load(self.folder, self.manifest.load, target or Target(**self.manifest.target))
+        return backend.load(self.folder, self.manifest.load, self.target(target))
+
+    def target(self, given: Target | None = None) -> Target:
+        """What it was made for; or what is given, with the backend's options that it was made for where it has none."""
+        made_for = Target(**self.manifest.target)
+        return replace(given, options={**made_for.options, **given.options}) if given else made_for
 
     def example_query(self, batch: int = 1, seed: int = 0) -> tuple[Array, ...]:
         """Seeded normal noise of the inputs' shapes, ``batch`` where the first dimension may vary."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from optc.errors import BackendError
 from optc.lowering.kernel_times import KernelTime
+from optc.options import Options, checked
 from optc.target import Target
 
 if TYPE_CHECKING:
@@ -73,8 +74,14 @@ class Runner(ABC):
         """Free what the runner holds; calling it afterwards is an error."""
 
 
+class BackendOptions(Options):
+    """Base of a backend's typed options: frozen, unknown names refused. ``Field(description=…)`` documents each."""
+
+
 class Backend(ABC):
     """Lowers programs to one runtime. Never rewrites semantics; may decompose composite operators.
+
+    Subclasses set ``name`` and ``summary``, may set ``Options``, and write :meth:`lower` and :meth:`load`.
 
     Attributes:
         automatic: whether ``--backend auto`` may choose it.
@@ -85,7 +92,20 @@ class Backend(ABC):
     summary: ClassVar[str]
     automatic: ClassVar[bool] = True
     simulates_quantization: ClassVar[bool] = False
+    Options: ClassVar[type[BackendOptions]] = BackendOptions
     origin: str = "this module"
+
+    @classmethod
+    def options(cls, target: Target) -> Any:
+        """The backend's options, of the class :attr:`Options`: the target's, where it does not say the defaults.
+
+        Raises:
+            UnknownNameError: the target has an option that the backend does not take.
+            OptcError: a value does not fit its type.
+        """
+        return checked(
+            cls.Options, target.options.get(cls.name, {}), f"backend {cls.name}", f"optc backends {cls.name}"
+        )
 
     @classmethod
     def unavailable(cls, target: Target) -> str | None:
@@ -132,4 +152,4 @@ class Backend(ABC):
         raise BackendError(f"the {self.name} backend cannot tell how long its operators take")
 
 
-__all__ = ["Array", "Backend", "Lowered", "Runner", "np"]
+__all__ = ["Array", "Backend", "BackendOptions", "Lowered", "Runner", "np"]

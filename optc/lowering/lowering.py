@@ -67,8 +67,14 @@ def backends(name: str, target: Target) -> tuple[list[Backend], dict[str, str]]:
         name: a backend's, or ``"auto"`` for all that run on the target and say that they may be chosen.
 
     Raises:
-        OptcError: the backend of that name, or every one, cannot run here; carries the reasons.
+        OptcError: the backend of that name, or every one, cannot run here; carries the reasons. Or the target's options
+            are for a backend not asked for, or none that it takes.
     """
+    for each in target.options:
+        options = registry().load("backend", each).options
+        if name not in (AUTO, each):
+            raise OptcError(f"the backend is '{name}', and there are options for '{each}'", "leave them out")
+        options(target)
     if name != AUTO:
         return [_ready(name, target)], {}
     found: list[Backend] = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from optc.lowering.onnxruntime_profile import (
     provider_counts,
     refuse_fallback,
 )
+from optc.lowering.onnxruntime_session import OPTIONS, OnnxRuntimeOptions, first_line, open_session, session_options
 from optc.target import Target
 
 if TYPE_CHECKING:
@@ -34,11 +34,6 @@ MODEL_FILE = "model.onnx"
 RUN_SCRIPT = Path(__file__).with_name("run_onnxruntime.py")
 PROVIDERS: dict[str, tuple[str, ...]] = {"cpu": ("CPUExecutionProvider",), "cuda": ("CUDAExecutionProvider",)}
 """By device, the execution providers to use, in order: the first is what is asked for. ONNX Runtime adds the CPU's."""
-OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
-"""By provider. float32 in the graph is float32: the CUDA provider's default is TF32, with 10 bits of 23."""
-SPIN_MICROSECONDS = 1000
-"""How long workers wait awake for more work: longer than they wait within a call."""
-_ERRORS_ONLY = 3
 
 
 class OnnxRuntimeBackend(Backend):
@@ -46,6 +41,7 @@ class OnnxRuntimeBackend(Backend):
 
     name = "onnxruntime"
     summary = "ONNX Runtime on CPU or CUDA: one portable .onnx file."
+    Options = OnnxRuntimeOptions
 
     @classmethod
     def providers(cls, device: str) -> Sequence[str]:
@@ -101,7 +97,7 @@ class OnnxRuntimeBackend(Backend):
             BackendError: ONNX Runtime refuses the file, or did not run every node on the target's device and the
                 target does not allow that.
         """
-        return OnnxRuntimeRunner(folder / files[0], self.providers(target.device), target)
+        return OnnxRuntimeRunner(folder / files[0], self.providers(target.device), target, self.options(target))
 
     def profile(
         self, folder: Path, files: tuple[str, ...], target: Target, inputs: Sequence[Array]
@@ -113,7 +109,7 @@ class OnnxRuntimeBackend(Backend):
         """
         from optc.lowering.onnxruntime_times import kernel_times
 
-        return kernel_times(folder / files[0], self.providers(target.device), target, inputs)
+        return kernel_times(folder / files[0], self.providers(target.device), target, self.options(target), inputs)
 
     def _check(self, program: Program, runner: OnnxRuntimeRunner, path: Path, target: Target) -> Agreement:
         """Compare ONNX Runtime's outputs with the graph's; if they differ, say whether integer kernels are to blame."""
@@ -122,7 +118,7 @@ class OnnxRuntimeBackend(Backend):
         try:
             return check_agreement(self.name, program, runner)
         except BackendError as error:
-            plain = session_options(target)
+            plain = session_options(target, self.options(target))
             plain.add_session_config_entry("session.disable_quant_qdq", "1")
             session = open_session(path, self.providers(target.device), plain, target)
             names = [value.name for value in session.get_inputs()]
@@ -148,9 +144,9 @@ class OnnxRuntimeRunner(Runner):
         fallback: the nodes that another execution provider ran than the one asked for.
     """
 
-    def __init__(self, path: Path, providers: Sequence[str], target: Target) -> None:
+    def __init__(self, path: Path, providers: Sequence[str], target: Target, given: OnnxRuntimeOptions) -> None:
         with tempfile.TemporaryDirectory(prefix="optc-ort-") as scratch:
-            options = session_options(target)
+            options = session_options(target, given)
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(scratch) / "profile")
             session = open_session(path, providers, options, target)
@@ -159,13 +155,14 @@ class OnnxRuntimeRunner(Runner):
             try:
                 session.run(None, feed)
             except Exception as error:
-                raise BackendError(f"onnxruntime cannot run {path.name}: {_first_line(error)}") from error
+                raise BackendError(f"onnxruntime cannot run {path.name}: {first_line(error)}") from error
             ran = kernels(json.loads(Path(session.end_profiling()).read_bytes()))
         self.kernels = with_weight_types(ran, path)
         self.fallback = fallback(self.kernels, providers[0])
         if not target.allow_fallback:
             refuse_fallback(self.fallback, self.kernels, providers[0])
         self._session: ort.InferenceSession | None = session
+        self._binding = session.io_binding() if given.io_binding else None
         self.provider = f"onnxruntime {_who_ran(self.kernels, providers[0], self.fallback)}"
         self.precision = precision(self.kernels)
 
@@ -173,11 +170,18 @@ class OnnxRuntimeRunner(Runner):
         """Run one query: arrays in the order of the model's inputs, any batch size where the batch is dynamic."""
         if self._session is None:
             raise BackendError("this runner is closed", "load the model again")
-        return tuple(self._session.run(None, dict(zip(self._inputs, inputs, strict=True))))
+        if self._binding is None:
+            return tuple(self._session.run(None, dict(zip(self._inputs, inputs, strict=True))))
+        for name, array in zip(self._inputs, inputs, strict=True):
+            self._binding.bind_cpu_input(name, array)
+        for output in self._session.get_outputs():
+            self._binding.bind_output(output.name)
+        self._session.run_with_iobinding(self._binding)
+        return tuple(self._binding.copy_outputs_to_cpu())
 
     def close(self) -> None:
         """Free the session."""
-        self._session = None
+        self._binding = self._session = None
 
 
 def with_weight_types(ran: list[Kernel], path: Path) -> list[Kernel]:
@@ -187,74 +191,6 @@ def with_weight_types(ran: list[Kernel], path: Path) -> list[Kernel]:
     from optc.lowering import onnxruntime_layers
 
     return onnxruntime_layers.with_weight_types(ran, path)
-
-
-def session_options(target: Target) -> ort.SessionOptions:
-    """Options every session runs with: the target's threads, all graph optimizations, a millisecond of spinning.
-
-    ``benchmarks/ort_options.py`` holds them against others. Within a call idle workers spin: waking them for every node
-    costs more the smaller the nodes are (two cores, AVX2: MobileNetV3-Small int8 5.2 ms without, 4.0 with; ViT-Tiny
-    int8 31 and 26). After the last call they go on for :data:`SPIN_MICROSECONDS`, so that calls one after another find
-    them awake; by ONNX Runtime's default they would burn tens of milliseconds of CPU time, which slows whatever else
-    runs (a second model, the caller's own preprocessing). Old versions do not know the option and spin on. Of the
-    optimizations those of layout (``ORT_ENABLE_LAYOUT`` and above) matter: without them the shortest of some hundred
-    calls took 3.0 instead of 2.0 ms (AlexNet int8), 5.7 instead of 3.1 (ResNet-18 int8), 16.6 instead of 12.2
-    (ResNet-18), the same on ViT-Tiny. Binding inputs and outputs gained nothing on the CPU, where ``run`` reads the
-    caller's arrays in place.
-    """
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = target.threads
-    options.inter_op_num_threads = 1
-    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.log_severity_level = _ERRORS_ONLY
-    options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_MICROSECONDS))
-    return options
-
-
-def open_session(
-    path: Path, providers: Sequence[str], options: ort.SessionOptions, target: Target
-) -> ort.InferenceSession:
-    """A session on the execution providers in this order; ONNX Runtime adds the CPU's, for what they cannot run.
-
-    Its Python package would also try again on the CPU where a provider fails, and say so on stdout: not here.
-
-    Raises:
-        BackendError: ONNX Runtime refuses the file, or the first provider does not start and the target does not allow
-            another in its place.
-    """
-    try:
-        session = ort.InferenceSession(
-            str(path), options, providers=[(name, OPTIONS.get(name, {})) for name in providers], enable_fallback=0
-        )
-    except Exception as error:
-        raise _no_kernel(path, providers[0], error) or BackendError(
-            f"onnxruntime refuses {path.name}: {_first_line(error)}"
-        ) from error
-    if session.get_providers()[0] != providers[0] and not target.allow_fallback:
-        raise BackendError(
-            f"onnxruntime's {providers[0]} does not start, {session.get_providers()[0]} does",
-            "see 'optc doctor' for what is missing, or use the device 'cpu'",
-        )
-    return session
-
-
-def _no_kernel(path: Path, provider: str, error: Exception) -> BackendError | None:
-    """The error of an operator the provider has no kernel for in this type, or ``None`` if it is another one."""
-    missing = re.search(r"Could not find an implementation for (\w+)\(\d+\) node with name '([^']*)'", str(error))
-    if missing is None:
-        return None
-    import onnx
-
-    operator, name = missing.groups()
-    graph = onnx.load(path, load_external_data=False).graph
-    types = {weight.name: weight.data_type for weight in graph.initializer}
-    found = [types[i] for node in graph.node if node.name == name for i in node.input if i in types]
-    kind = f" in {onnx.TensorProto.DataType.Name(found[0]).lower()}" if found else " in the type it has here"
-    return BackendError(
-        f"onnxruntime's {provider} has no kernel for operator {operator}{kind} (node '{name}')",
-        "use a backend that has one, such as --backend eager, or leave out the pass that chose the type",
-    )
 
 
 def _who_ran(ran: Sequence[Kernel], wanted: str, fallen: Sequence[object]) -> str:
@@ -276,7 +212,3 @@ def _zeros(value: Any) -> Array:
     shape = [size if isinstance(size, int) else 1 for size in value.shape]
     dtype = {"tensor(float)": "float32", "tensor(double)": "float64"}.get(value.type, value.type[len("tensor(") : -1])
     return np.zeros(shape, np.dtype(dtype))
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

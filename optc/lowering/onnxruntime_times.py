@@ -11,22 +11,25 @@ from optc.errors import BackendError
 from optc.lowering.backend import Array
 from optc.lowering.kernel_times import KernelTime, medians, repeat_query
 from optc.lowering.onnxruntime_profile import kernels, plain_name
+from optc.lowering.onnxruntime_session import OnnxRuntimeOptions, open_session, session_options
 from optc.target import Target
 
 _SUFFIX = "_kernel_time"
 
 
-def kernel_times(path: Path, providers: Sequence[str], target: Target, inputs: Sequence[Array]) -> list[KernelTime]:
+def kernel_times(
+    path: Path, providers: Sequence[str], target: Target, given: OnnxRuntimeOptions, inputs: Sequence[Array]
+) -> list[KernelTime]:
     """Run queries of ``inputs`` under ONNX Runtime's profiler. Its clock counts whole microseconds.
 
     Raises:
         BackendError: ONNX Runtime refuses the file or cannot run it.
     """
-    from optc.lowering.onnxruntime import open_session, session_options, with_weight_types
+    from optc.lowering.onnxruntime import with_weight_types
     from optc.lowering.onnxruntime_layers import fused
 
     with tempfile.TemporaryDirectory(prefix="optc-ort-") as scratch:
-        options = session_options(target)
+        options = session_options(target, given)
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(scratch) / "profile")
         session = open_session(path, providers, options, target)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,7 +157,7 @@ def _check_outputs(program: Program) -> None:
 
 
 def _target(target: Target, threads: int, rows: int) -> Target:
-    return Target(target.device, threads, rows, target.allow_fallback)
+    return replace(target, threads=threads, batch=rows)
 
 
 def _account(program: Program) -> tuple[Sequence[Mapping[str, Any]], int]:

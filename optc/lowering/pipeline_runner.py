@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +156,7 @@ def stage_targets(description: PipelineFile, target: Target) -> list[Target]:
         stage.threads if target.threads == total else max(1, target.threads * stage.threads // total)
         for stage in description.stages
     ]
-    return [Target(target.device, each, rows, target.allow_fallback) for each in threads]
+    return [replace(target, threads=each, batch=rows) for each in threads]
 
 
 def _joined(precisions: Sequence[str]) -> str:

@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, final
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from optc.errors import OptcError, PassContractError, UnknownNameError
+from optc.errors import PassContractError
 from optc.machine import isa
+from optc.options import Options, checked
 from optc.target import Target
 
 if TYPE_CHECKING:
@@ -156,10 +155,8 @@ class PassContext:
     memory: int | None = None
 
 
-class PassOptions(BaseModel):
+class PassOptions(Options):
     """Base of a pass's typed options: frozen, unknown names refused. ``Field(description=…)`` documents each."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Pass(ABC):
@@ -178,10 +175,7 @@ class Pass(ABC):
     """Who provides the pass; set by the registry and named in errors."""
 
     def __init__(self, **options: Any) -> None:
-        try:
-            self.options = self.Options(**options)
-        except ValidationError as error:
-            raise _option_error(type(self), error) from None
+        self.options = checked(self.Options, options, f"pass {self.name}", f"optc passes {self.name}")
 
     @abstractmethod
     def run(self, program: Program, context: PassContext) -> PassResult:
@@ -230,21 +224,6 @@ class Pass(ABC):
 
     def __repr__(self) -> str:
         return f"<pass {self.name}>"
-
-
-def _option_error(cls: type[Pass], error: ValidationError) -> OptcError:
-    """One line for the first thing wrong with a pass's options."""
-    first = error.errors()[0]
-    option = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        known = sorted(cls.Options.model_fields)
-        return UnknownNameError(
-            f"option of pass {cls.name}",
-            option,
-            known,
-            hint=f"it takes {', '.join(known)}" if known else "it takes no options",
-        )
-    return OptcError(f"option {cls.name}.{option}={first['input']!r}: {first['msg']}", f"see 'optc passes {cls.name}'")
 
 
 __all__ = [

@@ -14,7 +14,7 @@ from torch import nn
 from optc import Runner, Target
 from optc.bench import measure as measure_module
 from optc.bench import quiet
-from optc.bench.measure import FAR_BLOCKS, MAX_QUERIES, measure
+from optc.bench.measure import FAR_BLOCKS, MAX_QUERIES, NEAR_BLOCKS, measure
 from optc.bench.results import Candidate, Measurement
 from optc.errors import BackendError
 
@@ -302,6 +302,36 @@ def test_candidates_that_are_not_told_apart_get_further_blocks(log: list[tuple[s
     assert result.ratio is not None
     assert result.ratio.outcome == "faster"
     assert result.baseline == "baseline"
+
+
+def test_what_is_near_the_fastest_is_opened_anew(log: list[tuple[str, str]], query: list[Arrays]) -> None:
+    opened = 0
+
+    def unlucky() -> Runner:
+        """Slower by a twentieth as opened first, faster by a fifth afterwards."""
+        nonlocal opened
+        opened += 1
+        return _candidate("unlucky", log, sleeping(0.0105 if opened == 1 else 0.008)).open()
+
+    def sleeping(seconds: float) -> Callable[..., Arrays]:
+        def run(x: np.ndarray) -> Arrays:
+            time.sleep(seconds)
+            return (x,)
+
+        return run
+
+    names = ("unlucky", "lucky", "far")
+    candidates = [
+        Candidate("unlucky", "", True, unlucky),
+        _candidate("lucky", log, sleeping(0.01), quantized=True),
+        _candidate("far", log, sleeping(0.02), quantized=True),
+        _candidate("baseline", log, sleeping(0.03)),
+    ]
+    result = _short(candidates, query, optimized=names, block_seconds=0.1, blocks=3, together=True)
+    p50 = {name: found.p50_ns for name in names if (found := result[name].percentiles)}
+    assert p50["unlucky"] < p50["lucky"] < p50["far"]
+    assert opened >= 1 + NEAR_BLOCKS
+    assert [name for event, name in log if event == "open"].count("far") == 1
 
 
 def test_settling_ends_with_the_time(log: list[tuple[str, str]], query: list[Arrays]) -> None:

@@ -18,6 +18,9 @@ import pytest
 import torch
 
 from optc.cli.main import run
+from optc.lowering.artifact import load_artifact
+from optc.lowering.onnxruntime import OnnxRuntimeBackend
+from optc.target import Target
 
 FACTORY = """
 import torch
@@ -222,6 +225,38 @@ def test_profile_measures_an_artifact_beside_its_model(folder: Path, optc: Run) 
     results = json.loads(done.stdout)["results"]
     assert [r["name"] for r in results][:2] == ["out", "mine:small eager-fp32"]
     assert all(r["percentiles"]["count"] > 0 for r in results if r["error"] is None)
+
+
+def test_a_backends_option_is_kept_in_the_artifact(folder: Path, optc: Run) -> None:
+    done = optc(
+        *("optimize", "mine:small", "--passes", "fuse", *ORT, "--no-measure", "-o", "out"),
+        *("-O", "onnxruntime.spin_us=0", "-O", "onnxruntime.io_binding=yes"),
+    )
+    assert done.returncode == 0, done.stderr
+    target = load_artifact(Path("out")).target(Target(threads=1))
+    assert OnnxRuntimeBackend.options(target).model_dump() == {"optimization": "all", "spin_us": 0, "io_binding": True}
+    assert load_artifact(Path("out")).runner()._binding is not None  # type: ignore[attr-defined]
+    done = optc("profile", "out", "--against", "none", "--layers")
+    assert done.returncode == 0, done.stderr
+    listed = optc("backends", "onnxruntime").stdout
+    assert "onnxruntime.spin_us" in listed
+    assert "1000" in listed
+
+
+@pytest.mark.parametrize(
+    ("option", "backend", "says"),
+    [
+        ("onnxruntime.spin=0", "onnxruntime", "unknown option of backend onnxruntime 'spin' — did you mean spin_us?"),
+        ("onnxruntime.spin_us=-1", "auto", "option onnxruntime.spin_us='-1': Input should be greater than or equal"),
+        ("onnxruntime.spin_us=0", "eager", "the backend is 'eager', and there are options for 'onnxruntime'"),
+        ("eager.speed=11", "eager", "it takes no options"),
+    ],
+)
+def test_a_wrong_option_of_a_backend_is_one_line(option: str, backend: str, says: str, folder: Path, optc: Run) -> None:
+    done = optc("optimize", "mine:small", "--backend", backend, "-O", option, "-o", "out")
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert not Path("out").exists()
 
 
 def test_the_listings_have_json(folder: Path, optc: Run) -> None:
