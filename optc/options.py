@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -23,12 +23,21 @@ def described(kind: type[Options]) -> dict[str, dict[str, Any]]:
     """By name of an option its type, default and description, ready for JSON."""
     return {
         name: {
-            "type": str(field.annotation).replace("typing.", ""),
+            "type": _in_words(field.annotation),
             "default": field.default,
             "description": field.description or "",
         }
         for name, field in kind.model_fields.items()
     }
+
+
+def _in_words(annotation: Any) -> str:
+    """A type as what may be written: ``int``, or the values one of which it is."""
+    if get_origin(annotation) is Annotated:
+        return _in_words(get_args(annotation)[0])
+    if get_args(annotation):
+        return ", ".join("not given" if each is type(None) else _in_words(each) for each in get_args(annotation))
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 
 def checked(kind: type[Kind], given: Mapping[str, Any], of: str, listed_by: str) -> Kind:

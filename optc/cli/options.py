@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import click
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from optc.cli.terminal import TerminalProgress, silence_third_parties
 
@@ -25,7 +25,7 @@ def json_option(command: Command) -> Command:
 
 def options_table(name: str, options: Mapping[str, Mapping[str, Any]]) -> Table:
     """The options of a pass or backend, as :func:`optc.options.described` has them."""
-    table = Table("option", "type", "default", "", box=None, pad_edge=False, header_style="bold")
+    table = Table(Column("option", no_wrap=True), "type", "default", "", box=None, pad_edge=False, header_style="bold")
     for option, about in options.items():
         table.add_row(f"{name}.{option}", escape(about["type"]), str(about["default"]), escape(about["description"]))
     return table
