@@ -25,8 +25,8 @@ MAX_QUERIES = 10_000
 FAR, FAR_BLOCKS = 1.5, 3
 """An optimized candidate that took over this many times the fastest one's median in each of this many blocks gets no
 more: they would only narrow the interval of a loser."""
-SETTLING_BLOCKS = 10
-"""Most further blocks for optimized candidates that are not told apart from the fastest one."""
+SETTLING_BLOCKS, SETTLING_SECONDS = 10, 20.0
+"""Most further blocks for optimized candidates that are not told apart from the fastest one, and most time for them."""
 NEAR, NEAR_BLOCKS = 1.1, 3
 """Optimized candidates that took at most this many times the fastest one's median get this many further blocks even if
 told apart: each block is of another opening then, and what tells them apart may be how one of them lay in memory."""
@@ -242,11 +242,12 @@ class _Plan:
 
     def settle(self, states: Sequence[_State]) -> None:
         """Further rounds over the fastest state and those that nothing tells from it yet, each opened anew."""
+        deadline = min(self.deadline, time.perf_counter() + SETTLING_SECONDS)
         for number in range(1, SETTLING_BLOCKS + 1):
             open_states = [state for state in states if state.runner is not None]
             near = NEAR if number <= NEAR_BLOCKS else 1.0
             contest = _contest(open_states, near) if len(open_states) > 1 else []
-            if len(contest) < 2 or time.perf_counter() > self.deadline:
+            if len(contest) < 2 or time.perf_counter() > deadline:
                 return
             for state in contest if number % 2 else contest[::-1]:
                 if state.open_seconds <= REOPEN_SECONDS:
