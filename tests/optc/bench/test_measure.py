@@ -14,7 +14,7 @@ from torch import nn
 from optc import Runner, Target
 from optc.bench import measure as measure_module
 from optc.bench import quiet
-from optc.bench.measure import FAR_BLOCKS, MAX_QUERIES, NEAR_BLOCKS, measure
+from optc.bench.measure import MAX_QUERIES, measure
 from optc.bench.results import Candidate, Measurement
 from optc.errors import BackendError
 
@@ -271,74 +271,6 @@ def test_progress_names_each_step(log: list[tuple[str, str]], query: list[Arrays
     lines: list[str] = []
     _short([_candidate("a", log)], query, progress=lines.append)
     assert lines == ["opening a", "measuring a, block 1 of 2", "measuring a, block 2 of 2"]
-
-
-def test_candidates_that_are_not_told_apart_get_further_blocks(log: list[tuple[str, str]], query: list[Arrays]) -> None:
-    lead = {"first twin": 0, "second twin": 1}
-    block = 0
-
-    def seconds(name: str) -> float:
-        """Of the twins, one is three times as fast as the other, and the next block the other way round."""
-        return {"slow": 0.05, "baseline": 0.03}.get(name, 0.003 if (block + lead.get(name, 0)) % 2 else 0.001)
-
-    def sleeping(name: str) -> Callable[..., Arrays]:
-        def run(x: np.ndarray) -> Arrays:
-            time.sleep(seconds(name))
-            return (x,)
-
-        return run
-
-    def progress(text: str) -> None:
-        nonlocal block
-        block += text.startswith("measuring first twin")
-
-    names = (*lead, "slow", "baseline")
-    candidates = [_candidate(name, log, sleeping(name), quantized=name != "baseline") for name in names]
-    result = _short(
-        candidates, query, optimized=names[:3], block_seconds=0.1, blocks=4, together=True, progress=progress
-    )
-    blocks = {name: len(result[name].blocks) for name in names}
-    assert blocks == {"first twin": 14, "second twin": 14, "slow": FAR_BLOCKS, "baseline": 4}
-    assert result.ratio is not None
-    assert result.ratio.outcome == "faster"
-    assert result.baseline == "baseline"
-
-
-def test_what_is_near_the_fastest_is_opened_anew(log: list[tuple[str, str]], query: list[Arrays]) -> None:
-    opened = 0
-
-    def unlucky() -> Runner:
-        """Slower by a twentieth as opened first, faster by a fifth afterwards."""
-        nonlocal opened
-        opened += 1
-        return _candidate("unlucky", log, sleeping(0.0105 if opened == 1 else 0.008)).open()
-
-    def sleeping(seconds: float) -> Callable[..., Arrays]:
-        def run(x: np.ndarray) -> Arrays:
-            time.sleep(seconds)
-            return (x,)
-
-        return run
-
-    names = ("unlucky", "lucky", "far")
-    candidates = [
-        Candidate("unlucky", "", True, unlucky),
-        _candidate("lucky", log, sleeping(0.01), quantized=True),
-        _candidate("far", log, sleeping(0.02), quantized=True),
-        _candidate("baseline", log, sleeping(0.03)),
-    ]
-    result = _short(candidates, query, optimized=names, block_seconds=0.1, blocks=3, together=True)
-    p50 = {name: found.p50_ns for name in names if (found := result[name].percentiles)}
-    assert p50["unlucky"] < p50["lucky"] < p50["far"]
-    assert opened >= 1 + NEAR_BLOCKS
-    assert [name for event, name in log if event == "open"].count("far") == 1
-
-
-def test_settling_ends_with_the_time(log: list[tuple[str, str]], query: list[Arrays]) -> None:
-    work = _work(1)
-    candidates = [_candidate("twin", log, work), _candidate("other twin", log, work)]
-    result = _short(candidates, query, optimized=("twin", "other twin"), limit_seconds=0.0, together=True)
-    assert [len(each.blocks) for each in result.results] == [2, 2]
 
 
 def test_reopening_opens_for_every_block_and_runs_every_other_round_backwards(

@@ -1,0 +1,111 @@
+"""Further blocks for optimized candidates that are close to the fastest one."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+
+from optc import Runner, Target
+from optc.bench.measure import FAR_BLOCKS, NEAR_BLOCKS, SETTLING_BLOCKS, measure
+from optc.bench.results import Candidate, Measurement
+
+Arrays = tuple[np.ndarray, ...]
+
+
+class Sleeping(Runner):
+    """Takes as long as it is told to."""
+
+    provider, precision = "test runtime", "float32"
+
+    def __init__(self, seconds: Callable[[], float]) -> None:
+        self.seconds = seconds
+
+    def __call__(self, *inputs: np.ndarray) -> Arrays:
+        time.sleep(self.seconds())
+        return inputs
+
+
+def settled(
+    candidates: list[Candidate],
+    optimized: tuple[str, ...],
+    opened: Counter[str],
+    measured: Counter[str],
+    *,
+    limit_seconds: float = 90.0,
+    blocks: int = 4,
+) -> Measurement:
+    """Measure candidates, counting how often each is opened and gets a block."""
+
+    def progress(text: str) -> None:
+        what, _, rest = text.partition(" ")
+        (opened if what == "opening" else measured)[rest.partition(",")[0]] += 1
+
+    return measure(
+        candidates,
+        [(np.ones((1, 4), np.float32),)],
+        Target(threads=1),
+        optimized=optimized,
+        blocks=blocks,
+        block_seconds=0.1,
+        limit_seconds=limit_seconds,
+        together=True,
+        progress=progress,
+    )
+
+
+def test_candidates_that_are_not_told_apart_get_further_blocks() -> None:
+    opened, measured = Counter[str](), Counter[str]()
+
+    def twin(name: str, lead: int) -> Candidate:
+        """Three times as fast as its twin in one block, and in the next the other way round."""
+        return Candidate(name, "", True, lambda: Sleeping(lambda: 0.003 if (measured[name] + lead) % 2 else 0.001))
+
+    candidates = [
+        twin("first twin", 0),
+        twin("second twin", 1),
+        Candidate("slow", "", True, lambda: Sleeping(lambda: 0.05)),
+        Candidate("baseline", "", False, lambda: Sleeping(lambda: 0.03)),
+    ]
+    result = settled(candidates, ("first twin", "second twin", "slow"), opened, measured)
+    twins = 4 + SETTLING_BLOCKS
+    assert measured == {"first twin": twins, "second twin": twins, "slow": FAR_BLOCKS, "baseline": 4}
+    assert {name: len(result[name].blocks) for name in measured} == measured
+    assert opened["first twin"] == opened["second twin"] == 1 + SETTLING_BLOCKS
+    assert result.ratio is not None
+    assert result.ratio.outcome == "faster"
+    assert result.baseline == "baseline"
+
+
+def test_what_is_near_the_fastest_is_opened_anew() -> None:
+    openings = 0
+
+    def unlucky() -> Runner:
+        """Slower by a twentieth as opened first, faster by a fifth afterwards."""
+        nonlocal openings
+        openings += 1
+        seconds = 0.0105 if openings == 1 else 0.008
+        return Sleeping(lambda: seconds)
+
+    candidates = [
+        Candidate("unlucky", "", True, unlucky),
+        Candidate("lucky", "", True, lambda: Sleeping(lambda: 0.01)),
+        Candidate("far", "", True, lambda: Sleeping(lambda: 0.02)),
+        Candidate("baseline", "", False, lambda: Sleeping(lambda: 0.03)),
+    ]
+    opened, measured = Counter[str](), Counter[str]()
+    result = settled(candidates, ("unlucky", "lucky", "far"), opened, measured, blocks=3)
+    p50 = {name: found.p50_ns for name in measured if (found := result[name].percentiles)}
+    assert p50["unlucky"] < p50["lucky"] < p50["far"]
+    assert opened["unlucky"] >= 1 + NEAR_BLOCKS
+    assert opened["far"] == opened["baseline"] == 1
+
+
+def test_settling_ends_with_the_time() -> None:
+    candidates = [Candidate(name, "", True, lambda: Sleeping(lambda: 0.001)) for name in ("twin", "other twin")]
+    opened = Counter[str]()
+    result = settled(candidates, ("twin", "other twin"), opened, Counter(), limit_seconds=0.0)
+    assert [len(each.blocks) for each in result.results] == [2, 2]
+    assert set(opened.values()) == {1}
