@@ -24,7 +24,14 @@ def command(artifact: Path, plot: Path | None, verbose: bool, as_json: bool) -> 
     Read from the artifact's manifest; nothing is loaded or run.
     """
     from optc.lowering.manifest import read_manifest
-    from optc.report.account import account_figure, account_summary, account_table, is_account, save_figure
+    from optc.report.account import (
+        account_figure,
+        account_reasons,
+        account_summary,
+        account_table,
+        is_account,
+        save_figure,
+    )
 
     if plot is not None and plot.suffix not in PLOTS:
         raise OptcError(f"cannot draw to '{plot}'", f"end its name in {', '.join(PLOTS)}")
@@ -48,6 +55,9 @@ def command(artifact: Path, plot: Path | None, verbose: bool, as_json: bool) -> 
         return
     console = Console(highlight=False)
     console.print(account_table(rows, title, verbose))
+    console.print("\n[bold]Why[/bold]")
+    for reason in account_reasons(rows):
+        console.print(reason, markup=False)
     console.print(f"\n{account_summary(rows)}.")
     if plot is not None:
         console.print(f"Drawn to {plot}")

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FLOAT = "float"
-_BAR = 12
+_BAR = 8
 """Characters of the longest bar."""
 Row = Mapping[str, Any]
 KEYS = frozenset(
@@ -71,13 +71,12 @@ def account_table(account: Sequence[Row], title: str, every: bool = False) -> Ta
     timed = any(row["seconds"] is not None for row in account)
     whole = any(row["model_sqnr_db"] is not None for row in account)
     metric = any(row["drop"] is not None for row in account)
-    columns = ["layer", "format", "own SQNR dB"]
+    columns: list[Column | str] = [Column("layer", no_wrap=True), Column("format", no_wrap=True), "own SQNR dB"]
     columns += ["model SQNR dB"] * whole + ["points lost"] * metric + ["µs in float", "µs", ""] * timed
     table = Table(
-        *columns, "MB in float", "MB", "why", title=title, title_justify="left", box=None, pad_edge=False,
-        header_style="bold",
+        *columns, "MB in float", "MB", title=title, title_justify="left", box=None, pad_edge=False, header_style="bold",
     )  # fmt: skip
-    for column in table.columns[2:-1]:
+    for column in table.columns[2:]:
         column.justify = "right" if column.header else "left"
     longest = max((row["seconds"] or 0.0 for row in account if row["chosen"]), default=0.0)
     for layer in layers:
@@ -88,9 +87,18 @@ def account_table(account: Sequence[Row], title: str, every: bool = False) -> Ta
             if timed:
                 bar = "█" * max(1, round(_BAR * row["seconds"] / longest)) if row["seconds"] and row["chosen"] else ""
                 cells += [_cell(_micro(layer.unquantized), ".0f"), _cell(_micro(row), ".0f"), bar]
-            cells += [f"{layer.unquantized['bytes'] / 1e6:.2f}", f"{row['bytes'] / 1e6:.2f}", row["why"]]
+            cells += [f"{layer.unquantized['bytes'] / 1e6:.3g}", f"{row['bytes'] / 1e6:.3g}"]
             table.add_row(*map(Text, cells), style="bold" if every and row["chosen"] else None)
     return table
+
+
+def account_reasons(account: Sequence[Row]) -> list[str]:
+    """Why layers have their formats: a line for each reason, behind the layers that have it."""
+    layers: dict[str, list[str]] = {}
+    for layer in by_layer(account):
+        layers.setdefault(layer.chosen["why"], []).append(layer.label)
+    everyone = len(layers) == 1
+    return [f"{'all layers' if everyone else ', '.join(names)}: {why}" for why, names in layers.items() if why]
 
 
 def account_summary(account: Sequence[Row]) -> str:

@@ -40,7 +40,7 @@ class Choice:
         rows = {entry.form: entry for entry in self.table if entry.layer == name}
         quickest, own = min(rows.values(), key=_cost), rows[self.formats[name]]
         if own is quickest:
-            return f"its fastest format on {own.backend}: {own.seconds * 1e6:.0f} µs"
+            return f"its fastest format on {own.backend}"
         return (
             f"{quickest.form} would take {quickest.seconds * 1e6:.0f} µs instead of {own.seconds * 1e6:.0f} µs,"
             f" but {quickest.noise_in_words}: more noise than the budget has left"
