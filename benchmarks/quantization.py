@@ -40,8 +40,6 @@ CALIBRATION_IMAGES = 64
 FASTER_THAN_INT8 = 1.3
 EQUAL = 1.05
 """A ratio above 1 counts as equal if its whole interval is below this, and holds 1."""
-AS_FAST_AS_FLOAT = 1.03
-"""An interval that is above 1 counts as slower than float32 if it ends above this: it may be float32 that was kept."""
 INT8, WEIGHTS, FORMATS, AUTO = "optc int8", "optc int4-weights", "optc formats=auto", "optc auto"
 OPTC: Mapping[str, Mapping[str, Any]] = {
     INT8: {"passes": "fuse,quant"},
@@ -214,7 +212,7 @@ def _slower_than_float(measured: Measurement, refused: Mapping[str, str]) -> lis
         if name in refused or not measured[name].percentiles or not measured[FLOAT.name].percentiles:
             continue
         ratio = ratio_of_medians(measured[name].latencies_ns, measured[FLOAT.name].latencies_ns, interleaved=True)
-        if ratio.low > 1 and ratio.high > AS_FAST_AS_FLOAT:
+        if ratio.low > 1:
             found.append(f"{name} is {ratio.value:.2f} times as slow as float32")
     return found
 
