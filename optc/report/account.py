@@ -87,7 +87,7 @@ def account_table(account: Sequence[Row], title: str, every: bool = False) -> Ta
             if timed:
                 bar = "█" * max(1, round(_BAR * row["seconds"] / longest)) if row["seconds"] and row["chosen"] else ""
                 cells += [_cell(_micro(layer.unquantized), ".0f"), _cell(_micro(row), ".0f"), bar]
-            cells += [f"{layer.unquantized['bytes'] / 1e6:.3g}", f"{row['bytes'] / 1e6:.3g}"]
+            cells += [_megabytes(layer.unquantized), _megabytes(row)]
             table.add_row(*map(Text, cells), style="bold" if every and row["chosen"] else None)
     return table
 
@@ -166,6 +166,10 @@ def _before_and_after(layers: Sequence[LayerAccount]) -> tuple[list[Row], list[R
 
 def _micro(row: Row) -> float | None:
     return None if row["seconds"] is None else row["seconds"] * 1e6
+
+
+def _megabytes(row: Row) -> str:
+    return f"{row['bytes'] / 1e6:.{0 if row['bytes'] >= 1e8 else 2}f}"
 
 
 def _about(row: Row) -> str:
