@@ -112,7 +112,8 @@ def command(
         from optc.target import Target, available_threads
 
     given = parse_options(assignments)
-    of_backends = {name: given.pop(name) for name in list(given) if name in registry().all("backend")}
+    backends = registry().all("backend").keys() - registry().all("pass").keys()
+    of_backends = {name: given.pop(name) for name in list(given) if name in backends}
     asked = Alternatives.of(passes, given)
     instruments: list[Instrument] = []
     if bisect_limit is not None:

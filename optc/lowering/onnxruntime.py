@@ -22,7 +22,14 @@ from optc.lowering.onnxruntime_profile import (
     provider_counts,
     refuse_fallback,
 )
-from optc.lowering.onnxruntime_session import OPTIONS, OnnxRuntimeOptions, first_line, open_session, session_options
+from optc.lowering.onnxruntime_session import (
+    LEVELS,
+    OPTIONS,
+    OnnxRuntimeOptions,
+    first_line,
+    open_session,
+    session_options,
+)
 from optc.target import Target
 
 if TYPE_CHECKING:
@@ -78,7 +85,7 @@ class OnnxRuntimeBackend(Backend):
         details |= deviations(program, folder / MODEL_FILE, runner.kernels)
         details["check"] = self._check(program, runner, folder / MODEL_FILE, target).details()
         runner.close()
-        return Lowered(files, details, run_script=_run_script(self.providers(target.device)))
+        return Lowered(files, details, run_script=_run_script(self.providers(target.device), self.options(target)))
 
     def export(self, program: Program, path: Path) -> tuple[tuple[str, ...], dict[str, Any]]:
         """Write the ONNX file; returns the names of all files and details.
@@ -162,7 +169,7 @@ class OnnxRuntimeRunner(Runner):
         if not target.allow_fallback:
             refuse_fallback(self.fallback, self.kernels, providers[0])
         self._session: ort.InferenceSession | None = session
-        self._binding = session.io_binding() if given.io_binding else None
+        self._binds = given.io_binding
         self.provider = f"onnxruntime {_who_ran(self.kernels, providers[0], self.fallback)}"
         self.precision = precision(self.kernels)
 
@@ -170,18 +177,19 @@ class OnnxRuntimeRunner(Runner):
         """Run one query: arrays in the order of the model's inputs, any batch size where the batch is dynamic."""
         if self._session is None:
             raise BackendError("this runner is closed", "load the model again")
-        if self._binding is None:
+        if not self._binds:
             return tuple(self._session.run(None, dict(zip(self._inputs, inputs, strict=True))))
+        binding = self._session.io_binding()  # one for each call: several threads may call
         for name, array in zip(self._inputs, inputs, strict=True):
-            self._binding.bind_cpu_input(name, array)
+            binding.bind_cpu_input(name, array)
         for output in self._session.get_outputs():
-            self._binding.bind_output(output.name)
-        self._session.run_with_iobinding(self._binding)
-        return tuple(self._binding.copy_outputs_to_cpu())
+            binding.bind_output(output.name)
+        self._session.run_with_iobinding(binding)
+        return tuple(binding.copy_outputs_to_cpu())
 
     def close(self) -> None:
         """Free the session."""
-        self._binding = self._session = None
+        self._session = None
 
 
 def with_weight_types(ran: list[Kernel], path: Path) -> list[Kernel]:
@@ -200,9 +208,10 @@ def _who_ran(ran: Sequence[Kernel], wanted: str, fallen: Sequence[object]) -> st
     return ", ".join(f"{provider} ({count} nodes)" for provider, count in provider_counts(ran).items())
 
 
-def _run_script(providers: Sequence[str]) -> str:
+def _run_script(providers: Sequence[str], given: OnnxRuntimeOptions) -> str:
     """The artifact's ``run.py``, on the same execution providers with the same options."""
     text = RUN_SCRIPT.read_text(encoding="utf-8")
+    text = text.replace('= "ORT_ENABLE_ALL", 1000', f'= "{LEVELS[given.optimization].name}", {given.spin_us}')
     wanted = ", ".join(f'("{name}", {json.dumps(OPTIONS.get(name, {}))})' for name in providers)
     return text.replace('= [("CPUExecutionProvider", {})]', f"= [{wanted}]")
 

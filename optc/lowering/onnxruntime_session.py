@@ -17,13 +17,14 @@ from optc.target import Target
 OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
 """By provider. float32 in the graph is float32: the CUDA provider's default is TF32, with 10 bits of 23."""
 _ERRORS_ONLY = 3
-_LEVELS = {
+LEVELS = {
     "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
     "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
     "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
     "layout": ort.GraphOptimizationLevel.ORT_ENABLE_LAYOUT,
     "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
+"""ONNX Runtime's levels of graph optimization by the names that the option has for them."""
 
 
 class OnnxRuntimeOptions(BackendOptions):
@@ -57,7 +58,7 @@ def session_options(target: Target, given: OnnxRuntimeOptions) -> ort.SessionOpt
     options.intra_op_num_threads = target.threads
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.graph_optimization_level = _LEVELS[given.optimization]
+    options.graph_optimization_level = LEVELS[given.optimization]
     options.log_severity_level = _ERRORS_ONLY
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if given.spin_us else "0")
     if given.spin_us:

@@ -235,7 +235,9 @@ def test_a_backends_option_is_kept_in_the_artifact(folder: Path, optc: Run) -> N
     assert done.returncode == 0, done.stderr
     target = load_artifact(Path("out")).target(Target(threads=1))
     assert OnnxRuntimeBackend.options(target).model_dump() == {"optimization": "all", "spin_us": 0, "io_binding": True}
-    assert load_artifact(Path("out")).runner()._binding is not None  # type: ignore[attr-defined]
+    assert 'OPTIMIZATION, SPIN_US = "ORT_ENABLE_ALL", 0' in Path("out", "run.py").read_text()
+    ran = subprocess.run([sys.executable, "out/run.py"], capture_output=True, text=True, check=True)
+    assert (ran.stdout.strip(), ran.stderr) == ("output shape: (1, 10)", "")
     done = optc("profile", "out", "--against", "none", "--layers")
     assert done.returncode == 0, done.stderr
     listed = optc("backends", "onnxruntime").stdout

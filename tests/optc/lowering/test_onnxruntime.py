@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -146,6 +147,18 @@ def test_options_change_how_it_runs_and_not_what(cnn: Program, options: dict[str
     runner.close()
     with pytest.raises(BackendError, match="closed"):
         runner(x.numpy())
+
+
+@pytest.mark.parametrize("io_binding", [False, True])
+def test_several_threads_may_call_at_once(cnn: Program, io_binding: bool, tmp_path: Path) -> None:
+    backend = OnnxRuntimeBackend()
+    files = backend.lower(cnn, TARGET, tmp_path).files
+    runner = backend.load(tmp_path, files, replace(TARGET, options={"onnxruntime": {"io_binding": io_binding}}))
+    inputs = [torch.randn(2, 3, 16, 16) for _ in range(200)]
+    with ThreadPoolExecutor(4) as pool:
+        outputs = list(pool.map(lambda x: runner(x.numpy())[0], inputs))
+    for x, output in zip(inputs, outputs, strict=True):
+        assert sqnr_db(cnn.run(x)[0].numpy(), output) > 100
 
 
 def test_workers_hardly_spin_after_a_call(cnn: Program, tmp_path: Path) -> None:
