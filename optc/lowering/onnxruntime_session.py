@@ -45,14 +45,13 @@ class OnnxRuntimeOptions(BackendOptions):
 def session_options(target: Target, given: OnnxRuntimeOptions) -> ort.SessionOptions:
     """The session's options: the target's threads, and those of the backend.
 
-    Their defaults were measured. Within a call idle workers spin: waking them for every node costs more the smaller the
-    nodes are (two cores, AVX2: MobileNetV3-Small int8 5.2 ms without, 4.0 with; ViT-Tiny int8 31 and 26). After the
-    last call they go on for a millisecond, so that calls one after another find them awake; by ONNX Runtime's default
-    they would burn tens of milliseconds of CPU time, which slows whatever else runs (a second model, the caller's own
+    Their defaults were measured (``python benchmarks/ort_options.py``; two cores, AMD Zen 5). Within a call idle
+    workers spin: sleeping at once costs more the smaller the nodes are, up to half as much again (MobileNetV3-Small).
+    After the last call they go on for a millisecond, so that calls one after another find them awake; in 50 ms of it
+    they burn 65 to 90 ms of CPU time after each call, which slows whatever else runs (a second model, the caller's own
     preprocessing). Old versions do not know the option and spin on. Of the optimizations those of layout (``layout``
-    and ``all``) matter: without them the shortest of some hundred calls took 3.0 instead of 2.0 ms (AlexNet int8), 5.7
-    instead of 3.1 (ResNet-18 int8), 16.6 instead of 12.2 (ResNet-18), the same on ViT-Tiny. Binding inputs and outputs
-    gained nothing on the CPU, where ``run`` reads the caller's arrays in place.
+    and ``all``) matter: without them convolutional networks took 1.15 to 2.5 times as long, ViT-Tiny no longer. Binding
+    inputs and outputs gained nothing on the CPU, where ``run`` reads the caller's arrays in place.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = target.threads
