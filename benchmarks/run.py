@@ -13,6 +13,7 @@ NAMES = (
     "pass_scaling",
     "ort_static",
     "ort_options",
+    "torch_memory",
     "overhead",
     "quantization",
     "hard_models",

@@ -17,6 +17,7 @@ from optc.bench.results import Candidate
 from optc.errors import MeasurementError
 from optc.evaluation import set_evaluation_mode
 from optc.lowering.backend import Array, Runner
+from optc.lowering.torch_memory import keep_freed_memory, return_freed_memory
 from optc.machine import BF16_FLAGS, isa
 from optc.target import Target
 
@@ -96,6 +97,7 @@ class _TorchRunner(Runner):
     """Calls a PyTorch callable: float32 arrays in and out, the precision in between is the callable's."""
 
     def __init__(self, call: Callable[..., Any], provider: str, dtype: torch.dtype, device: torch.device) -> None:
+        keep_freed_memory()  # as the backends that run PyTorch do
         self.provider, self.precision = provider, str(dtype).removeprefix("torch.")
         self._call: Callable[..., Any] | None = call
         self._dtype, self._device = dtype, device
@@ -117,6 +119,7 @@ class _TorchRunner(Runner):
 
     def close(self) -> None:
         self._call = None
+        return_freed_memory()
 
 
 def _opener(

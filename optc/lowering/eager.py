@@ -22,6 +22,7 @@ from optc.lowering.eager_times import kernel_times
 from optc.lowering.graph_file import read_graph, refusal, write_graph
 from optc.lowering.kernel_times import KernelTime
 from optc.lowering.prepack import LAYERS, prepack
+from optc.lowering.torch_memory import TorchOptions, keep_freed_memory, return_freed_memory
 from optc.ops import COMPOSITES
 from optc.program import Program, complete_meta
 from optc.rewrite import add_constant, constant_of, label, replace
@@ -48,6 +49,7 @@ class EagerBackend(Backend):
     name = "eager"
     summary = "PyTorch eager with fused kernels: oneDNN on CPU, cuDNN on GPU."
     simulates_quantization = True
+    Options = TorchOptions
 
     @classmethod
     def unavailable(cls, target: Target) -> str | None:
@@ -97,6 +99,8 @@ class EagerBackend(Backend):
         reason = self.unavailable(target)
         if reason:
             raise BackendError(reason)
+        if target.device == "cpu" and self.options(target).keep_memory:
+            keep_freed_memory()
         return EagerRunner(read_graph(folder, target.batch, target.device), target)
 
     def profile(
@@ -162,6 +166,7 @@ class EagerRunner(Runner):
     def close(self) -> None:
         """Free the weights."""
         del self._module
+        return_freed_memory()
 
 
 def _tensor(array: Array, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -29,6 +29,7 @@ from optc.lowering.graph_file import refusal, write_graph
 from optc.lowering.inductor_times import kernel_times
 from optc.lowering.kernel_times import KernelTime
 from optc.lowering.layer_precision import layer_precision
+from optc.lowering.torch_memory import TorchOptions, keep_freed_memory, return_freed_memory
 from optc.program import Program
 from optc.rewrite import argument, label
 from optc.target import Target
@@ -51,6 +52,7 @@ class InductorBackend(Backend):
 
     name = "inductor"
     summary = "PyTorch's AOTInductor: machine code compiled ahead of time, one .pt2 package."
+    Options = TorchOptions
 
     @classmethod
     def unavailable(cls, target: Target) -> str | None:
@@ -111,7 +113,7 @@ class InductorBackend(Backend):
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # the graph runs on the CPU
             details["check"] = check_agreement(self.name, program, runner).details()
         runner.close()
-        return Lowered((PACKAGE,), details, RUN_SCRIPT.read_text(), tuple(result["required_isa"]))
+        return Lowered((PACKAGE,), details, _run_script(self.options(target)), tuple(result["required_isa"]))
 
     def load(self, folder: Path, files: tuple[str, ...], target: Target) -> Runner:
         """Load the package's machine code; nothing in it is unpickled.
@@ -120,6 +122,8 @@ class InductorBackend(Backend):
             BackendError: the file is no such package, holds more than compiled code, or was made by another torch or
                 for another device.
         """
+        if target.device == "cpu" and self.options(target).keep_memory:
+            keep_freed_memory()
         return InductorRunner(folder / files[0], target)
 
     def profile(
@@ -202,6 +206,12 @@ class InductorRunner(Runner):
     def close(self) -> None:
         """Unload the code and its weights."""
         self._loader = None
+        return_freed_memory()
+
+
+def _run_script(given: TorchOptions) -> str:
+    """``run.py``, keeping freed memory or not."""
+    return RUN_SCRIPT.read_text(encoding="utf-8").replace("= True", f"= {given.keep_memory}", 1)
 
 
 def read_facts(path: Path) -> dict[str, Any]:

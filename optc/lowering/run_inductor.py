@@ -1,5 +1,6 @@
 """Runs this model with torch and numpy alone: ``python run.py [input.npy ...]``, or ``from run import load``."""
 
+import ctypes
 import json
 import re
 import sys
@@ -11,6 +12,8 @@ import numpy as np
 import torch
 
 MODEL = Path(__file__).resolve().with_name("model.pt2")
+KEEP_MEMORY = True
+"""Whether freed memory stays with the process, for the next call: else large activations cost time at each call."""
 
 
 def facts() -> dict[str, Any]:
@@ -41,6 +44,11 @@ def load() -> "torch._C._aoti.AOTIModelPackageLoader":
         sys.exit(f"{MODEL.name} was compiled for a GPU, and this PyTorch sees none")
     if missing := missing_instructions():
         sys.exit(f"{MODEL.name} was compiled for a CPU with {', '.join(missing)}: optimize the model again here")
+    if KEEP_MEMORY and made["device"] == "cpu" and sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):  # glibc has it, with M_MMAP_THRESHOLD and M_TRIM_THRESHOLD
+            libc.mallopt(-3, 2**25)
+            libc.mallopt(-1, 2**31 - 1)
     return torch._C._aoti.AOTIModelPackageLoader(str(MODEL), "model", False, 1, -1)
 
 

@@ -1,0 +1,74 @@
+"""Counts the page faults of real calls, in processes of their own: what is set holds for a whole process."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import optc
+from optc.lowering.torch_memory import KEPT_BYTES, MAPPED_BYTES, _glibc
+
+pytestmark = pytest.mark.skipif(_glibc() is None, reason="only glibc keeps freed memory when told to")
+
+CALLS = 5
+FAULTS = f"""
+import json, resource, sys
+import numpy as np
+import optc
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range({CALLS}):
+        runner(images)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+images = np.zeros((16, 3, 128, 128), np.float32)
+runner = optc.load(sys.argv[1])
+faults()
+during = faults()
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+before = resident()
+runner.close()
+print(json.dumps({{"faults": during, "returned": before - resident()}}))
+"""
+
+
+def artifact(backend: str, keep: bool, folder: Path) -> Path:
+    """A model with activations of 16 MB."""
+    target = optc.Target(threads=1, batch=16, options={backend: {"keep_memory": keep}})
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), *(nn.Conv2d(16, 16, 1) for _ in range(6)))
+    made = optc.optimize(
+        model, torch.randn(16, 3, 128, 128), "fuse", backend=backend, target=target, verify=False, measure=False
+    )
+    return made.save(folder / f"{backend}-{keep}")
+
+
+def ran(folder: Path) -> dict[str, int]:
+    done = subprocess.run([sys.executable, "-c", FAULTS, str(folder)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, int] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_activations_do_not_fault_in_again_at_each_call(backend: str, tmp_path: Path) -> None:
+    kept, returned = (ran(artifact(backend, keep, tmp_path)) for keep in (True, False))
+    assert kept["faults"] * 20 < returned["faults"]
+    assert kept["returned"] > 8 * 2**20, "closing returns what was kept"
+
+
+def test_run_py_does_as_the_artifact_was_told(tmp_path: Path) -> None:
+    for keep in (True, False):
+        folder = artifact("inductor", keep, tmp_path)
+        text = (folder / "run.py").read_text()
+        assert f"mallopt(-3, 2**{MAPPED_BYTES.bit_length() - 1})" in text
+        assert "mallopt(-1, 2**31 - 1)" in text
+        assert KEPT_BYTES == 2**31 - 1
+        assert runpy.run_path(str(folder / "run.py"))["KEEP_MEMORY"] is keep
