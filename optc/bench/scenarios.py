@@ -7,7 +7,7 @@ import statistics as plain
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from optc.bench.measure import one_line
 from optc.bench.scenario_result import METRICS, MULTISTREAM_SAMPLES, ScenarioResult
 from optc.bench.settings import Scenario, loadgen_settings
 from optc.bench.summary import LoadGenSummary, read_summary
-from optc.bench.suts import BatchSystem, Samples, ServerSystem
+from optc.bench.suts import BatchSystem, QueueSystem, Samples
 from optc.bench.verdict import explain
 from optc.errors import MeasurementError
 from optc.lowering.backend import Runner
@@ -104,7 +104,7 @@ class _Run:
         batch, seconds = self._batch()
         per_query = MULTISTREAM_SAMPLES if self.scenario == "MultiStream" else 1
         latency = seconds * math.ceil(per_query / batch)
-        rate = batch / seconds
+        rate = batch / seconds * self._side_by_side
         expected = max(_LEAST_EXPECTED_NS, int(0.8e9 * latency))
         values: dict[str, Any] = {
             "single_stream_expected_latency_ns": expected,
@@ -114,11 +114,12 @@ class _Run:
         if not self.plan.official:
             values |= {"min_duration_ms": 0, "min_query_count": self._queries(latency, batch, rate)}
         self.progress(f"{self.name}, {self.scenario}")
-        system = BatchSystem(self.runner, self.samples, self.name, batch)
-        with log_files(self.plan.logs(self.scenario)) as folder:
-            self._start(system, values, folder)
-            system.raise_failure()
-            summary = read_summary(folder / "mlperf_log_summary.txt")
+        system: BatchSystem | QueueSystem
+        if self._side_by_side > 1:
+            system = QueueSystem(self.runner, self.samples, self.name, self.plan.threads, batch)
+        else:
+            system = BatchSystem(self.runner, self.samples, self.name, batch)
+        summary = self._summary(system, values, self.plan.logs(self.scenario))
         ran = len(system.latencies_ns)
         queries = 1 if self.scenario == "Offline" else ran // math.ceil(per_query / batch)
         percentile = {"SingleStream": "90.00", "MultiStream": "99.00"}.get(self.scenario)
@@ -135,7 +136,7 @@ class _Run:
             reason = f"one query alone takes {seconds * 1e3:.3g} ms, more than the bound of {bound_ns / 1e6:g} ms"
             mend = "raise *.Server.target_latency in --user-conf"
             return self._result(reasons=(reason,), mends=(mend,))
-        rate = given if asked else self._search(1 / seconds, bound_ns)
+        rate = given if asked else self._search(self._side_by_side / seconds, bound_ns)
         for _ in range(_ATTEMPTS):
             self.progress(f"{self.name}, Server at {rate:.4g} queries/s")
             summary, system = self._serve(rate, bound_ns, self.plan.logs("Server"), final=True)
@@ -147,7 +148,7 @@ class _Run:
         return self._concluded(value, metric, summary, system, len(system.latencies_ns), 1)
 
     def _search(self, capacity: float, bound_ns: int) -> float:
-        """Bisect between nothing and what one query after another would give."""
+        """Bisect between nothing and what the runner would give if it never waited for a query."""
         low, high = 0.0, capacity
         for probe in range(_PROBES):
             rate = (low + high) / 2
@@ -158,7 +159,7 @@ class _Run:
 
     def _serve(
         self, rate: float, bound_ns: int, logs: Path | None, *, final: bool
-    ) -> tuple[LoadGenSummary, ServerSystem]:
+    ) -> tuple[LoadGenSummary, QueueSystem]:
         seconds = self.plan.seconds if final else _PROBE_SECONDS * self.plan.seconds / SECONDS
         least = PERCENTILE_QUERIES if final else 100
         values: dict[str, Any] = {
@@ -168,19 +169,26 @@ class _Run:
         if not (final and self.plan.official):
             count = min(max(least, math.ceil(rate * seconds / 2)), math.ceil(rate * seconds))
             values |= {"min_duration_ms": 0, "min_query_count": max(2, count)}
-        system = ServerSystem(self.runner, self.samples, self.name, self.plan.threads)
-        try:
-            with log_files(logs) as folder, _quick_switches():
-                self._start(system, values, folder)
-                system.close()
-                system.raise_failure()
-                return read_summary(folder / "mlperf_log_summary.txt"), system
-        finally:
-            system.close()
+        system = QueueSystem(self.runner, self.samples, self.name, self.plan.threads)
+        return self._summary(system, values, logs), system
 
-    def _start(self, system: BatchSystem | ServerSystem, values: dict[str, Any], folder: Path) -> None:
+    def _summary(self, system: BatchSystem | QueueSystem, values: dict[str, Any], logs: Path | None) -> LoadGenSummary:
+        """Run LoadGen on the system to the end.
+
+        Raises:
+            MeasurementError: the runner failed.
+        """
         settings = loadgen_settings(self.scenario, self.plan.model, values, self.plan.user_conf)
-        start_test(system, settings, len(self.samples), folder)
+        with log_files(logs) as folder, closing(system), _quick_switches():
+            start_test(system, settings, len(self.samples), folder)
+            system.close()
+            system.raise_failure()
+            return read_summary(folder / "mlperf_log_summary.txt")
+
+    @property
+    def _side_by_side(self) -> int:
+        """How many batches are run at a time: a stream's queries follow one another."""
+        return self.runner.concurrency if self.scenario in ("Offline", "Server") else 1
 
     def _batch(self) -> tuple[int, float]:
         """How many samples to run at once, and the seconds a batch takes."""
@@ -222,7 +230,7 @@ class _Run:
         value: float | None,
         metric: str,
         summary: LoadGenSummary,
-        system: BatchSystem | ServerSystem,
+        system: BatchSystem | QueueSystem,
         queries: int,
         batch: int,
     ) -> ScenarioResult:
@@ -243,6 +251,7 @@ class _Run:
         )
 
     def _result(self, **found: Any) -> ScenarioResult:
+        side_by_side = [f"{self._side_by_side} queries at a time"] if self._side_by_side > 1 else []
         known: dict[str, Any] = {
             "name": self.name,
             "scenario": self.scenario,
@@ -250,7 +259,7 @@ class _Run:
             "metric": METRICS[self.scenario],
             "provider": self.runner.provider,
             "precision": self.runner.precision,
-            "notes": tuple(dict.fromkeys(self.notes)),
+            "notes": tuple(dict.fromkeys([*self.notes, *side_by_side])),
         }
         return ScenarioResult(**{**known, **found})
 
@@ -262,7 +271,7 @@ def _within(summary: LoadGenSummary) -> bool:
 
 @contextmanager
 def _quick_switches() -> Iterator[None]:
-    """Let the thread that takes arrivals in have the interpreter soon while the other one computes."""
+    """Let the thread that takes arrivals in have the interpreter soon while another computes."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-4)
     try:

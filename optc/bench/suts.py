@@ -66,6 +66,9 @@ class _Base:
         if not all(np.isfinite(output).all() for output in outputs):
             self.nonfinite += 1
 
+    def close(self) -> None:
+        """Free what the system holds; called once LoadGen has returned."""
+
     def raise_failure(self) -> None:
         """Raise what went wrong, if anything did.
 
@@ -126,30 +129,35 @@ class BatchSystem(_Base):
         self.fail(KeyboardInterrupt(), ())
 
 
-class ServerSystem(_Base):
-    """Queues what arrives and answers it one by one from a thread of its own; ``latencies_ns`` include the waiting.
+class QueueSystem(_Base):
+    """Queues what arrives and answers it from as many threads as the runner computes calls at a time: Server, Offline.
+
+    ``latencies_ns`` include the waiting.
 
     After a failure nothing is answered any more until LoadGen has stopped issuing, which it does when too many queries
     are outstanding; the schedule would otherwise go on to its end.
     """
 
-    def __init__(self, runner: Runner, samples: Samples, name: str, threads: int) -> None:
+    def __init__(self, runner: Runner, samples: Samples, name: str, threads: int, batch: int = 1) -> None:
+        """``batch``: how many of the samples that arrive together are run at once."""
         super().__init__(runner, samples, name, classes=False)
-        self._threads = threads
-        self._arrived: queue.SimpleQueue[tuple[int, int, int] | None] = queue.SimpleQueue()
+        self._threads, self._batch = threads, batch
+        self._arrived: queue.SimpleQueue[tuple[Sequence[int], Sequence[int], int] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._outstanding: set[int] = set()
         self._ended = False
-        self._worker = threading.Thread(target=self._serve, daemon=True)
-        self._worker.start()
+        self._workers = [threading.Thread(target=self._serve, daemon=True) for _ in range(runner.concurrency)]
+        for worker in self._workers:
+            worker.start()
 
     def issue(self, query_ids: Sequence[int], sample_indices: Sequence[int]) -> None:
         """Queue what arrived."""
         now = time.perf_counter_ns()
         with self._lock:
             self._outstanding.update(query_ids)
-        for query, index in zip(query_ids, sample_indices, strict=True):
-            self._arrived.put((query, index, now))
+        for start in range(0, len(query_ids), self._batch):
+            part = slice(start, start + self._batch)
+            self._arrived.put((query_ids[part], sample_indices[part], now))
 
     def flush(self) -> None:
         """LoadGen has stopped issuing: what a failure left outstanding can be let go."""
@@ -163,22 +171,24 @@ class ServerSystem(_Base):
         self.fail(KeyboardInterrupt(), ())
 
     def close(self) -> None:
-        """End the thread; called once LoadGen has returned."""
-        self._arrived.put(None)
-        self._worker.join()
+        """End the threads; called once LoadGen has returned."""
+        for _ in self._workers:
+            self._arrived.put(None)
+        for worker in self._workers:
+            worker.join()
 
     def _serve(self) -> None:
         torch.set_num_threads(self._threads)
         while (arrival := self._arrived.get()) is not None:
-            query, index, since = arrival
+            queries, indices, since = arrival
             if self.failure is None:
                 try:
-                    outputs = self.run((index,))
-                    self._answer_once([query], outputs)
+                    outputs = self.run(indices)
+                    self._answer_once(queries, outputs)
                     self.latencies_ns.append(time.perf_counter_ns() - since)
                     self.look(outputs)
                 except BaseException as error:
-                    self.fail(error, (index,))
+                    self.fail(error, indices)
             if self.failure is not None and self._ended:
                 self._let_go()
 

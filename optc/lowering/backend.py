@@ -51,10 +51,12 @@ class Runner(ABC):
     Attributes:
         provider: the runtime and execution provider in use, such as ``"onnxruntime CPUExecutionProvider"``.
         precision: what the arithmetic runs in, such as ``"float32"``, ``"bfloat16"`` or ``"int8 (8 of 8 layers)"``.
+        concurrency: how many calls, each from a thread of its own, are worth making at a time.
     """
 
     provider: str
     precision: str
+    concurrency: int = 1
 
     @abstractmethod
     def __call__(self, *inputs: Array) -> tuple[Array, ...]:

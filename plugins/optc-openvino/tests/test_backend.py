@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -183,6 +184,19 @@ def test_nothing_is_reported_to_anyone(module: str, tmp_path: Path) -> None:
     assert done.stdout.split() == ["None", "True"], done.stderr
     assert done.stderr == ""
     assert not list((tmp_path / "home").iterdir())
+
+
+def test_the_hint_goes_with_the_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino_telemetry", None)  # as run.py does, and undone here
+    target = optc.Target(threads=2, options={"openvino": {"hint": "throughput"}})
+    made = optc.optimize(
+        nn.Linear(4, 4), torch.randn(1, 4), "fuse", backend="openvino", target=target, verify=False, measure=False
+    )
+    folder = made.save(tmp_path / "linear")
+    assert optc.load(folder).concurrency > 1
+    model = runpy.run_path(str(folder / "run.py"))["load"](threads=2)
+    assert model.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS") == 2
+    assert model.get_property("INFERENCE_NUM_THREADS") == 2
 
 
 def test_run_py_rounds_inputs_as_the_backend_does() -> None:

@@ -12,7 +12,7 @@ import optc
 from optc_openvino.backend import OpenVinoBackend
 from optc_openvino.execution import Kernel, not_int8, precision
 from optc_openvino.runner import OTHER_BATCHES, OpenVinoRunner
-from optc_openvino.runtime import read, reason
+from optc_openvino.runtime import OpenVinoOptions, read, reason
 
 TARGET = optc.Target(threads=2)
 
@@ -66,13 +66,30 @@ def test_batches_beside_the_targets_are_compiled_when_asked_for_and_few_are_kept
     assert [shapes[0][0] for shapes in runner._others] == [3, 2]
 
 
-def test_threads_take_turns(runner: OpenVinoRunner) -> None:
+@pytest.mark.parametrize("hint", ["latency", "throughput"])
+def test_threads_do_not_disturb_each_other(two_inputs: Path, hint: str) -> None:
+    runner = OpenVinoRunner(read(two_inputs / "model.xml"), TARGET, OpenVinoOptions(hint=hint))
+
     def call(seed: int) -> float:
         zulu, alpha = pair(1 + seed % 2, seed)
         return float(np.abs(runner(zulu, alpha)[0] - (zulu - 2 * alpha)).max())
 
     with ThreadPoolExecutor(4) as pool:
         assert max(pool.map(call, range(200))) < 1e-5
+
+
+def test_with_the_throughput_hint_a_call_need_not_wait_for_another(two_inputs: Path) -> None:
+    runner = OpenVinoRunner(read(two_inputs / "model.xml"), TARGET, OpenVinoOptions(hint="throughput"))
+    assert runner.concurrency == 2, "one for each thread"
+    assert runner._requests is not None
+    for batch in (1, 3):
+        zulu, alpha = pair(batch)
+        runner(zulu, alpha)  # compiles for the batch
+        requests = runner._requests_for((zulu.shape, alpha.shape))
+        lent = requests.get()  # as a call that runs holds it
+        np.testing.assert_allclose(runner(zulu, alpha)[1], zulu + alpha, rtol=1e-6)
+        requests.put(lent)
+        assert requests.qsize() == runner.concurrency
 
 
 @pytest.mark.parametrize(

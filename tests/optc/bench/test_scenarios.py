@@ -119,6 +119,49 @@ def test_server_finds_a_rate_within_the_bound_and_below_what_the_runner_can_do(
     assert min(result.latencies_ns) >= 4e6
 
 
+@pytest.mark.parametrize("scenario", ["Offline", "Server"])
+def test_a_runner_gets_as_many_queries_at_a_time_as_it_wants(
+    scenario: Scenario, samples: list[Arrays], tmp_path: Path
+) -> None:
+    running: set[int] = set()
+    most = 0
+
+    def run(x: np.ndarray) -> Arrays:
+        nonlocal most
+        running.add(threading.get_ident())
+        most = max(most, len(running))
+        time.sleep(0.004)
+        running.discard(threading.get_ident())
+        return (x,)
+
+    runner = _Calls(run)
+    runner.concurrency = 3
+    conf = _conf(tmp_path, "*.Server.target_latency = 400", "*.Server.target_qps = 500")
+    result = run_scenario(scenario, runner, samples, "m", _plan(user_conf=conf))
+    assert most == 3
+    assert result.notes == ("3 queries at a time",)
+    assert result.value is not None
+    assert result.value > 250, "one at a time cannot do more"
+
+
+def test_a_failure_among_several_queries_at_a_time_ends_the_run(samples: list[Arrays]) -> None:
+    def run(x: np.ndarray) -> Arrays:
+        if threading.current_thread() is not threading.main_thread():
+            raise ValueError("out of cheese")
+        return (x,)
+
+    runner = _Calls(run)
+    runner.concurrency = 2
+    with pytest.raises(MeasurementError, match=r"'m' failed on samples? .*ValueError: out of cheese"):
+        run_scenario("Offline", runner, samples, "m", _plan())
+
+
+def test_a_stream_has_one_query_at_a_time(samples: list[Arrays]) -> None:
+    runner = _Calls(lambda x: (x,))
+    runner.concurrency = 3
+    assert run_scenario("MultiStream", runner, samples, "m", _plan()).notes == ()
+
+
 def test_server_says_when_one_query_alone_exceeds_the_bound(samples: list[Arrays], tmp_path: Path) -> None:
     def run(x: np.ndarray) -> Arrays:
         time.sleep(0.02)

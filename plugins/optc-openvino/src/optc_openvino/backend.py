@@ -22,7 +22,7 @@ from optc_openvino.graph import (
     use_signed_activations,
 )
 from optc_openvino.runner import OpenVinoRunner
-from optc_openvino.runtime import VERSION, errors, ov, read
+from optc_openvino.runtime import VERSION, OpenVinoOptions, errors, ov, read
 from optc_openvino.times import kernel_times
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class OpenVinoBackend(Backend):
 
     name = "openvino"
     summary = "OpenVINO on CPU: an IR file (.xml and .bin)."
+    Options = OpenVinoOptions
 
     @classmethod
     def unavailable(cls, target: Target) -> str | None:
@@ -71,7 +72,7 @@ class OpenVinoBackend(Backend):
         model = read(folder / FILES[0])
         asked = quantized_layers(model)
         operators = Counter(node.get_type_name() for node in model.get_ops())
-        runner = OpenVinoRunner(model, replace(target, batch=len(program.example_inputs[0])))
+        runner = OpenVinoRunner(model, replace(target, batch=len(program.example_inputs[0])), self.options(target))
         details = {
             "openvino": VERSION,
             "opset": exported["opset"],
@@ -86,7 +87,7 @@ class OpenVinoBackend(Backend):
             "check": check_agreement("openvino", program, runner).details(),
         }
         runner.close()
-        return Lowered(FILES, details, run_script=RUN_SCRIPT.read_text(encoding="utf-8"))
+        return Lowered(FILES, details, run_script=_run_script(self.options(target)))
 
     def load(self, folder: Path, files: tuple[str, ...], target: Target) -> Runner:
         """Read the IR and compile it for the target's threads and batch.
@@ -97,7 +98,7 @@ class OpenVinoBackend(Backend):
         reason = self.unavailable(target)
         if reason:
             raise BackendError(reason)
-        return OpenVinoRunner(read(folder / files[0]), target)
+        return OpenVinoRunner(read(folder / files[0]), target, self.options(target))
 
     def profile(
         self, folder: Path, files: tuple[str, ...], target: Target, inputs: Sequence[NDArray[Any]]
@@ -107,4 +108,10 @@ class OpenVinoBackend(Backend):
         Raises:
             BackendError: OpenVINO refuses the files, or cannot run them on these inputs.
         """
-        return kernel_times(read(folder / files[0]), target, inputs)
+        return kernel_times(read(folder / files[0]), target, self.options(target), inputs)
+
+
+def _run_script(given: OpenVinoOptions) -> str:
+    """``run.py``, compiling with the same hint."""
+    text = RUN_SCRIPT.read_text(encoding="utf-8")
+    return text.replace('HINT = "LATENCY"', f'HINT = "{given.hint.upper()}"', 1)

@@ -8,6 +8,9 @@ import numpy as np
 sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # so OpenVINO does not report its import
 import openvino  # noqa: E402
 
+HINT = "LATENCY"
+"""LATENCY: all threads for one query at a time; THROUGHPUT: several, by openvino.AsyncInferQueue."""
+
 
 def load(batch: int = 1, threads: int = 0) -> openvino.CompiledModel:
     """The model compiled by openvino for one batch size, in the types the file has; 0 threads lets openvino choose."""
@@ -15,7 +18,7 @@ def load(batch: int = 1, threads: int = 0) -> openvino.CompiledModel:
     model = core.read_model(Path(__file__).resolve().with_name("model.xml"))
     bf16 = model.has_rt_info(["optc", "inference_precision"])
     bf16 = bf16 and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    options = {"PERFORMANCE_HINT": "LATENCY", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 64}
+    options = {"PERFORMANCE_HINT": HINT, "DYNAMIC_QUANTIZATION_GROUP_SIZE": 64}
     options["INFERENCE_PRECISION_HINT"] = "bf16" if bf16 else "f32"
     if threads:
         options["INFERENCE_NUM_THREADS"] = threads

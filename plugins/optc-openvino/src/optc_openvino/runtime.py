@@ -8,14 +8,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from optc import BackendError, Target
+from pydantic import Field
+
+from optc import BackendError, BackendOptions, Target
 
 __all__ = [
     "INFERENCE_PRECISION",
     "ROUNDED_TOGETHER",
     "VERSION",
+    "OpenVinoOptions",
     "compile_model",
     "computes_bfloat16",
     "core",
@@ -57,6 +60,16 @@ ONNX Runtime's MatMulNBits rounds them too. OpenVINO's default is 32, which took
 """
 
 
+class OpenVinoOptions(BackendOptions):
+    """Options of ``openvino``."""
+
+    hint: Literal["latency", "throughput"] = Field(
+        default="latency",
+        description="latency: all threads for one query at a time; throughput: several queries at a time, as many as"
+        " OpenVINO finds best, each with a part of the threads",
+    )
+
+
 @lru_cache(maxsize=1)
 def core() -> ov.Core:
     """The process's OpenVINO core."""
@@ -80,18 +93,20 @@ def read(path: Path) -> ov.Model:
         return core().read_model(path)
 
 
-def compile_model(model: ov.Model, target: Target, further: Mapping[str, Any] | None = None) -> ov.CompiledModel:
+def compile_model(
+    model: ov.Model, target: Target, given: OpenVinoOptions, further: Mapping[str, Any] | None = None
+) -> ov.CompiledModel:
     """Compile for the target's threads, in the types and the inference precision that are written in the model.
 
     Args:
+        given: the backend's options.
         further: options besides those that every model is compiled with.
 
     Raises:
         BackendError: OpenVINO's CPU plugin has no way to run the model.
     """
     options: dict[str, Any] = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": given.hint.upper(),
         "INFERENCE_NUM_THREADS": target.threads,
         # With its default OpenVINO runs a float32 model in bfloat16 where the CPU is fast at that. f32 means that
         # nothing is lowered further: what the graph itself casts to bfloat16 still runs in bfloat16.
@@ -101,6 +116,8 @@ def compile_model(model: ov.Model, target: Target, further: Mapping[str, Any] | 
         # Pinned threads of two processes would share the first cores while the others idle.
         "ENABLE_CPU_PINNING": False,
     }
+    if given.hint == "latency":
+        options["NUM_STREAMS"] = 1
     with errors("openvino cannot compile the model"):
         return core().compile_model(model, "CPU", options | dict(further or {}))
 

@@ -10,10 +10,12 @@ from numpy.typing import NDArray
 
 from optc import KernelTime, Target, repeat_query
 from optc_openvino.execution import kernels
-from optc_openvino.runtime import compile_model, errors, ov
+from optc_openvino.runtime import OpenVinoOptions, compile_model, errors, ov
 
 
-def kernel_times(model: ov.Model, target: Target, inputs: Sequence[NDArray[Any]]) -> list[KernelTime]:
+def kernel_times(
+    model: ov.Model, target: Target, given: OpenVinoOptions, inputs: Sequence[NDArray[Any]]
+) -> list[KernelTime]:
     """Run queries of ``inputs`` with OpenVINO's counters on: whole microseconds, the average over the queries.
 
     Raises:
@@ -22,7 +24,7 @@ def kernel_times(model: ov.Model, target: Target, inputs: Sequence[NDArray[Any]]
     fixed = model.clone()
     with errors("openvino cannot run the model"):
         fixed.reshape({index: ov.PartialShape(list(array.shape)) for index, array in enumerate(inputs)})
-        compiled = compile_model(fixed, target, {"PERF_COUNT": True})
+        compiled = compile_model(fixed, target, given, {"PERF_COUNT": True})
         request = compiled.create_infer_request()
         for index, array in enumerate(inputs):
             request.set_input_tensor(index, ov.Tensor(np.ascontiguousarray(array)))
