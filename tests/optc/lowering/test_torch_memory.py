@@ -6,11 +6,12 @@ import json
 import runpy
 import subprocess
 import sys
+from functools import reduce
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import optc
 from optc.lowering.torch_memory import KEPT_BYTES, MAPPED_BYTES, _glibc
@@ -40,12 +41,21 @@ print(json.dumps({{"faults": during, "returned": before - resident()}}))
 """
 
 
+class Branches(nn.Module):
+    """Eight activations of 16 MB that are there at the same time: more than glibc keeps by its defaults."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Conv2d(3, 16, 1) for _ in range(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return reduce(torch.maximum, [branch(x) for branch in self.branches])
+
+
 def artifact(backend: str, keep: bool, folder: Path) -> Path:
-    """A model with activations of 16 MB."""
     target = optc.Target(threads=1, batch=16, options={backend: {"keep_memory": keep}})
-    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), *(nn.Conv2d(16, 16, 1) for _ in range(6)))
     made = optc.optimize(
-        model, torch.randn(16, 3, 128, 128), "fuse", backend=backend, target=target, verify=False, measure=False
+        Branches(), torch.randn(16, 3, 128, 128), "fuse", backend=backend, target=target, verify=False, measure=False
     )
     return made.save(folder / f"{backend}-{keep}")
 
@@ -60,7 +70,7 @@ def ran(folder: Path) -> dict[str, int]:
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_activations_do_not_fault_in_again_at_each_call(backend: str, tmp_path: Path) -> None:
     kept, returned = (ran(artifact(backend, keep, tmp_path)) for keep in (True, False))
-    assert kept["faults"] * 20 < returned["faults"]
+    assert kept["faults"] * 5 < returned["faults"]
     assert kept["returned"] > 8 * 2**20, "closing returns what was kept"
 
 
