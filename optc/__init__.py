@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from optc.api import Optimized as Optimized
     from optc.api import optimize as optimize
+    from optc.bench.cache import cache_folder as cache_folder
     from optc.budget import Budget as Budget
     from optc.budget import Metric as Metric
     from optc.data.dataset import Dataset as Dataset
@@ -55,6 +56,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "optc.api": ("Optimized", "optimize"),
+    "optc.bench.cache": ("cache_folder",),
     "optc.lowering.artifact": ("load",),
     "optc.budget": ("Budget", "Metric"),
     "optc.data.dataset": ("Dataset", "Split"),

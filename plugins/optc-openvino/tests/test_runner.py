@@ -92,6 +92,24 @@ def test_with_the_throughput_hint_a_call_need_not_wait_for_another(two_inputs: P
         assert requests.qsize() == runner.concurrency
 
 
+def test_a_cached_model_is_loaded_and_says_the_same(
+    alexnet_int8: optc.Optimized, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = alexnet_int8.save(tmp_path / "alexnet")
+    target = optc.Target(threads=2, options={"openvino": {"cache": True}})
+    plain, first, second = (
+        OpenVinoBackend().load(folder, ("model.xml", "model.bin"), each) for each in (TARGET, target, target)
+    )
+    (blob,) = (tmp_path / "optc" / "openvino").iterdir()
+    assert blob.stat().st_size > (folder / "model.bin").stat().st_size // 2
+    image = np.random.default_rng(0).standard_normal((1, 3, 224, 224)).astype(np.float32)
+    assert {each.precision for each in (plain, first, second)} == {plain.precision}
+    for each in (first, second):
+        np.testing.assert_array_equal(each(image)[0], plain(image)[0])
+        each.close()
+
+
 @pytest.mark.parametrize(
     ("shapes", "dtype", "message"),
     [

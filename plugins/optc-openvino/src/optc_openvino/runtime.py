@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from optc import BackendError, BackendOptions, Target
+from optc import BackendError, BackendOptions, Target, cache_folder
 
 __all__ = [
     "INFERENCE_PRECISION",
@@ -68,6 +68,10 @@ class OpenVinoOptions(BackendOptions):
         description="latency: all threads for one query at a time; throughput: several queries at a time, as many as"
         " OpenVINO finds best, each with a part of the threads",
     )
+    cache: bool = Field(
+        default=False,
+        description="keep what is compiled, the weights once more, in ~/.cache/optc/openvino, to load it sooner",
+    )
 
 
 @lru_cache(maxsize=1)
@@ -118,6 +122,8 @@ def compile_model(
     }
     if given.hint == "latency":
         options["NUM_STREAMS"] = 1
+    if given.cache:
+        options["CACHE_DIR"] = str(cache_folder("openvino"))
     with errors("openvino cannot compile the model"):
         return core().compile_model(model, "CPU", options | dict(further or {}))
 
