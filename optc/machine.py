@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class Machine:
         memory_bytes: memory this process may use (the container's limit, if lower than the machine's).
         gpus: names of the CUDA devices; empty if there are none or nobody asked.
         system, python: operating system and interpreter.
-        packages: installed versions of :data:`PACKAGES`.
+        packages: installed versions of :data:`PACKAGES`; with GPUs also PyTorch's ``cuda`` and the ``nvidia-driver``.
         load_average: runnable processes over the last minute; ``None`` where the system does not tell.
     """
 
@@ -68,15 +69,16 @@ def machine(*, gpus: bool | None = None) -> Machine:
     Args:
         gpus: ask torch for CUDA devices, importing it if need be; ``None`` asks only if torch is imported already.
     """
+    found = _gpu_names() if gpus or (gpus is None and "torch" in sys.modules) else ()
     return Machine(
         cpu=cpu_name(),
         isa=isa(),
         cores=available_threads(),
         memory_bytes=total_memory(),
-        gpus=_gpu_names() if gpus or (gpus is None and "torch" in sys.modules) else (),
+        gpus=found,
         system=platform.platform(),
         python=platform.python_version(),
-        packages=versions(PACKAGES),
+        packages=versions(PACKAGES) | (_gpu_versions() if found else {}),
         load_average=load_average(),
     )
 
@@ -158,6 +160,18 @@ def _gpu_names() -> tuple[str, ...]:
     if not torch.cuda.is_available():
         return ()
     return tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+
+
+def _gpu_versions() -> dict[str, str]:
+    import torch
+
+    return {"cuda": str(torch.version.cuda), "nvidia-driver": driver_version(_lines("/proc/driver/nvidia/version"))}
+
+
+def driver_version(lines: Iterable[str]) -> str:
+    """The version in the lines of ``/proc/driver/nvidia/version``; empty if there is none."""
+    found = re.search(r"Module.*?\s(\d+(?:\.\d+)+)\s", next(iter(lines), ""))
+    return found[1] if found else ""
 
 
 def _lines(path: str) -> list[str]:

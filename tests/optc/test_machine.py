@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from optc import machine as facts
-from optc.machine import ISA_FLAGS, available_memory, load_warning, machine, total_memory, versions
+from optc.machine import ISA_FLAGS, available_memory, driver_version, load_warning, machine, total_memory, versions
 
 
 def test_facts_agree_with_what_others_say() -> None:
@@ -60,6 +60,25 @@ def test_a_container_limit_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 def test_only_installed_packages_have_versions() -> None:
     assert set(versions(["numpy", "no-such-package-anywhere"])) == {"numpy"}
+
+
+@pytest.mark.parametrize(
+    ("line", "version"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023", "535.104.05"),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build  (dvs)", "570.86.15"),
+        ("", ""),
+    ],
+)
+def test_the_gpu_driver_is_read_from_its_kernel_module(line: str, version: str) -> None:
+    assert driver_version([line, "GCC version:  gcc version 12.3.0"]) == version
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_with_a_gpu_cuda_and_its_driver_are_among_the_versions() -> None:
+    packages = machine(gpus=True).packages
+    assert packages["cuda"] == torch.version.cuda
+    assert packages["nvidia-driver"]
 
 
 def test_load_is_warned_of_from_a_quarter_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
