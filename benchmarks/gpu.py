@@ -1,6 +1,6 @@
 """What runs on an NVIDIA GPU, and how fast: ``make gpu`` runs the tests that need one, then this, ending in one table.
 
-Capture on the GPU, eager with cuDNN's fused kernels, Inductor, TensorRT; float32, float16, bfloat16, int8; images per
+Capture on the GPU, eager with cuDNN's fused kernels, Inductor, ONNX Runtime, TensorRT; float32, float16, bfloat16, int8; images per
 second of ViT-H and ResNet-50 by batch. Without a GPU it says so and exits with 2.
 """
 
@@ -39,6 +39,10 @@ CONFIGURATIONS = (
     ("inductor", "fuse"),
     ("inductor", "fuse,fp16"),
     ("inductor", "fuse,bf16"),
+    ("onnxruntime", "fuse"),
+    ("onnxruntime", "fuse,fp16"),
+    ("onnxruntime-tensorrt", "fuse,fp16"),
+    ("onnxruntime-tensorrt", "fuse,quant"),
     ("tensorrt", "fuse"),
     ("tensorrt", "fuse,fp16"),
     ("tensorrt", "fuse,bf16"),

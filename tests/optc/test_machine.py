@@ -74,7 +74,7 @@ def test_the_gpu_driver_is_read_from_its_kernel_module(line: str, version: str) 
     assert driver_version([line, "GCC version:  gcc version 12.3.0"]) == version
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.gpu
 def test_with_a_gpu_cuda_and_its_driver_are_among_the_versions() -> None:
     packages = machine(gpus=True).packages
     assert packages["cuda"] == torch.version.cuda
