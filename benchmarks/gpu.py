@@ -1,7 +1,7 @@
 """What runs on an NVIDIA GPU, and how fast: ``make gpu`` runs the tests that need one, then this, ending in one table.
 
-Capture on the GPU, eager with cuDNN's fused kernels, Inductor, ONNX Runtime, TensorRT; float32, float16, bfloat16, int8; images per
-second of ViT-H and ResNet-50 by batch. Without a GPU it says so and exits with 2.
+Capture on the GPU, eager with cuDNN's fused kernels, Inductor, ONNX Runtime, TensorRT; float32, float16, bfloat16,
+int8; images per second of ViT-H and ResNet-50 by batch. Without a GPU it says so and exits with 2.
 """
 
 from __future__ import annotations

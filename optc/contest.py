@@ -18,6 +18,7 @@ from optc.bench.results import Candidate
 from optc.errors import BackendError
 from optc.lowering.backend import Array, Backend
 from optc.lowering.lowering import Lowering, has_own_process, lower_all
+from optc.lowering.tensorrt_quant import is_quantized
 from optc.passmanager.alternatives import SEPARATOR
 from optc.program import Program
 from optc.progress import Run
@@ -74,19 +75,31 @@ class Contest:
             folder = self.folder.path / str(number)
             folder.mkdir()
             apt = self._apt(passes, program, chosen) if len(programs) > 1 else chosen
-            try:
-                if self._first and not _measured_on(program):
-                    self._lower_where_promising(passes, program, apt, folder)
-                else:
-                    self._lower(passes, program, apt, folder)
-            except BackendError as error:
-                failure = failure or error
-                self.left += [Outcome(each.name, False, str(error), passes=passes) for each in apt]
-                continue
-            if len(programs) > 1 and not self._first and len(chosen) > 1:
+            failure = self._enter(passes, program, apt, folder) or failure
+            if len(programs) > 1 and not self._first and len(chosen) > 1 and self.lowerings:
                 chosen = self._worthwhile(chosen, [each for each in programs if each != passes])
         if not self.lowerings and failure is not None:
             raise failure
+
+    def _enter(self, passes: str, program: Program, apt: Sequence[Backend], folder: Path) -> BackendError | None:
+        """Lower one program; to backends that compute its quantized layers in float only where no other takes it."""
+        failure: BackendError | None = None
+        groups = _by_arithmetic(program, apt)
+        for number, group in enumerate(groups):
+            try:
+                if self._first and not _measured_on(program):
+                    self._lower_where_promising(passes, program, group, folder)
+                else:
+                    self._lower(passes, program, group, folder)
+            except BackendError as error:
+                failure = failure or error
+                self.left += [Outcome(each.name, False, str(error), passes=passes) for each in group]
+                continue
+            reason = "not tried: it computes quantized layers in float"
+            rest = [each for group in groups[number + 1 :] for each in group]
+            self.left += [Outcome(each.name, False, reason, passes=passes) for each in rest]
+            return None
+        return failure
 
     def names(self, several: bool) -> dict[str, Lowering]:
         """The lowerings by the names that they are measured under.
@@ -132,7 +145,8 @@ class Contest:
     def _promising(self, led: Lowering, others: Sequence[Backend]) -> list[Backend]:
         """Those of the other backends that may win, if the program is to them what it is to the one it was lowered to.
 
-        A backend that could not take the first program is one of them.
+        A backend that could not take the first program is one of them. One that was not given it, because it would have
+        computed it in float, is expected to be as fast as the one the program was lowered to.
         """
         assert self._best is not None
         own, best = self._look([led, self._best], lambda text: None)
@@ -140,7 +154,7 @@ class Contest:
             return list(others)
         found = []
         for each in others:
-            first = self._first.get(each.name, 0.0)
+            first = self._first.get(each.name, self._first[led.backend.name] if each.simulates_quantization else 0.0)
             expected = own / best * first / self._first[led.backend.name]
             if expected <= (WORTH_COMPILING if has_own_process(each) else WORTHWHILE):
                 found.append(each)
@@ -193,6 +207,13 @@ class Contest:
             each.percentiles.p50_ns if each.percentiles and not each.error else math.inf
             for each in (found[candidate.name] for candidate in candidates)
         ]
+
+
+def _by_arithmetic(program: Program, chosen: Sequence[Backend]) -> list[list[Backend]]:
+    """The backends in groups: those that compute the program in its own types first."""
+    quantized = is_quantized(program)
+    own = [each for each in chosen if not (quantized and each.simulates_quantization)]
+    return [group for group in (own, [each for each in chosen if each not in own]) if group]
 
 
 def _measured_on(program: Program) -> set[str]:

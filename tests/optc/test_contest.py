@@ -11,12 +11,15 @@ import torch
 from torch import nn
 
 import optc
+from optc.batches import as_calibration
 from optc.contest import Contest
+from optc.lowering.backend import Backend
 from optc.lowering.eager import EagerBackend
 from optc.lowering.inductor import InductorBackend
 from optc.lowering.lowering import Lowering, lower
 from optc.lowering.onnxruntime import OnnxRuntimeBackend
 from optc.passmanager.contract import PassRecord
+from optc.passmanager.manager import build_passes
 from optc.progress import Progress, Run
 from optc.report.account import KEYS
 
@@ -75,6 +78,37 @@ def test_further_programs_go_to_the_fastest_backend_first() -> None:
     backends = {name for passes, name in lowered if passes == "small"}
     assert backends == {"eager", "onnxruntime"}
     assert len([name for passes, name in lowered if passes == "large"]) == 1, "60 times as slow there as the best"
+
+
+class Refusing(OnnxRuntimeBackend):
+    name = "refusing"
+
+    def lower(self, program: optc.Program, target: optc.Target, folder: Path) -> optc.Lowered:
+        raise optc.BackendError("not today")
+
+
+def test_quantized_layers_are_computed_in_float_only_where_no_other_backend_takes_them() -> None:
+    captured = optc.capture(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), (torch.randn(1, 8),))
+    calibration = as_calibration([torch.randn(8, 8)], captured)
+    quantized = build_passes("quant", None)(captured, optc.PassContext(TARGET, calibration)).program
+
+    race = contest(None)
+    race.enter({"": quantized}, [EagerBackend(), OnnxRuntimeBackend()])
+    assert [made.backend.name for made in race.lowerings] == ["onnxruntime"]
+    (left,) = race.left
+    assert (left.backend, left.reason) == ("eager", "not tried: it computes quantized layers in float")
+
+    refusing: list[Backend] = [EagerBackend(), Refusing()]
+    for chosen in (refusing[:1], refusing):
+        race = contest(None)
+        race.enter({"": quantized}, chosen)
+        assert [made.backend.name for made in race.lowerings] == ["eager"]
+        assert [left.backend for left in race.left] == [each.name for each in chosen[1:]]
+        assert all("not today" in left.reason for left in race.left)
+
+    race = contest(None)
+    race.enter({"": captured}, [EagerBackend(), OnnxRuntimeBackend()])
+    assert {made.backend.name for made in race.lowerings} == {"eager", "onnxruntime"}
 
 
 def test_formats_chosen_on_one_backend_are_not_compiled_for_seconds_for_another() -> None:

@@ -251,7 +251,7 @@ def test_a_backends_option_is_kept_in_the_artifact(folder: Path, optc: Run) -> N
         ("onnxruntime.spin=0", "onnxruntime", "unknown option of backend onnxruntime 'spin' — did you mean spin_us?"),
         ("onnxruntime.spin_us=-1", "auto", "option onnxruntime.spin_us='-1': Input should be greater than or equal"),
         ("onnxruntime.spin_us=0", "eager", "the backend is 'eager', and there are options for 'onnxruntime'"),
-        ("eager.speed=11", "eager", "it takes no options"),
+        ("null.speed=11", "null", "it takes no options"),
     ],
 )
 def test_a_wrong_option_of_a_backend_is_one_line(option: str, backend: str, says: str, folder: Path, optc: Run) -> None:
