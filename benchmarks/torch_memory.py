@@ -63,12 +63,12 @@ def benchmark() -> Result:
     for model in MODELS:
         loaded = load_model(model, weights="random")
         for batch in BATCHES:
-            images = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+            images = torch.randn(16, 3, 224, 224, generator=torch.Generator().manual_seed(0)).split(batch)
             for backend, passes in BACKENDS.items():
                 name = f"{model}, batch {batch}, {backend} {passes}"
                 say(name)
                 made = optc.optimize(
-                    loaded.module, images, passes, calibration=[images], backend=backend,
+                    loaded.module, images[0], passes, calibration=images, backend=backend,
                     measure=False, verify=False, target=Target(batch=batch),
                 )  # fmt: skip
                 with tempfile.TemporaryDirectory() as folder:

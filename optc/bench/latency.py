@@ -7,25 +7,26 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from optc.errors import BackendError
 from optc.lowering.backend import Array, Backend, Runner
-from optc.lowering.lowering import lower
+from optc.lowering.lowering import Lowering, lower
 from optc.program import Program, complete_meta
 from optc.target import Target
 
-ROUNDS = 7
+ROUNDS = 8
 HOPELESS = 2.0
 """How many times the fastest program's latency another may have in the first round to be measured again."""
 _ROUND_SECONDS = 0.01
 
 
 def latencies(programs: Sequence[Program], backend: Backend, target: Target) -> list[float]:
-    """Seconds of a query on each program's example inputs: the least of seven medians, taken in turns.
+    """Seconds of a query on each program's example inputs: the least of several rounds' medians, taken in turns.
 
-    A program that takes over :data:`HOPELESS` times the fastest one's in the first round has that round alone.
+    A program that takes over :data:`HOPELESS` times the fastest one's in the first round has that round alone. The
+    others are opened anew half-way: how a model happens to lie in memory changes its latency.
 
     Where the batch may vary, a query has the target's. The program is lowered as it is all the same: runtimes fuse
     otherwise where they know the batch. Nodes without ``meta["val"]``, as passes leave them while they work, get it.
@@ -33,24 +34,25 @@ def latencies(programs: Sequence[Program], backend: Backend, target: Target) -> 
     Other load only ever adds to a latency, so the least round is the closest to its own. NaN for a program that the
     backend cannot lower or run.
     """
-    with ExitStack() as stack, tempfile.TemporaryDirectory(prefix="optc-latency-") as folder:
-        runners = [_runner(program, backend, target, Path(folder, str(i))) for i, program in enumerate(programs)]
-        for opened in filter(None, runners):
-            stack.callback(opened.close)
-        found = [math.nan if runner is None else math.inf for runner in runners]
-        rivals = {index: runner for index, runner in enumerate(runners) if runner is not None}
-        for _ in range(ROUNDS):
-            for index, runner in rivals.items():
-                found[index] = min(found[index], _median(runner, _query(programs[index], target)))
+    with tempfile.TemporaryDirectory(prefix="optc-latency-") as folder, ExitStack() as stack:
+        made = [_lowered(program, backend, target, Path(folder, str(i))) for i, program in enumerate(programs)]
+        found = [math.nan if lowering is None else math.inf for lowering in made]
+        rivals = {index: lowering for index, lowering in enumerate(made) if lowering is not None}
+        for number in range(ROUNDS):
+            if number in (0, ROUNDS // 2):
+                stack.close()
+                runners = {index: stack.enter_context(closing(rivals[index].load())) for index in rivals}
+            for index in rivals:
+                found[index] = min(found[index], _median(runners[index], _query(programs[index], target)))
             limit = HOPELESS * min((found[index] for index in rivals), default=0.0)
-            rivals = {index: runner for index, runner in rivals.items() if found[index] <= limit}
+            rivals = {index: lowering for index, lowering in rivals.items() if found[index] <= limit}
         return found
 
 
-def _runner(program: Program, backend: Backend, target: Target, folder: Path) -> Runner | None:
+def _lowered(program: Program, backend: Backend, target: Target, folder: Path) -> Lowering | None:
     complete_meta(program)
     try:
-        return lower(backend, program, target, folder).load()
+        return lower(backend, program, target, folder)
     except BackendError:
         return None
 

@@ -23,6 +23,7 @@ class Watched(EagerBackend):
 
     def __init__(self) -> None:
         self.batches: set[int] = set()
+        self.opened = self.open = self.most = 0
 
     def lower(self, program: Program, target: Target, folder: Path) -> Lowered:
         if program.graph.output_node().args[0][0].meta["val"].shape[-1] == 3:  # type: ignore[index, union-attr]
@@ -32,10 +33,17 @@ class Watched(EagerBackend):
         return lowered
 
     def load(self, folder: Path, files: tuple[str, ...], target: Target) -> Runner:
-        runner, batches = super().load(folder, files, target), self.batches
+        runner, batches, backend = super().load(folder, files, target), self.batches, self
+        self.opened += 1
+        self.open += 1
+        self.most = max(self.most, self.open)
 
         class Noting(Runner):
             provider, precision = runner.provider, runner.precision
+
+            def close(self) -> None:
+                backend.open -= 1
+                runner.close()
 
             def __call__(self, *inputs: Array) -> tuple[Array, ...]:
                 batches.add(len(inputs[0]))
@@ -63,3 +71,13 @@ def test_what_cannot_be_lowered_takes_no_number() -> None:
     found = latencies([captured(3), captured(5)], Watched(), Target(threads=1))
     assert math.isnan(found[0])
     assert found[1] > 0
+
+
+def test_rivals_are_opened_twice_and_all_closed() -> None:
+    backend = Watched()
+    found = latencies([captured(5), captured(6)], backend, Target(threads=1))
+    assert all(seconds > 0 for seconds in found)
+    checked = 2 * 2  # lowering loads each to compare it with the graph and to see what runs
+    assert backend.opened in (checked + 4, checked + 3), "again half-way, unless one was hopeless by then"
+    assert backend.most == 2
+    assert backend.open == 0
