@@ -171,7 +171,7 @@ def row_markdown(row: Mapping[str, Any]) -> str:
                 "p50 ms": p50.get(name, "–"),
                 "/ best peer": ratio_text(row["ratios"].get(name)),
                 "SQNR dB": "–" if name not in row["sqnr_db"] else "exact" if sqnr is None else f"{sqnr:.1f}",
-                "made in s": f"{made['seconds']:.1f}",
+                "made in s": "–" if made["seconds"] is None else f"{made['seconds']:.1f}",
                 "peak GiB": f"{made['peak_bytes'] / 2**30:.2f}",
                 "out of the comparison": out.get(name, ""),
             }
@@ -255,7 +255,8 @@ def _left_out(row: Mapping[str, Any]) -> list[str]:
 def _summary_row(row: Mapping[str, Any]) -> dict[str, str | float]:
     best, own = row["best_peer"], row["productions"].get(AUTO, {}).get("details", {}).get("kept", "")
     seconds = {name: made["seconds"] for name, made in row["productions"].items()}
-    made = [seconds.get(best), sum(each for name, each in seconds.items() if not is_optc(name)), seconds.get(AUTO)]
+    peers = [each for name, each in seconds.items() if not is_optc(name)]
+    made = [seconds.get(best), None if None in peers else sum(peers), seconds.get(AUTO)]
     return {
         "model": row["model"],
         "batch": str(row["batch"]),

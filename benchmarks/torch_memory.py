@@ -43,7 +43,9 @@ def call(artifact: Path, backend: str, batch: int, keep: bool) -> dict[str, Any]
 
 
 def _peak_bytes() -> int:
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Not ``ru_maxrss``, which a process inherits from the one that started it."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")))
 
 
 def blocks(artifact: Path, backend: str, batch: int) -> dict[bool, list[dict[str, Any]]]:

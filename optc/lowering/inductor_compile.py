@@ -32,6 +32,7 @@ from torch.export.pt2_archive._package import package_pt2
 from optc.errors import BackendError
 from optc.lowering import inductor_kernels
 from optc.lowering.graph_file import read_graph
+from optc.lowering.inductor_pack import packed_for
 from optc.lowering.prepack import LAYERS
 from optc.ops import decompose
 from optc.program import Program, complete_meta
@@ -84,7 +85,7 @@ def compile_package(folder: Path, target: Target) -> dict[str, Any]:
     seen = _Layers()
     args, kwargs = exported.example_inputs or ((), {})
     inductor.post_grad_custom_pre_pass = seen  # not an option of aot_compile, which takes a copy of those
-    with inductor_kernels.provenance() as mapping:
+    with inductor_kernels.provenance() as mapping, packed_for(target.batch):
         files = aot_compile(module, args, kwargs, options=_options(folder, target))
     facts = {
         "torch": torch.__version__,
