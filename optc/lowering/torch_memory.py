@@ -31,10 +31,10 @@ def keep_freed_memory() -> None:
     """Have the allocator keep what is freed: 2 GiB at most, of allocations below 32 MiB.
 
     By its defaults glibc returns activations of some megabytes to the operating system as soon as they are freed, and
-    each of their pages faults when the next call writes to it. That took eager ResNet-50 a quarter of its time at batch
-    16, compiled ConvNeXt-T a sixth (``python benchmarks/torch_memory.py``; two cores, AMD Zen 5). Runtimes with pools
-    of their own, such as ONNX Runtime and OpenVINO, do not have that. Only glibc has the setting; elsewhere nothing is
-    done.
+    each of their pages faults when the next call writes to it. That took eager ResNet-50 a sixth of its time at batch
+    16, compiled ConvNeXt-T in int8 a third (``python benchmarks/torch_memory.py``; two cores, AMD Zen 5). Runtimes with
+    pools of their own, such as ONNX Runtime and OpenVINO, do not have that. Only glibc has the setting; elsewhere
+    nothing is done.
     """
     libc = _glibc()
     if libc is not None:
