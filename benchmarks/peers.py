@@ -210,7 +210,7 @@ def summary(rows: Sequence[Mapping[str, Any]], wanted: int) -> Result:
     values = [ratio["value"] for ratio in ratios.values() if ratio]
     mean = math.exp(float(np.mean(np.log(values)))) if values else math.inf
     missed = [name for name, ratio in ratios.items() if not ratio or ratio["value"] > limits[name]]
-    older = [name for name, row in zip(names, rows, strict=True) if not row.get("keeps_freed_memory")] or ["of none"]
+    older = [row for row in rows if not row.get("keeps_freed_memory")]
     unsure = [name for name, ratio in ratios.items() if ratio and ratio["low"] < 1 < ratio["high"]]
     finding = f"geometric mean {mean:.3f} over {len(values)} rows of {len(set(pairs))} of {wanted} models and batches"
     finding += f", {len(missed)} missed"
@@ -234,8 +234,8 @@ def summary(rows: Sequence[Mapping[str, Any]], wanted: int) -> Result:
             ),
             "Each row is one run on one machine; a row measured again there takes the place of what was known of it.",
             (
-                "optc keeps freed memory in the process where it runs PyTorch, so here all tools have that; the rows"
-                f" {', '.join(older)} were measured before, without."
+                "optc keeps freed memory in the process where it runs PyTorch, so here all tools have that, but for"
+                f" {len(older)} rows that were measured before."
             ),
             f"Random weights; a tool whose outputs keep less than {LEAST_SQNR_DB:.0f} dB is not compared with.",
             *(f"{name}: {text}" for name, row in zip(names, rows, strict=True) for text in _left_out(row)),
