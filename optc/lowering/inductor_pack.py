@@ -10,8 +10,6 @@ import torch
 from torch import fx
 from torch._inductor import freezing
 
-from optc.rewrite import is_call
-
 
 @contextmanager
 def packed_for(batch: int) -> Iterator[None]:
@@ -37,20 +35,28 @@ def packed_for(batch: int) -> Iterator[None]:
 
 
 def _pack(module: fx.GraphModule, batch: int) -> None:
-    onednn, mkldnn = torch.ops.onednn, torch.ops.mkldnn
     for node in list(module.graph.nodes):
-        if node.target in (onednn.qconv_prepack, onednn.qlinear_prepack):
+        operator = _operator(node)
+        if operator in ("onednn::qconv_prepack", "onednn::qlinear_prepack"):
             *args, shape = node.args
             layer = next(iter(node.users), None)
             if shape is None and layer is not None:
                 node.args = (*args, _shape(layer.args[0], batch))
-        elif is_call(node, mkldnn._convolution_pointwise.default):
+        elif operator == "mkldnn::_convolution_pointwise":
             source, weight, _, *how = node.args[:7]
             if isinstance(weight, fx.Node) and weight.op == "get_attr":
                 with module.graph.inserting_before(node):
-                    args = (weight, *how, _shape(source, batch))
-                    packed = module.graph.call_function(mkldnn._reorder_convolution_weight.default, args)
+                    reorder = torch.ops.mkldnn._reorder_convolution_weight.default
+                    packed = module.graph.call_function(reorder, (weight, *how, _shape(source, batch)))
                 node.replace_input_with(weight, packed)
+
+
+def _operator(node: fx.Node) -> str:
+    """The name of a node's operator, which this PyTorch may not have: on some CPUs it comes without oneDNN."""
+    name: str = getattr(node.target, "_qualified_op_name", "") or getattr(
+        getattr(node.target, "_schema", None), "name", ""
+    )
+    return name
 
 
 def _shape(value: fx.Node, batch: int) -> list[int]:
