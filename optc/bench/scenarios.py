@@ -251,7 +251,7 @@ class _Run:
         )
 
     def _result(self, **found: Any) -> ScenarioResult:
-        side_by_side = [f"{self._side_by_side} queries at a time"] if self._side_by_side > 1 else []
+        side_by_side = [f"{self._side_by_side} calls at a time"] if self._side_by_side > 1 else []
         known: dict[str, Any] = {
             "name": self.name,
             "scenario": self.scenario,

@@ -139,7 +139,7 @@ def test_a_runner_gets_as_many_queries_at_a_time_as_it_wants(
     conf = _conf(tmp_path, "*.Server.target_latency = 400", "*.Server.target_qps = 500")
     result = run_scenario(scenario, runner, samples, "m", _plan(user_conf=conf))
     assert most == 3
-    assert result.notes == ("3 queries at a time",)
+    assert result.notes == ("3 calls at a time",)
     assert result.value is not None
     assert result.value > 250, "one at a time cannot do more"
 
