@@ -11,10 +11,12 @@ from torch import nn
 import optc
 import optc_openvino
 from optc_openvino.graph import (
+    drop_repeated_quantizations,
     drop_zero_points,
     quantized_layers,
     use_hsigmoid,
     use_signed_activations,
+    whole,
 )
 from optc_openvino.roundings import without_roundings_before_activations
 from optc_openvino.runner import OpenVinoRunner
@@ -116,9 +118,33 @@ def test_the_rounding_before_an_activation_goes(activation: nn.Module, dropped: 
 
 def test_the_quantized_layers_are_those_of_the_program(vit: optc.Optimized, vit_int8: optc.Optimized) -> None:
     layers = quantized_layers(read(vit_int8.files[0]))
-    assert len(layers) == len(set(layers.values())) == 50
-    assert {"patch_embed.proj.weight", "head.weight"} <= set(layers.values())
+    assert len(layers) == len(set(layers.values())) == 50 + 2 * 12  # of the 12 projections, three parts each
+    weights = {whole(name) for name in layers.values()}
+    assert len(weights) == 50
+    assert {"patch_embed.proj.weight", "head.weight", "blocks.0.attn.qkv.weight.T"} <= weights
     assert quantized_layers(read(vit.files[0])) == {}
+
+
+@pytest.mark.parametrize(("second", "dropped"), [(0.05, 1), (0.04, 0)])
+def test_a_value_that_is_only_moved_is_rounded_once(second: float, dropped: int) -> None:
+    ops = ov.opset13
+    x = ops.parameter([1, 4, 6], np.float32)
+    moved = ops.transpose(_rounded(x, 0.05), ops.constant(np.array([0, 2, 1], np.int64)))
+    model = ov.Model([ops.relu(_rounded(ops.reshape(moved, ops.constant([1, 24]), False), second))], [x])
+    inputs = np.random.default_rng(0).uniform(-8, 8, (1, 4, 6)).astype(np.float32)
+    (before,) = OpenVinoRunner(model.clone(), TARGET)(inputs)
+    assert drop_repeated_quantizations(model) == dropped
+    assert sum(node.get_type_name() == "FakeQuantize" for node in model.get_ops()) == 2 - dropped
+    (after,) = OpenVinoRunner(model, TARGET)(inputs)
+    np.testing.assert_allclose(after, before, rtol=1e-6)
+
+
+def _rounded(value: ov.Node, scale: float) -> ov.Node:
+    """A value rounded to int8 and scaled back, as it comes from ONNX."""
+    ops = ov.opset13
+    ends = [ops.constant(np.float32(end)) for end in (-128 * scale, 127 * scale, -128, 127)]
+    stored = ops.convert(ops.fake_quantize(value, *ends, 256), "i8")
+    return ops.multiply(ops.convert(stored, "f32"), ops.constant(np.float32(scale)))
 
 
 def test_only_public_names_of_optc_are_used() -> None:

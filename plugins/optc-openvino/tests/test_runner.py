@@ -144,18 +144,26 @@ def test_a_closed_runner_says_so(runner: OpenVinoRunner) -> None:
         runner(*pair(1))
 
 
-def kernel(kind: str, weights: str = "", is_layer: bool = True) -> Kernel:
-    return Kernel("a", ("a", "b"), kind, f"some_{kind}", is_layer, weights)
+def kernel(kind: str, weights: str = "", is_layer: bool = True, name: str = "a") -> Kernel:
+    return Kernel(name, ("a", "b"), kind, f"some_{kind}", is_layer, weights)
+
+
+def kernels(**counts: int) -> list[Kernel]:
+    return [kernel(kind, name=f"{kind}_{number}") for kind, count in counts.items() for number in range(count)]
+
+
+QKV = [kernel("int8", name=f"qkv/{part}") for part in range(3)]
 
 
 @pytest.mark.parametrize(
     ("executed", "expected"),
     [
         ([kernel("float32"), kernel("int8", is_layer=False)], "float32"),
-        ([kernel("int8")] * 2, "int8 (2 of 2 layers)"),
-        ([kernel("int8")] * 2 + [kernel("float32")] * 3, "int8 (2 of 5 layers, 3 float32)"),
-        ([kernel("int4"), kernel("int8")], "int4 (1 of 2 layers, 1 int8)"),
-        ([kernel("bfloat16")] * 2 + [kernel("float32")], "bfloat16 (2 of 3 layers, 1 float32)"),
+        (kernels(int8=2), "int8 (2 of 2 layers)"),
+        (kernels(int8=2, float32=3), "int8 (2 of 5 layers, 3 float32)"),
+        (kernels(int4=1, int8=1), "int4 (1 of 2 layers, 1 int8)"),
+        (kernels(bfloat16=2, float32=1), "bfloat16 (2 of 3 layers, 1 float32)"),
+        ([*QKV, kernel("float32")], "int8 (1 of 2 layers, 1 float32)"),
         ([kernel("float32", is_layer=False)], "float32"),
         ([], "no arithmetic"),
     ],

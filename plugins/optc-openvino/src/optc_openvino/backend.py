@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from optc import Backend, BackendError, KernelTime, Lowered, Runner, Target
+from optc_openvino.attention import spell_out_attention, split_projections
 from optc_openvino.bfloat16 import use_inference_precision
 from optc_openvino.execution import not_int8
 from optc_openvino.flatten import flatten_layers
 from optc_openvino.graph import (
+    drop_repeated_quantizations,
     drop_zero_points,
     quantized_layers,
     use_hsigmoid,
@@ -62,10 +64,13 @@ class OpenVinoBackend(Backend):
             _, exported = export_onnx(program, onnx)
             model = read(onnx)
             dropped = drop_zero_points(model)
+            own = use_inference_precision(model)  # the casts that it drops would hide the patterns below
+            drop_repeated_quantizations(model)
             use_signed_activations(model)
             use_hsigmoid(model)
             flatten_layers(model)
-            own = use_inference_precision(model)
+            spell_out_attention(model)
+            split_projections(model)
             with errors("openvino cannot write the model"):
                 ov.save_model(model, folder / FILES[0], compress_to_fp16=False)
             del model  # it maps the ONNX file

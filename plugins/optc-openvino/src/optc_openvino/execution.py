@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from optc import layer_precision
+from optc_openvino.graph import whole
 from optc_openvino.runtime import ov
 
 _LAYERS = frozenset(("Convolution", "Deconvolution", "FullyConnected"))
@@ -71,9 +72,10 @@ def kernels(compiled: ov.CompiledModel) -> list[Kernel]:
 def precision(executed: list[Kernel]) -> str:
     """What the arithmetic runs in: ``"float32"`` or ``"int8 (7 of 8 layers, 1 float32)"``.
 
-    Counted are convolutions and matrix products with weights; without any, all kernels.
+    Counted are convolutions and matrix products with weights, the parts of one as one; without any, all kernels.
     """
-    counts = Counter(kernel.kind for kernel in executed if kernel.is_layer and kernel.kind)
+    layers = {(whole(kernel.name), kernel.kind) for kernel in executed if kernel.is_layer}
+    counts = Counter(kind for _, kind in layers if kind)
     counts = counts or Counter(kernel.kind for kernel in executed if kernel.kind)
     return layer_precision(counts)
 
@@ -88,7 +90,7 @@ def not_int8(executed: list[Kernel], asked: Mapping[str, str]) -> dict[str, str]
     layers = [kernel for kernel in executed if kernel.is_layer]
     found = {}
     for layer, weights in asked.items():
-        name = weights.removesuffix(".T")
+        name = whole(weights).removesuffix(".T")
         kernel = next((kernel for kernel in layers if kernel.runs(layer, weights)), None)
         if kernel is None:
             found[name] = "OpenVINO runs no such layer"

@@ -11,7 +11,8 @@ from optc_openvino.runtime import ov
 LAYERS = frozenset(
     ("Convolution", "ConvolutionBackpropData", "GroupConvolution", "GroupConvolutionBackpropData", "MatMul")
 )
-_MOVES = frozenset(("Convert", "Reshape", "Squeeze", "Transpose", "Unsqueeze"))
+_CASTS = frozenset(("Convert", "ConvertLike"))
+_MOVES = frozenset(("Reshape", "Squeeze", "Transpose", "Unsqueeze"))
 _INT8 = frozenset(("i8", "u8"))
 _MIDDLE = 128
 """The zero point with which uint8 is symmetric, but for one value."""
@@ -36,6 +37,54 @@ def drop_zero_points(model: ov.Model) -> int:
                 reader.replace_source_output(node.input_value(0))
             dropped += 1
     return dropped
+
+
+def drop_repeated_quantizations(model: ov.Model) -> int:
+    """Remove, in place, quantizations of what was quantized alike and only moved since; returns how many.
+
+    ONNX Runtime needs one on both sides of a transposition, to make it in 8 bits. OpenVINO makes it in 8 bits anyhow,
+    and rounds the second time in a kernel of its own.
+    """
+    seen: dict[str, list[ov.Node]] = {}
+    dropped = 0
+    for node in model.get_ordered_ops():
+        chain = quantization(node.input_value(0)) if node.get_type_name() == "FakeQuantize" else []
+        if not chain:
+            continue
+        source = node.input_value(0).get_node()
+        while source.get_type_name() in _MOVES:
+            source = source.input_value(0).get_node()
+        before = seen.get(source.get_name(), [])
+        if len(before) == len(chain) and all(map(_alike, before, chain)):
+            chain[-1].output(0).replace(node.input_value(0))
+            dropped += 1
+        else:
+            seen[chain[-1].get_name()] = chain
+    return dropped
+
+
+def quantization(value: ov.Output) -> list[ov.Node]:
+    """The nodes that round a value with one scale and scale it back, where they are all that reads it or each other."""
+    chain: list[ov.Node] = []
+    for kind in ("FakeQuantize", "Convert", "Convert", "Subtract", "Multiply"):
+        readers = [target.get_node() for target in value.get_target_inputs()]
+        if [reader.get_type_name() for reader in readers] == ["Multiply"] and kind == "Subtract":
+            continue
+        if [reader.get_type_name() for reader in readers] != [kind]:
+            return []
+        if any(constant(other) is None or math.prod(other.get_shape()) != 1 for other in readers[0].input_values()[1:]):
+            return []
+        chain.append(readers[0])
+        value = readers[0].output(0)
+    return chain
+
+
+def _alike(one: ov.Node, other: ov.Node) -> bool:
+    """Whether two nodes of one kind have the same constants and types."""
+    if one.get_output_element_type(0) != other.get_output_element_type(0):
+        return False
+    pairs = zip(one.input_values()[1:], other.input_values()[1:], strict=True)
+    return all(_number(constant(first)) == _number(constant(second)) for first, second in pairs)
 
 
 def use_signed_activations(model: ov.Model) -> int:
@@ -121,9 +170,19 @@ def quantized_layers(model: ov.Model) -> dict[str, str]:
 def constant(value: ov.Output, past_scales: bool = False) -> ov.Node | None:
     """The constant a value is a cast or view of, and where ``past_scales`` a dequantization of; ``None`` if none."""
     node = value.get_node()
-    while node.get_type_name() in _MOVES or (past_scales and node.get_type_name() in ("Multiply", "Subtract")):
+    while node.get_type_name() in _MOVES | _CASTS or (past_scales and node.get_type_name() in ("Multiply", "Subtract")):
         node = node.input_value(0).get_node()
     return node if node.get_type_name() == "Constant" else None
+
+
+def part(name: str, number: int) -> str:
+    """The name of a part of something of that name, such as a third of a layer's weights."""
+    return f"{name}/{number}"
+
+
+def whole(name: str) -> str:
+    """The name of what something is a :func:`part` of, or its own."""
+    return name.partition("/")[0]
 
 
 def _number(constant: ov.Node) -> float:
@@ -133,7 +192,7 @@ def _number(constant: ov.Node) -> float:
 def _is_dequantized(value: ov.Output) -> bool:
     """Whether a value is 8-bit integers times a scale, seen through views."""
     node = value.get_node()
-    while node.get_type_name() in _MOVES or node.get_type_name() in ("Multiply", "Subtract"):
+    while node.get_type_name() in _MOVES | _CASTS | {"Multiply", "Subtract"}:
         if node.get_type_name() == "Convert" and node.get_input_element_type(0).get_type_name() in _INT8:
             return True
         node = node.input_value(0).get_node()
