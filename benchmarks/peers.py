@@ -80,17 +80,26 @@ def measure_row(task: Task, names: Sequence[str], blocks: int, scratch: Path) ->
         if productions[name].error is None
     ]
     target = Target(threads=task.threads, batch=task.batch)
-    measured = measure(
-        candidates,
-        task.queries,
-        target,
-        blocks=blocks,
-        block_seconds=BLOCK_SECONDS,
-        limit_seconds=ROW_SECONDS,
-        reopen=4 * weights < REOPENED_BYTES,
-        progress=lambda text: None,
-    )
-    return row(task, productions, sqnr, measured)
+    options = {"blocks": blocks, "block_seconds": BLOCK_SECONDS, "limit_seconds": ROW_SECONDS}
+    measured = measure(candidates, task.queries, target, **options, reopen=4 * weights < REOPENED_BYTES)
+    found = row(task, productions, sqnr, measured)
+    best = found["best_peer"]
+    if not measured.interleaved and AUTO in found["ratios"]:
+        # Too large for all to be in memory at once, but two fit.
+        two = [candidate for candidate in candidates if candidate.name in (best, AUTO)]
+        again = measure(two, task.queries, target, **options, together=True)
+        found = with_the_two_again(found, again)
+    return found
+
+
+def with_the_two_again(row: Mapping[str, Any], again: Measurement) -> dict[str, Any]:
+    """A row whose candidates did not take turns, with optc auto and the best peer as measured when those two did."""
+    best = row["best_peer"]
+    if any(result.percentiles is None for result in again.results):
+        return dict(row)
+    p50 = {result.name: result.percentiles.p50_ns / 1e6 for result in again.results if result.percentiles}
+    ratios = {name: asdict(_ratio(again, name, best)) for name in p50}
+    return {**row, "p50_ms": {**row["p50_ms"], **p50}, "ratios": {**row["ratios"], **ratios}, "again": again.to_dict()}
 
 
 def _opener(name: str, task: Task, folder: Path, reference: list[Array], sqnr: dict[str, float]) -> Any:
@@ -177,6 +186,8 @@ def row_markdown(row: Mapping[str, Any]) -> str:
             }
         )
     how = "" if row["measurement"]["interleaved"] else f"Not interleaved: {row['measurement']['sequential_reason']}."
+    if "again" in row:
+        how += f" {AUTO} and {row['best_peer']} were measured again, interleaved."
     warnings = [f"- {warning}" for warning in row["measurement"]["warnings"]]
     title = f"## {row['model']}, batch {row['batch']}: best peer {row['best_peer'] or 'none'}"
     return "\n".join([title, "", *markdown_table(table), "", *([how] if how else []), *warnings]).rstrip() + "\n"
