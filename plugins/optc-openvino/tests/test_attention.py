@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,6 @@ from torch.nn import functional
 
 import optc
 from optc_openvino.attention import spell_out_attention, split_projections
-from optc_openvino.execution import kernels
 from optc_openvino.graph import drop_repeated_quantizations, drop_zero_points
 from optc_openvino.runner import OpenVinoRunner
 from optc_openvino.runtime import OpenVinoOptions, compile_model, ov, read
@@ -19,8 +19,10 @@ TARGET = optc.Target(threads=2)
 BATCH, TOKENS, HEADS, WIDTH = 2, 5, 3, 8
 
 
-@pytest.mark.parametrize("which", ["vit", "vit_int8"])
-def test_rewriting_changes_kernels_and_no_output(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("which", "rounded"), [("vit", 0), ("vit_int8", 24)])
+def test_rewriting_changes_kernels_and_no_output(
+    which: str, rounded: int, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     made: optc.Optimized = request.getfixturevalue(which)
     optc.export_onnx(made.program, tmp_path / "model.onnx")
     model, plain = read(tmp_path / "model.onnx"), read(tmp_path / "model.onnx")
@@ -29,19 +31,15 @@ def test_rewriting_changes_kernels_and_no_output(which: str, request: pytest.Fix
     drop_repeated_quantizations(model)
     assert (spell_out_attention(model), split_projections(model)) == (12, 12)
     assert (spell_out_attention(model), split_projections(model)) == (0, 0)
-    assert {len(node.get_output_partial_shape(0)) for node in model.get_ops() if _rounds_queries(node)} <= {3}
+    sources = [node.input_value(0) for node in model.get_ops() if node.get_type_name() == "FakeQuantize"]
+    at_layers = [value for value in sources if re.search(r"/\d$", value.get_node().get_friendly_name())]
+    assert len(at_layers) == rounded  # of queries and keys, before they are rearranged
     x = np.random.default_rng(0).standard_normal((1, 3, 224, 224)).astype(np.float32)
     (ours,), (reference,) = OpenVinoRunner(model, TARGET)(x), OpenVinoRunner(plain, TARGET)(x)
     np.testing.assert_allclose(ours, reference, rtol=1e-4, atol=1e-4)
     before, after = (_transpositions(each) for each in (plain, model))
     assert max(before) == 5
     assert max(after, default=0) < 5
-
-
-def _rounds_queries(node: ov.Node) -> bool:
-    """Whether a node quantizes a query, a key or a value."""
-    kinds = [node.get_type_name(), *(value.get_node().get_friendly_name() for value in node.input_values()[:1])]
-    return kinds[0] == "FakeQuantize" and ("unbind" in kinds[1] or "/" in kinds[1])
 
 
 def _transpositions(model: ov.Model) -> list[int]:
@@ -67,26 +65,26 @@ def test_a_projection_in_parts_is_one_layer(vit: optc.Optimized, vit_int8: optc.
 class Attention(nn.Module):
     """Self-attention as timm writes it, but for what the tests vary."""
 
-    def __init__(self, bias: bool, order: tuple[int, ...]) -> None:
+    def __init__(self, bias: bool, order: tuple[int, ...], unbind: bool) -> None:
         super().__init__()
         self.qkv = nn.Linear(HEADS * WIDTH, 3 * HEADS * WIDTH, bias=bias)
-        self.order = order
+        self.order, self.unbind = order, unbind
 
     def forward(self, x: Tensor) -> Tensor:
         parts = self.qkv(x).reshape(x.shape[0], TOKENS, 3, HEADS, WIDTH).permute(self.order)
-        query, key, value = parts.unbind(0)
+        query, key, value = parts.unbind(0) if self.unbind else (parts[0], parts[1], parts[2])
         return functional.scaled_dot_product_attention(query, key, value)
 
 
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("bias", "unbind"), [(False, True), (True, True), (True, False)])
 @pytest.mark.parametrize(("order", "found"), [((2, 0, 3, 1, 4), 1), ((2, 0, 1, 3, 4), 0)])
 @pytest.mark.parametrize("passes", ["fuse", "bf16"])
 def test_projections_are_split_where_heads_come_first(
-    bias: bool, order: tuple[int, ...], found: int, passes: str, tmp_path: Path
+    bias: bool, unbind: bool, order: tuple[int, ...], found: int, passes: str, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    x = torch.randn(BATCH, TOKENS, HEADS * WIDTH)
-    made = optc.optimize(Attention(bias, order).eval(), x, passes, backend="eager", measure=False, target=TARGET)
+    x, module = torch.randn(BATCH, TOKENS, HEADS * WIDTH), Attention(bias, order, unbind).eval()
+    made = optc.optimize(module, x, passes, backend="eager", measure=False, target=TARGET)
     optc.export_onnx(made.program, tmp_path / "model.onnx")
     model = read(tmp_path / "model.onnx")
     (before,) = OpenVinoRunner(model.clone(), TARGET)(x.numpy())
@@ -95,33 +93,76 @@ def test_projections_are_split_where_heads_come_first(
     np.testing.assert_allclose(after, before, rtol=1e-5, atol=2**-7 if passes == "bf16" else 1e-5)
 
 
-def test_weights_of_half_a_byte_stay_whole() -> None:
-    ops = ov.opset13
-    x = ops.parameter([BATCH, TOKENS, HEADS * WIDTH], np.float32)
-    numbers = np.random.default_rng(0).integers(-8, 8, (3 * HEADS * WIDTH, HEADS * WIDTH))
-    for kind, found in ((ov.Type.i4, 0), (ov.Type.i8, 1)):
-        weights = ops.multiply(ops.convert(ops.constant(numbers, kind), "f32"), ops.constant(np.float32(0.01)))
-        view = ops.reshape(ops.matmul(x, weights, False, True), ops.constant([0, 0, 3, HEADS, WIDTH]), True)
-        parts = ops.transpose(view, ops.constant([2, 0, 3, 1, 4]))
-        taken = [ops.slice(parts, *(ops.constant([at]) for at in (number, number + 1, 1, 0))) for number in range(3)]
-        query, key, value = (ops.squeeze(each, ops.constant([0])) for each in taken)
-        model = ov.Model([ops.scaled_dot_product_attention(query, key, value)], [x])
-        assert split_projections(model) == found
+def projection(case: str) -> ov.Model:
+    """A quantized projection of a batch of one size, its parts added up, in one of several forms."""
+    ops, noise = ov.opset13, np.random.default_rng(0)
+    size, kind = HEADS * WIDTH, ov.Type.i4 if case == "half a byte" else ov.Type.i8
+    x = ops.parameter([BATCH, TOKENS, size], np.float32)
+    scales = ops.constant(noise.uniform(0.01, 0.02, (3 * size, 1)).astype(np.float32))
+    weights = ops.multiply(ops.convert(ops.constant(noise.integers(-8, 8, (3 * size, size)), kind), "f32"), scales)
+    layer = ops.matmul(x, weights, False, True)
+    # With "twice the tokens" a token's three parts are not those of one row of the layer's output.
+    shape = [0, -1, 3, HEADS, WIDTH // 2] if case == "twice the tokens" else [0, 0, 3, HEADS, WIDTH]
+    view = ops.reshape(layer, ops.constant(shape), True)
+    whole = ops.transpose(view, ops.constant([2, 0, 3, 1, 4]))
+    parts = []
+    for number in range(2 if case == "two parts" else 3):
+        starts, ends, axes = [number], [number + 1], [0]
+        if case == "two axes":
+            starts, ends, axes = [0, *starts], [TOKENS, *ends], [3, *axes]
+        taken = ops.slice(whole, *(ops.constant(each) for each in (starts, ends, [1] * len(axes), axes)))
+        taken = ops.squeeze(taken, ops.constant([0]))
+        parts.append(_rounded(taken) if number < 2 else taken)
+    total = parts[0]
+    for each in parts[1:]:
+        total = ops.add(total, each)
+    results = [total, view] if case == "read twice" else [total]
+    return ov.Model(results, [x])
 
 
-@pytest.mark.parametrize(("case", "found"), [("plain", 1), ("no mask", 1), ("mask", 0), ("causal", 0), ("scale", 0)])
+def _rounded(value: ov.Node) -> ov.Node:
+    """A value rounded to uint8, with a zero point, and scaled back."""
+    ops, scale, zero_point = ov.opset13, np.float32(0.03), 120
+    ends = [ops.constant(np.float32(end)) for end in (-zero_point * scale, (255 - zero_point) * scale, 0, 255)]
+    wide = ops.convert(ops.convert(ops.fake_quantize(value, *ends, 256), "u8"), "f32")
+    return ops.multiply(ops.subtract(wide, ops.constant(np.float32(zero_point))), ops.constant(scale))
+
+
+@pytest.mark.parametrize(
+    ("case", "found"),
+    [
+        ("three parts", 1),
+        ("two parts", 1),
+        ("half a byte", 0),
+        ("read twice", 0),
+        ("two axes", 0),
+        ("twice the tokens", 0),
+    ],
+)
+def test_a_quantized_projection_stays_the_same(case: str, found: int) -> None:
+    model = projection(case)
+    x = np.random.default_rng(1).standard_normal((BATCH, TOKENS, HEADS * WIDTH)).astype(np.float32)
+    before = OpenVinoRunner(model.clone(), TARGET)(x)
+    assert split_projections(model) == (case in ("three parts", "two parts"))
+    for ours, reference in zip(OpenVinoRunner(model, TARGET)(x), before, strict=True):
+        np.testing.assert_allclose(ours, reference, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("case", "found"), [("plain", 1), ("no mask", 1), ("mask", 0), ("hidden", 0), ("causal", 0), ("scale", 0)]
+)
 def test_attention_is_spelt_out_where_it_is_plain(case: str, found: int) -> None:
     ops = ov.opset13
     inputs = [ops.parameter([BATCH, HEADS, TOKENS, WIDTH], np.float32) for _ in range(3)]
     mask = np.zeros((), np.float32) if case != "mask" else np.triu(np.full((TOKENS, TOKENS), -9, np.float32), 1)
     further = [ops.constant(mask)] if case in ("no mask", "mask", "scale") else []
+    further += [ops.constant(np.zeros((TOKENS, TOKENS), bool))] if case == "hidden" else []
     further += [ops.constant(np.float32(0.5))] if case == "scale" else []
     attention = ops.scaled_dot_product_attention(*inputs, *further, causal=case == "causal")
     model = ov.Model([attention], inputs)
     noise = np.random.default_rng(0)
     arrays = [noise.standard_normal((BATCH, HEADS, TOKENS, WIDTH)).astype(np.float32) for _ in inputs]
     (before,) = OpenVinoRunner(model.clone(), TARGET)(*arrays)
-    assert spell_out_attention(model) == found
+    assert spell_out_attention(model) == (case in ("plain", "no mask"))
     (after,) = OpenVinoRunner(model, TARGET)(*arrays)
     np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-6)
-    assert kernels(compile_model(model, TARGET, OpenVinoOptions()))

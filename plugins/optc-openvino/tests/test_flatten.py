@@ -11,7 +11,7 @@ import optc
 from optc_openvino.flatten import flatten_layers
 from optc_openvino.graph import drop_zero_points
 from optc_openvino.runner import OpenVinoRunner
-from optc_openvino.runtime import read
+from optc_openvino.runtime import ov, read
 
 TARGET = optc.Target(threads=2)
 
@@ -61,3 +61,14 @@ def test_layers_over_feature_maps_are_flattened(passes: str, tmp_path: Path) -> 
 def test_layers_over_sequences_stay(tmp_path: Path) -> None:
     optc.export_onnx(optc.capture(Block(channels_last=False), (torch.randn(2, 8, 6, 5),)), tmp_path / "model.onnx")
     assert flatten_layers(read(tmp_path / "model.onnx")) == 0
+
+
+@pytest.mark.parametrize("shape", [(4, 5, 3), (1, 4, 5, 3), (5,)])
+def test_products_with_other_than_matrices_stay(shape: tuple[int, ...]) -> None:
+    ops = ov.opset13
+    x = ops.parameter([2, 4, 6, 5], np.float32)
+    weights = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    model = ov.Model([ops.matmul(x, ops.constant(weights), False, False)], [x])
+    values = np.random.default_rng(1).standard_normal((2, 4, 6, 5)).astype(np.float32)
+    assert flatten_layers(model) == 0
+    np.testing.assert_allclose(OpenVinoRunner(model, TARGET)(values)[0], values @ weights, rtol=1e-4, atol=1e-5)

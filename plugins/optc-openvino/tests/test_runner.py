@@ -92,6 +92,17 @@ def test_with_the_throughput_hint_a_call_need_not_wait_for_another(two_inputs: P
         assert requests.qsize() == runner.concurrency
 
 
+def test_a_cache_that_cannot_be_made_is_one_line_with_the_mend(
+    two_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    target = optc.Target(threads=2, options={"openvino": {"cache": True}})
+    with pytest.raises(optc.BackendError, match=r"cannot cache in .*: Not a directory") as caught:
+        OpenVinoBackend().load(two_inputs, ("model.xml", "model.bin"), target)
+    assert "XDG_CACHE_HOME" in str(caught.value)
+
+
 def test_a_cached_model_is_loaded_and_says_the_same(
     alexnet_int8: optc.Optimized, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,7 +163,7 @@ def kernels(**counts: int) -> list[Kernel]:
     return [kernel(kind, name=f"{kind}_{number}") for kind, count in counts.items() for number in range(count)]
 
 
-QKV = [kernel("int8", name=f"qkv/{part}") for part in range(3)]
+QKV = [kernel("int8", name=name) for name in ("qkv/0", "qkv/1/DequantizationMultiply", "qkv/2")]
 
 
 @pytest.mark.parametrize(

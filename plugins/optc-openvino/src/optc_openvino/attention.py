@@ -20,14 +20,14 @@ class _Projection:
 
     Attributes:
         layer: the product with the weights.
-        bias: what is added to it, of one dimension; ``None`` if nothing.
+        sum: where a bias is added to it; ``None`` if nowhere.
         heads: of each part.
         width: of each head.
         parts: those that are used, by number: (batch, heads, tokens, width).
     """
 
     layer: ov.Node
-    bias: ov.Output | None
+    sum: ov.Node | None
     heads: int
     width: int
     parts: dict[int, ov.Output]
@@ -77,40 +77,56 @@ def _is_plain(node: ov.Node) -> bool:
     if any(len(shape) != 4 or shape[1] != shapes[0][1] for shape in shapes) or shapes[0][3].is_dynamic:
         return False
     mask = constant(node.input_value(3)) if node.get_input_size() == 4 else None
-    unmasked = node.get_input_size() == 3 or (mask is not None and not mask.get_data().any())
-    return unmasked and not node.get_attributes()["causal"]
+    zeros = mask is not None and mask.get_element_type().is_real() and not mask.get_data().any()
+    return (zeros or node.get_input_size() == 3) and not node.get_attributes()["causal"]
 
 
 def _projection(transpose: ov.Node) -> _Projection | None:
     """What a transposition takes apart; ``None`` where it is of anything else, or the weights cannot be."""
     order = constant(transpose.input_value(1)) if transpose.get_type_name() == "Transpose" else None
-    view = transpose.input_value(0).get_node() if order is not None and order.data.tolist() == _PARTS_FIRST else None
-    if view is None or view.get_type_name() != "Reshape":
+    if order is None or order.data.tolist() != _PARTS_FIRST:
         return None
-    layer, bias = view.input_value(0).get_node(), None
-    if layer.get_type_name() == "Add":
-        bias, layer = layer.input_value(1), layer.input_value(0).get_node()
-    operands = [layer.input_value(1)] if layer.get_type_name() == "MatMul" else []
-    if not operands or (bias is not None and len(bias.get_partial_shape()) != 1):
+    view = transpose.input_value(0).get_node()
+    last = view.input_value(0).get_node() if view.get_type_name() == "Reshape" else view
+    layer = last.input_value(0).get_node() if last.get_type_name() == "Add" else last
+    if layer.get_type_name() != "MatMul" or any(_fans_out(node) for node in (view, last, layer)):
         return None
-    whole, shape = list(layer.get_output_partial_shape(0)), list(view.get_output_partial_shape(0))
-    if len(whole) != 3 or whole[1] != shape[1] or any(size.is_dynamic for size in shape[1:]):
+    bias = [last.input_value(1)] if last.get_type_name() == "Add" else []
+    if not all(map(_can_be_cut, [layer.input_value(1), *bias])) or any(len(each.get_shape()) != 1 for each in bias):
+        return None
+    whole, shape = list(last.get_output_partial_shape(0)), list(view.get_output_partial_shape(0))
+    if len(whole) != 3 or any(size.is_dynamic for size in [*whole[1:], *shape[1:]]):
+        return None
+    tokens, count, heads, width = (size.get_length() for size in shape[1:])
+    if [size.get_length() for size in whole[1:]] != [tokens, count * heads * width]:
         return None
     readers = [target.get_node() for target in transpose.output(0).get_target_inputs()]
     parts = dict(filter(None, map(_taken, readers)))
-    if len(parts) != len(readers) or not all(map(_can_be_cut, [*operands, *([] if bias is None else [bias])])):
+    if len(parts) != len(readers) or not all(0 <= number < count for number in parts):
         return None
-    return _Projection(layer, bias, shape[3].get_length(), shape[4].get_length(), parts)
+    return _Projection(layer, last if bias else None, heads, width, parts)
+
+
+def _fans_out(node: ov.Node) -> bool:
+    return len(node.output(0).get_target_inputs()) > 1
 
 
 def _taken(node: ov.Node) -> tuple[int, ov.Output] | None:
     """Which part of its operand a node takes, and that part without the dimension; ``None`` if it does not do that."""
-    shape = list(node.get_output_partial_shape(0))
-    start = constant(node.input_value(1)) if node.get_type_name() == "Slice" and shape[0] == 1 else None
-    readers = [target.get_node() for target in node.output(0).get_target_inputs()]
-    if start is None or len(readers) != 1 or list(readers[0].get_output_partial_shape(0)) != shape[1:]:
+    kind, places = node.get_type_name(), {"Slice": (1, 4), "Gather": (1, 2)}
+    if node.get_input_size() <= max(places.get(kind, (99,))):
         return None
-    return int(start.data.item()), readers[0].output(0)
+    found = [constant(node.input_value(index)) for index in places[kind]]
+    start, axis = (None if each is None or each.data.size != 1 else int(each.data.item()) for each in found)
+    if start is None or axis != 0:
+        return None
+    shape = list(node.get_output_partial_shape(0))
+    if kind == "Gather":
+        return (start, node.output(0)) if len(shape) == 4 else None
+    readers = [target.get_node() for target in node.output(0).get_target_inputs()]
+    if shape[0] != 1 or len(readers) != 1 or list(readers[0].get_output_partial_shape(0)) != shape[1:]:
+        return None
+    return start, readers[0].output(0)
 
 
 def _compute_alone(projection: _Projection, number: int, output: ov.Output) -> None:
@@ -118,30 +134,36 @@ def _compute_alone(projection: _Projection, number: int, output: ov.Output) -> N
     ops, size = ov.opset13, projection.heads * projection.width
     transposed = [projection.layer.get_attributes()[f"transpose_{operand}"] for operand in "ab"]
     weights = _cut(projection.layer.input_value(1), -2 if transposed[1] else -1, number, size)
-    layer = ops.matmul(projection.layer.input_value(0), weights, *transposed)
-    layer.set_friendly_name(part(projection.layer.get_friendly_name(), number))
-    value = layer.output(0)
-    if projection.bias is not None:
-        value = ops.add(value, _cut(projection.bias, -1, number, size)).output(0)
-    rounding = quantization(output)
-    readers = (rounding[-1].output(0) if rounding else output).get_target_inputs()
-    if rounding:  # with one scale for all, so it may as well come first
-        rounding[0].input(0).replace_source_output(value)
-        value = rounding[-1].output(0)
+    value = ops.matmul(projection.layer.input_value(0), weights, *transposed)
+    value.set_friendly_name(part(projection.layer.get_friendly_name(), number))
+    if projection.sum is not None:
+        value = ops.add(value, _cut(projection.sum.input_value(1), -1, number, size))
+        value.set_friendly_name(part(projection.sum.get_friendly_name(), number))
+    for node in quantization(output):  # with one scale for all, so it may as well come first
+        value = _anew(node, [value.output(0), *node.input_values()[1:]])
+        value.set_friendly_name(node.get_friendly_name())
+        output = node.output(0)
     heads = ops.reshape(value, ops.constant(np.array([0, 0, projection.heads, projection.width], np.int64)), True)
-    heads_first = ops.transpose(heads, ops.constant(np.array([0, 2, 1, 3], np.int64))).output(0)
-    for reader in readers:
-        reader.replace_source_output(heads_first)
+    output.replace(ops.transpose(heads, ops.constant(np.array([0, 2, 1, 3], np.int64))).output(0))
+
+
+def _anew(node: ov.Node, operands: list[ov.Output]) -> ov.Node:
+    """A node that does with other operands what a node does."""
+    ops, kind = ov.opset13, node.get_type_name()
+    if kind == "Convert":
+        return ops.convert(operands[0], node.get_output_element_type(0))
+    if kind == "FakeQuantize":
+        return ops.fake_quantize(*operands, node.get_attributes()["levels"])
+    return {"Multiply": ops.multiply, "Subtract": ops.subtract}[kind](*operands)
 
 
 def _can_be_cut(value: ov.Output) -> bool:
     """Whether :func:`_cut` can take a part of a value."""
     node, kind = value.get_node(), value.get_node().get_type_name()
-    if kind in ("Constant", "Reshape"):
-        source = constant(value)
-        if source is None or source.get_element_type() != value.get_element_type():
-            return False
-        return bool(source.data.size == math.prod(value.get_shape()))
+    if kind == "Reshape":
+        node = node.input_value(0).get_node()
+    if node.get_type_name() == "Constant":
+        return bool(node.data.size == math.prod(value.get_shape()))  # less where two elements share a byte
     return kind in ("Convert", "Multiply", "Subtract") and all(map(_can_be_cut, node.input_values()))
 
 
@@ -150,17 +172,11 @@ def _cut(value: ov.Output, axis: int, number: int, size: int) -> ov.Output:
     node, shape = value.get_node(), list(value.get_shape())
     if len(shape) < -axis or shape[axis] == 1:
         return value
-    if node.get_type_name() in ("Constant", "Reshape"):
-        source = constant(value)
-        assert source is not None
-        data = np.take(source.data.reshape(shape), range(number * size, (number + 1) * size), axis)
-        # The type is given, as NumPy has bfloat16 as float16.
-        tensor = ov.Tensor(data, ov.Shape(list(data.shape)), value.get_element_type())
-        cut = ov.op.Constant(tensor, shared_memory=False)
-        cut.set_friendly_name(part(source.get_friendly_name(), number))
-        return cut.output(0)
-    operands = [_cut(each, axis, number, size) for each in node.input_values()]
-    if node.get_type_name() == "Convert":
-        return ov.opset13.convert(operands[0], value.get_element_type()).output(0)
-    arithmetic = {"Multiply": ov.opset13.multiply, "Subtract": ov.opset13.subtract}[node.get_type_name()]
-    return arithmetic(*operands).output(0)
+    source = node.input_value(0).get_node() if node.get_type_name() == "Reshape" else node
+    if source.get_type_name() != "Constant":
+        return _anew(node, [_cut(each, axis, number, size) for each in node.input_values()]).output(0)
+    data = np.take(source.data.reshape(shape), range(number * size, (number + 1) * size), axis)
+    # The type is given, as NumPy has bfloat16 as float16.
+    cut = ov.op.Constant(ov.Tensor(data, ov.Shape(list(data.shape)), value.get_element_type()), shared_memory=False)
+    cut.set_friendly_name(part(source.get_friendly_name(), number))
+    return cut.output(0)

@@ -74,7 +74,7 @@ def precision(executed: list[Kernel]) -> str:
 
     Counted are convolutions and matrix products with weights, the parts of one as one; without any, all kernels.
     """
-    layers = {(whole(kernel.name), kernel.kind) for kernel in executed if kernel.is_layer}
+    layers = dict.fromkeys((whole(kernel.name), kernel.kind) for kernel in executed if kernel.is_layer)
     counts = Counter(kind for _, kind in layers if kind)
     counts = counts or Counter(kernel.kind for kernel in executed if kernel.kind)
     return layer_precision(counts)

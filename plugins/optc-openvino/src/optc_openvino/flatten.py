@@ -30,7 +30,9 @@ def flatten_layers(model: ov.Model) -> int:
         if layer.get_type_name() != "MatMul" or constant(layer.input_value(1), past_scales=True) is None:
             continue
         value, shape = layer.input_value(0), layer.get_input_partial_shape(0)
-        if len(shape) != 4 or any(size.is_dynamic for size in list(shape)[1:]) or layer.get_attributes()["transpose_a"]:
+        if len(shape) != 4 or len(layer.get_input_partial_shape(1)) != 2:
+            continue
+        if any(size.is_dynamic for size in list(shape)[1:]) or layer.get_attributes()["transpose_a"]:
             continue
         _, height, width, channels = list(shape)
         last = _last_elementwise(layer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 
@@ -181,8 +182,8 @@ def part(name: str, number: int) -> str:
 
 
 def whole(name: str) -> str:
-    """The name of what something is a :func:`part` of, or its own."""
-    return name.partition("/")[0]
+    """The name of what something is a :func:`part` of, or its own. OpenVINO adds to names what it made of a node."""
+    return re.sub(r"/\d+(/.*)?$", "", name)
 
 
 def _number(constant: ov.Node) -> float:

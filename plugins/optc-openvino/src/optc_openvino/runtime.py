@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -107,7 +108,7 @@ def compile_model(
         further: options besides those that every model is compiled with.
 
     Raises:
-        BackendError: OpenVINO's CPU plugin has no way to run the model.
+        BackendError: OpenVINO's CPU plugin has no way to run the model, or its cache cannot be written.
     """
     options: dict[str, Any] = {
         "PERFORMANCE_HINT": given.hint.upper(),
@@ -123,9 +124,25 @@ def compile_model(
     if given.hint == "latency":
         options["NUM_STREAMS"] = 1
     if given.cache:
-        options["CACHE_DIR"] = str(cache_folder("openvino"))
+        options["CACHE_DIR"] = str(_writable(cache_folder("openvino")))
     with errors("openvino cannot compile the model"):
         return core().compile_model(model, "CPU", options | dict(further or {}))
+
+
+def _writable(folder: Path) -> Path:
+    """The folder, made if it is not there.
+
+    Raises:
+        BackendError: it cannot be made, or files in it cannot.
+    """
+    mend = "set XDG_CACHE_HOME to a folder of yours, or leave out -O openvino.cache"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BackendError(f"openvino cannot cache in {folder}: {error.strerror}", mend) from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise BackendError(f"openvino cannot cache in {folder}: it is not writable", mend)
+    return folder
 
 
 def inference_precision(model: ov.Model) -> str:

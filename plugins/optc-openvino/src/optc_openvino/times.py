@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from optc import KernelTime, Target, repeat_query
 from optc_openvino.execution import kernels
-from optc_openvino.graph import whole
 from optc_openvino.runtime import OpenVinoOptions, compile_model, errors, ov
 
 
@@ -39,7 +38,7 @@ def kernel_times(
         # What took less than half a microsecond is said not to have been run.
         if kernel is None and (counter.status.name != "EXECUTED" or counter.node_type in ("Input", "Output", "Const")):
             continue
-        nodes = tuple(dict.fromkeys(whole(name) for name in kernel.originals if name)) if kernel else ()
+        nodes = tuple(dict.fromkeys(name.partition("/")[0] for name in kernel.originals if name)) if kernel else ()
         kind = kernel.kind if kernel else ""
         found.append(KernelTime(counter.node_name, f"{counter.node_type} {counter.exec_type}", seconds, kind, nodes))
     return found
