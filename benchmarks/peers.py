@@ -95,8 +95,10 @@ def measure_row(task: Task, names: Sequence[str], blocks: int, scratch: Path) ->
 def with_the_two_again(row: Mapping[str, Any], again: Measurement) -> dict[str, Any]:
     """A row whose candidates did not take turns, with optc auto and the best peer as measured when those two did."""
     best = row["best_peer"]
-    if any(result.percentiles is None for result in again.results):
-        return dict(row)
+    failed = [f"{result.name} was not measured again: {result.error}" for result in again.results if result.error]
+    if failed:
+        warnings = [*row["measurement"]["warnings"], *failed]
+        return {**row, "measurement": {**row["measurement"], "warnings": warnings}}
     p50 = {result.name: result.percentiles.p50_ns / 1e6 for result in again.results if result.percentiles}
     ratios = {name: asdict(_ratio(again, name, best)) for name in p50}
     return {**row, "p50_ms": {**row["p50_ms"], **p50}, "ratios": {**row["ratios"], **ratios}, "again": again.to_dict()}

@@ -134,7 +134,9 @@ def test_models_too_large_to_take_turns_are_decided_by_the_two_that_matter(
 
     gone = [Candidate(name, "", False, lambda: Constant(-1)) for name in sides]
     failed = measure(gone, query, Target(threads=1), blocks=2, block_seconds=0.02, together=True)
-    assert peers.with_the_two_again(row, failed) == row
+    undecided = peers.with_the_two_again(row, failed)
+    assert undecided["ratios"] == row["ratios"]
+    assert "- optc auto was not measured again: ValueError" in peers.row_markdown(undecided)
 
 
 def test_optc_is_out_where_its_own_outputs_differ(peers: ModuleType, measured: Measurement) -> None:

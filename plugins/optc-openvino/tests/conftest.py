@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import optc
 from optc.frontend.load import load_model
+from optc_openvino.runtime import ov
 
 TARGET = optc.Target(threads=2)
 
@@ -42,6 +43,20 @@ def sqnr_db() -> Callable[[np.ndarray, np.ndarray], float]:
         return float(10 * np.log10(np.square(graph.astype(np.float64)).sum() / max(noise, 1e-30)))
 
     return ratio
+
+
+@pytest.fixture
+def rounded() -> Callable[[ov.Node, float, int], ov.Node]:
+    """A value rounded to uint8 with a scale and a zero point, and scaled back, as it comes from ONNX."""
+
+    def make(value: ov.Node, scale: float, zero_point: int) -> ov.Node:
+        ops = ov.opset13
+        ends = [ops.constant(np.float32(end)) for end in (-zero_point * scale, (255 - zero_point) * scale, 0, 255)]
+        wide = ops.convert(ops.convert(ops.fake_quantize(value, *ends, 256), "u8"), "f32")
+        shift = ops.convert(ops.constant(np.uint8(zero_point)), "f32")
+        return ops.multiply(ops.subtract(wide, shift), ops.constant(np.float32(scale)))
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from optc_openvino.runner import OpenVinoRunner
 from optc_openvino.runtime import ov, read
 
 TARGET = optc.Target(threads=2)
+Rounded = Callable[[ov.Node, float, int], ov.Node]
 
 
 def test_dropping_zero_points_changes_nothing_but_the_graph(alexnet_int8: optc.Optimized, tmp_path: Path) -> None:
@@ -50,14 +52,10 @@ def test_other_zero_points_stay(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("zero_point", "changed"), [(128, 1), (127, 0), (0, 0)])
-def test_symmetric_activations_are_signed(zero_point: int, changed: int) -> None:
+def test_symmetric_activations_are_signed(zero_point: int, changed: int, rounded: Rounded) -> None:
     ops = ov.opset13
     x = ops.parameter([1, 3, 8, 8], np.float32)
-    scale = np.float32(0.05)
-    ends = [ops.constant(np.float32((end - zero_point) * scale)) for end in (0, 255)]
-    levels = ops.fake_quantize(x, *ends, ops.constant(np.float32(0)), ops.constant(np.float32(255)), 256)
-    wide = ops.convert(ops.convert(levels, "u8"), "f32")
-    value = ops.multiply(ops.subtract(wide, ops.convert(ops.constant(np.uint8(zero_point)), "f32")), scale)
+    value = rounded(x, 0.05, zero_point)
     weight = np.random.default_rng(0).integers(-127, 128, (4, 3, 3, 3)).astype(np.int8)
     kernel = ops.multiply(ops.convert(ops.constant(weight), "f32"), np.float32(0.01))
     model = ov.Model([ops.convolution(value, kernel, [1, 1], [1, 1], [1, 1], [1, 1])], [x])
@@ -126,25 +124,17 @@ def test_the_quantized_layers_are_those_of_the_program(vit: optc.Optimized, vit_
 
 
 @pytest.mark.parametrize(("second", "dropped"), [(0.05, 1), (0.04, 0)])
-def test_a_value_that_is_only_moved_is_rounded_once(second: float, dropped: int) -> None:
+def test_a_value_that_is_only_moved_is_rounded_once(second: float, dropped: int, rounded: Rounded) -> None:
     ops = ov.opset13
     x = ops.parameter([1, 4, 6], np.float32)
-    moved = ops.transpose(_rounded(x, 0.05), ops.constant(np.array([0, 2, 1], np.int64)))
-    model = ov.Model([ops.relu(_rounded(ops.reshape(moved, ops.constant([1, 24]), False), second))], [x])
+    moved = ops.transpose(rounded(x, 0.05, 120), ops.constant(np.array([0, 2, 1], np.int64)))
+    model = ov.Model([ops.relu(rounded(ops.reshape(moved, ops.constant([1, 24]), False), second, 120))], [x])
     inputs = np.random.default_rng(0).uniform(-8, 8, (1, 4, 6)).astype(np.float32)
     (before,) = OpenVinoRunner(model.clone(), TARGET)(inputs)
     assert drop_repeated_quantizations(model) == dropped
     assert sum(node.get_type_name() == "FakeQuantize" for node in model.get_ops()) == 2 - dropped
     (after,) = OpenVinoRunner(model, TARGET)(inputs)
     np.testing.assert_allclose(after, before, rtol=1e-6)
-
-
-def _rounded(value: ov.Node, scale: float) -> ov.Node:
-    """A value rounded to int8 and scaled back, as it comes from ONNX."""
-    ops = ov.opset13
-    ends = [ops.constant(np.float32(end)) for end in (-128 * scale, 127 * scale, -128, 127)]
-    stored = ops.convert(ops.fake_quantize(value, *ends, 256), "i8")
-    return ops.multiply(ops.convert(stored, "f32"), ops.constant(np.float32(scale)))
 
 
 def test_only_public_names_of_optc_are_used() -> None:
