@@ -15,6 +15,7 @@ from optc_openvino.attention import spell_out_attention, split_projections
 from optc_openvino.graph import drop_repeated_quantizations, drop_zero_points
 from optc_openvino.runner import OpenVinoRunner
 from optc_openvino.runtime import OpenVinoOptions, compile_model, ov, read
+from optc_openvino.times import kernel_times
 
 TARGET = optc.Target(threads=2)
 Rounded = Callable[[ov.Node, float, int], ov.Node]
@@ -62,6 +63,20 @@ def test_a_projection_in_parts_is_one_layer(vit: optc.Optimized, vit_int8: optc.
         assert sum(kernel.name.startswith("node_linear/") for kernel in layers) == 3
         runner.close()
     assert vit_int8.details["not_int8"] == {}
+
+
+def test_the_parts_of_a_projection_take_one_time(vit_int8: optc.Optimized) -> None:
+    model, image = vit_int8.files[0], np.zeros((1, 3, 224, 224), np.float32)
+    layers = [
+        time
+        for time in kernel_times(read(model), TARGET, OpenVinoOptions(), [image])
+        if time.operator.startswith(("FullyConnected", "Convolution"))
+    ]
+    assert len({time.name for time in layers}) == len(layers) == 50
+    (projection,) = [time for time in layers if time.name == "node_linear"]
+    (output,) = [time for time in layers if time.name == "node_linear_1"]  # a third of the projection's work
+    assert "node_linear" in projection.nodes
+    assert projection.seconds > 1.5 * output.seconds
 
 
 class Attention(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from optc import KernelTime, Target, repeat_query
 from optc_openvino.execution import kernels
+from optc_openvino.graph import whole
 from optc_openvino.runtime import OpenVinoOptions, compile_model, errors, ov
 
 
@@ -17,6 +19,8 @@ def kernel_times(
     model: ov.Model, target: Target, given: OpenVinoOptions, inputs: Sequence[NDArray[Any]]
 ) -> list[KernelTime]:
     """Run queries of ``inputs`` with OpenVINO's counters on: whole microseconds, the average over the queries.
+
+    What computes the parts of one layer is one kernel here, as the layer's work cannot be told apart.
 
     Raises:
         BackendError: OpenVINO cannot compile or run the model.
@@ -31,14 +35,17 @@ def kernel_times(
         repeat_query(request.infer)
         counters = request.get_profiling_info()
     known = {kernel.name: kernel for kernel in kernels(compiled)}
-    found = []
+    found: dict[str, KernelTime] = {}
     for counter in counters:
         seconds = counter.real_time.total_seconds()
         kernel = known.get(counter.node_name)
         # What took less than half a microsecond is said not to have been run.
         if kernel is None and (counter.status.name != "EXECUTED" or counter.node_type in ("Input", "Output", "Const")):
             continue
-        nodes = tuple(dict.fromkeys(name.partition("/")[0] for name in kernel.originals if name)) if kernel else ()
-        kind = kernel.kind if kernel else ""
-        found.append(KernelTime(counter.node_name, f"{counter.node_type} {counter.exec_type}", seconds, kind, nodes))
-    return found
+        name = whole(counter.node_name) if kernel is not None and kernel.is_layer else counter.node_name
+        originals = [each.partition("/")[0] for each in kernel.originals if each] if kernel else []
+        kind, operator = kernel.kind if kernel else "", f"{counter.node_type} {counter.exec_type}"
+        before = found.get(name, KernelTime(name, operator, 0.0, kind, ()))
+        nodes = tuple(dict.fromkeys([*before.nodes, *originals]))
+        found[name] = replace(before, seconds=before.seconds + seconds, nodes=nodes)
+    return list(found.values())
