@@ -19,6 +19,8 @@ from optc.errors import BackendError
 from optc.lowering.backend import Array, Backend
 from optc.lowering.lowering import Lowering, has_own_process, lower_all
 from optc.lowering.tensorrt_quant import is_quantized
+from optc.lowering.variants import variants
+from optc.options import options_text
 from optc.passmanager.alternatives import SEPARATOR
 from optc.program import Program
 from optc.progress import Run
@@ -48,17 +50,20 @@ class Contest:
     The first program goes to every backend, and each latency is looked at. A further one goes first to the backend that
     was the fastest; from what it takes there, what it would take on the others is told, roughly.
 
+    Args:
+        with_variants: whether what a backend wrote enters in each way that the backend offers to run it.
+
     Attributes:
         folder: where the files are.
         lowerings: what came of it.
         left: what was not lowered, with the reason.
     """
 
-    def __init__(self, run: Run, inputs: tuple[Tensor, ...], target: Target) -> None:
+    def __init__(self, run: Run, inputs: tuple[Tensor, ...], target: Target, with_variants: bool = False) -> None:
         self.folder = TemporaryFolder()
         self.lowerings: list[Lowering] = []
         self.left: list[Outcome] = []
-        self._run, self._inputs, self._target = run, inputs, target
+        self._run, self._inputs, self._target, self._with_variants = run, inputs, target, with_variants
         self._first: Mapping[str, float] = {}
         """Nanoseconds that the first program takes, by backend."""
         self._best: Lowering | None = None
@@ -80,6 +85,17 @@ class Contest:
                 chosen = self._worthwhile(chosen, [each for each in programs if each != passes])
         if not self.lowerings and failure is not None:
             raise failure
+        if self._with_variants:
+            for each in list(self.lowerings):
+                self._enter_variants(each, programs[each.passes])
+
+    def _enter_variants(self, made: Lowering, program: Program) -> None:
+        found, refused = variants(made, program, arrays(query(self._inputs, self._target)))
+        self.lowerings += found
+        self.left += [
+            Outcome(made.backend.name, False, reason, passes=made.passes, options=options)
+            for options, reason in refused
+        ]
 
     def _enter(self, passes: str, program: Program, apt: Sequence[Backend], folder: Path) -> BackendError | None:
         """Lower one program; to backends that compute its quantized layers in float only where no other takes it."""
@@ -110,7 +126,7 @@ class Contest:
 
         def name(each: Lowering) -> str:
             backend = each.backend.name if several else ""
-            return " ".join(filter(None, (OPTIMIZED, backend, each.passes)))
+            return " ".join(filter(None, (OPTIMIZED, backend, each.passes, options_text(each.options))))
 
         return {name(each): each for each in self.lowerings}
 

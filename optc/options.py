@@ -62,3 +62,8 @@ def checked(kind: type[Kind], given: Mapping[str, Any], of: str, listed_by: str)
         raise UnknownNameError(f"option of {of}", option, known, hint=hint)
     name = of.rpartition(" ")[2]
     raise OptcError(f"option {name}.{option}={first['input']!r}: {first['msg']}", f"see '{listed_by}'")
+
+
+def options_text(options: Mapping[str, Any]) -> str:
+    """Options as tables show them, such as ``"streams=2"``."""
+    return " ".join(f"{name}={value}" for name, value in options.items())

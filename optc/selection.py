@@ -67,7 +67,8 @@ def select(
             [each for each in chosen if each.name == first.backend],
             {first.passes: programs[first.passes]},
         )
-    contest = Contest(run, inputs, target)
+        target = target.with_options(first.backend, first.options) if first.options else target
+    contest = Contest(run, inputs, target, with_variants=automatic and not known)
     contest.enter(programs, chosen)
     names = contest.names(several=automatic)
     measurement = _measure(run, model, inputs, names, target, measure) if measure or len(names) > 1 else None
@@ -84,9 +85,8 @@ def select(
         kept, outcomes = choose(names, left, measurement)
         if remembered and measurement is not None:
             choice_cache.remember(remembered, outcomes)
-    for each in contest.lowerings:
-        if each is not kept:
-            shutil.rmtree(each.folder)
+    for folder in {each.folder for each in contest.lowerings} - {kept.folder}:
+        shutil.rmtree(folder)
     return Selection(kept, outcomes, measurement, notes, contest.folder)
 
 

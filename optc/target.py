@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -31,3 +31,7 @@ class Target:
     batch: int = 1
     allow_fallback: bool = False
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
+
+    def with_options(self, backend: str, options: Mapping[str, Any]) -> Target:
+        """This target with further options of a backend."""
+        return replace(self, options={**self.options, backend: {**self.options.get(backend, {}), **options}})

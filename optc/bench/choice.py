@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from optc.bench import statistics
 from optc.bench.results import CandidateResult, Measurement
 from optc.errors import BackendError
 from optc.lowering.lowering import Lowering
+from optc.options import options_text
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class Outcome:
         backend: empty where a list of passes came to nothing on any.
         reason: why it was kept or not, in plain words with the numbers.
         p50_ms: median latency; ``None`` if it was not measured.
+        options: of the backend, those that it ran with besides what was asked for.
         file_bytes, seconds: size of its files and time to lower, check and load them; ``None`` if it was not lowered.
     """
 
@@ -30,6 +33,7 @@ class Outcome:
     file_bytes: int | None = None
     seconds: float | None = None
     passes: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def choose(
@@ -77,6 +81,7 @@ def _outcome(result: CandidateResult, lowering: Lowering, best: CandidateResult,
         file_bytes=lowering.bytes,
         seconds=lowering.seconds,
         passes=lowering.passes,
+        options=lowering.options,
     )
 
 
@@ -94,7 +99,17 @@ def rows(outcomes: Sequence[Outcome]) -> list[tuple[str, str, str, str, str, str
     """The outcomes as text cells: backend, precision, p50 in ms, size in MB, seconds to make, why."""
     return [
         (
-            " ".join(filter(None, (outcome.backend, outcome.passes, "(kept)" if outcome.chosen else ""))),
+            " ".join(
+                filter(
+                    None,
+                    (
+                        outcome.backend,
+                        outcome.passes,
+                        options_text(outcome.options),
+                        "(kept)" if outcome.chosen else "",
+                    ),
+                )
+            ),
             outcome.precision,
             _cell(outcome.p50_ms, ".2f"),
             _cell(outcome.file_bytes and outcome.file_bytes / 1e6, ".1f"),

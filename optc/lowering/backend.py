@@ -135,6 +135,15 @@ class Backend(ABC):
         """
         yield partial(self.lower, program, target, folder)
 
+    def variants(self, lowered: Lowered, target: Target) -> Sequence[tuple[Mapping[str, Any], Lowered]]:
+        """Other ways to run the files of :meth:`lower` that may be faster on the target; each is measured beside it.
+
+        Returns:
+            Options of the backend's own, of those that the target does not give, and ``lowered`` as it is with them,
+            which may have another run script.
+        """
+        return ()
+
     @abstractmethod
     def load(self, folder: Path, files: tuple[str, ...], target: Target) -> Runner:
         """Load what :meth:`lower` wrote. Never executes code from the files.

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from optc.errors import BackendError, OptcError
 from optc.lowering.backend import Backend, Lowered, Runner
 from optc.machine import available_memory
+from optc.options import options_text
 from optc.plugins.registry import registry
 from optc.target import Target
 
@@ -34,6 +35,7 @@ class Lowering:
         provider, precision: what the runner told.
         seconds: time to lower, check and load; where other backends were lowered to meanwhile, their share included.
         passes: the list of passes that made the program, where there are several.
+        options: the backend's options that it runs with besides those asked for.
     """
 
     backend: Backend
@@ -44,6 +46,12 @@ class Lowering:
     precision: str
     seconds: float
     passes: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """Backend, passes and options, as tables name it."""
+        return " ".join(filter(None, (self.backend.name, self.passes, options_text(self.options))))
 
     @property
     def files(self) -> list[Path]:
@@ -155,14 +163,14 @@ def lower_all(
         begun: dict[str, Callable[[], Lowering]] = {}
         if program.constant_bytes() <= _SIDE_BY_SIDE_SHARE * available_memory():
             for backend in filter(has_own_process, chosen):
-                with _kept(refused, backend, alone):
+                with kept(refused, backend, backend.name, alone):
                     context = _begun(backend, program, target, folder / backend.name)
                     begun[backend.name] = stack.enter_context(context)
         for backend in sorted(chosen, key=has_own_process):
             if backend.name in refused:
                 continue
             progress(f"lowering to {backend.name}")
-            with _kept(refused, backend, alone):
+            with kept(refused, backend, backend.name, alone):
                 finish = begun.get(backend.name)
                 done.append(finish() if finish else lower(backend, program, target, folder / backend.name))
     if not done and needed:
@@ -177,17 +185,17 @@ def has_own_process(backend: Backend) -> bool:
 
 
 @contextmanager
-def _kept(refused: dict[str, str], backend: Backend, alone: bool) -> Iterator[None]:
-    """Keep a backend's refusal as a reason, unless it was the only one asked for."""
+def kept(refused: dict[str, str], backend: Backend, name: str, alone: bool = False) -> Iterator[None]:
+    """Keep a backend's refusal as a reason under ``name``, unless it was the only one asked for."""
     try:
         yield
     except OptcError as error:
         if alone:
             raise
-        refused[backend.name] = str(error)
+        refused[name] = str(error)
     except Exception as error:
         text = next(iter(str(error).strip().splitlines()), "")
         what = f"backend '{backend.name}' (from {backend.origin}) raised {type(error).__name__}: {text}"
         if alone:
             raise BackendError(what, "run with -v for the traceback") from error
-        refused[backend.name] = what
+        refused[name] = what

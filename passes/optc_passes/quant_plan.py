@@ -11,7 +11,7 @@ import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
 from torch import fx
 
 from optc import Program, Skip
-from optc.ops import COMPOSITES
+from optc.ops import ACTIVATIONS, COMPOSITES
 from optc.rewrite import argument, calls, constant_of, dtype, is_call, only_user, shape
 
 aten = torch.ops.aten
@@ -40,6 +40,8 @@ Not here, because onnxruntime has no int8 kernel or is no faster with it than wi
 and QLinearMul (hardly faster on EfficientNet-B0 than one float QuickGelu, and noisier), hard-swish, hard-sigmoid, GELU,
 and the product of a squeeze-and-excitation gate, one operand of which is float.
 """
+
+_ACTIVATIONS = tuple(activation.target for activation in ACTIVATIONS.values())
 
 QUANTIZERS = (
     torch.ops.quantized_decomposed.quantize_per_tensor.default,
@@ -203,10 +205,14 @@ def _between(graph: fx.Graph, layers: list[Layer]) -> tuple[set[fx.Node], dict[f
 
     A value is *wanted* in int8 by the layers, and through operators in int8, that take it. Dropping an operator whose
     operands are not there in int8 may leave its other operand unwanted, so the choice repeats until nothing changes.
+
+    An activation in float whose output a layer takes is rounded for that layer, so a sum with an int8 value takes it
+    rounded too: in float the activation would have two outputs to write, and the sum another kernel.
     """
     inputs = {layer.node: layer.activation for layer in layers}
     tails = {layer.tail for layer in layers if layer.is_conv}
     taken = {layer.tail for layer in layers}
+    rounded = {source for source in inputs.values() if is_call(source, *_ACTIVATIONS) and operands(source)[0] in tails}
     chosen = {node for node in graph.nodes if node not in taken and _could_be_int8(node)}
     while True:
         wanted, only_wanted = _wanted(graph, inputs, chosen)
@@ -214,7 +220,8 @@ def _between(graph: fx.Graph, layers: list[Layer]) -> tuple[set[fx.Node], dict[f
         for node in graph.nodes:
             if node not in chosen or node not in wanted:
                 continue
-            if all(source in carried for source in operands(node)):
+            there = [source for source in operands(node) if source in carried]
+            if there and set(operands(node)) <= {*there, *(rounded if node.target is aten.add.Tensor else ())}:
                 kept.add(node)
                 carried.add(node)
             elif node in only_wanted and node.target in PRESERVING and operands(node)[0].op != "get_attr":

@@ -63,6 +63,29 @@ def test_residual_stream_fed_by_float_stays_in_float(quantized: Callable) -> Non
     assert "d gelu add q d conv2d" in quantized(model, IMAGE).chain()
 
 
+def test_a_sum_takes_an_activation_as_it_was_rounded_for_a_layer(quantized: Callable) -> None:
+    model = Calls(
+        lambda m, x: m.c((y := functional.hardswish(m.a(x))) + m.b(y)),
+        a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(8, 8, 1), c=nn.Conv2d(8, 4, 1),
+    )  # fmt: skip
+    q = quantized(model, IMAGE)
+    assert q.chain() == "q d conv2d q d hardswish q d d conv2d q d add q d conv2d q d"
+    (both,) = (node for node in q.program.graph.nodes if node.target is torch.ops.aten.add.Tensor)
+    rounded = [dequantize.args[0] for dequantize in both.args]
+    assert any(quantize.args[0].target is torch.ops.aten.hardswish.default for quantize in rounded)
+    assert q.sqnr_db > 25
+
+
+def test_a_sum_of_two_activations_stays_in_float(quantized: Callable) -> None:
+    model = Calls(
+        lambda m, x: m.c(y := functional.gelu(m.a(x))) * m.d(z := functional.silu(m.b(x))) * m.e(y + z),
+        a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(3, 8, 1), c=nn.Conv2d(8, 4, 1), d=nn.Conv2d(8, 4, 1), e=nn.Conv2d(8, 4, 1),
+    )  # fmt: skip
+    graph = quantized(model, IMAGE).program.graph
+    (both,) = (node for node in graph.nodes if node.target is torch.ops.aten.add.Tensor)
+    assert {node.target for node in both.args} == {torch.ops.aten.gelu.default, torch.ops.aten.silu.default}
+
+
 def test_concatenation_of_convolutions_shares_one_scale(quantized: Callable) -> None:
     model = Calls(
         lambda m, x: m.c(torch.cat([m.a(x), m.b(x)], 1)),

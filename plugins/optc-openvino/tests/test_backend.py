@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -197,6 +198,65 @@ def test_the_hint_goes_with_the_artifact(tmp_path: Path, monkeypatch: pytest.Mon
     model = runpy.run_path(str(folder / "run.py"))["load"](threads=2)
     assert model.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS") == 2
     assert model.get_property("INFERENCE_NUM_THREADS") == 2
+
+
+def test_streams_go_with_the_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino_telemetry", None)  # as run.py does, and undone here
+    target = optc.Target(threads=2, batch=4, options={"openvino": {"streams": 2}})
+    made = optc.optimize(
+        nn.Linear(4, 4), torch.randn(4, 4), "fuse", backend="openvino", target=target, verify=False, measure=False
+    )
+    folder = made.save(tmp_path / "linear")
+    runner = optc.load(folder)
+    assert runner.provider.endswith(", 2 streams")
+    script = runpy.run_path(str(folder / "run.py"))
+    for batch, rows in ((4, 2), (3, 3)):
+        x = torch.randn(batch, 4).numpy()
+        model = script["load"](batch=batch, threads=2)
+        assert model.input(0).shape == [rows, 4]
+        for outputs in (runner(x), script["run"](model, [x])):
+            np.testing.assert_allclose(outputs[0], made.program.run(torch.from_numpy(x))[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("batch", "threads", "given", "expected"),
+    [
+        (16, 2, {}, [2]),
+        (6, 4, {}, [2]),
+        (16, 64, {"cache": False}, [16]),
+        (1, 2, {}, []),
+        (4, 1, {}, []),
+        (4, 2, {"hint": "throughput"}, []),
+        (4, 2, {"streams": 1}, []),
+    ],
+)
+def test_a_stream_for_each_thread_is_offered_for_batches(
+    batch: int, threads: int, given: dict[str, Any], expected: list[int]
+) -> None:
+    target = optc.Target(threads=threads, batch=batch, options={"openvino": given})
+    backend, lowered = OpenVinoBackend(), optc.Lowered(("model.xml", "model.bin"), {"divisible": True})
+    offered = backend.variants(lowered, target)
+    assert [options["streams"] for options, _ in offered] == expected
+    assert all(f"STREAMS = {options['streams']}\n" in made.run_script for options, made in offered)
+    assert backend.variants(optc.Lowered(lowered.files, {"divisible": False}), target) == []
+
+
+class BesideTheMean(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x - x.mean(0, keepdim=True)
+
+
+@pytest.mark.parametrize(("model", "divides"), [(nn.Linear(8, 8), True), (BesideTheMean(), False)])
+def test_streams_are_measured_where_samples_do_not_depend_on_one_another(model: nn.Module, divides: bool) -> None:
+    target = optc.Target(threads=2, batch=4)
+    made = optc.optimize(model, torch.randn(4, 8), "fuse", target=target, measure=False)
+    (divided,) = [each for each in made.report.backends if each.options]
+    assert (divided.backend, divided.options) == ("openvino", {"streams": 2})
+    if divides:
+        assert divided.p50_ms is not None
+        return
+    assert not divided.chosen
+    assert divided.reason.startswith("openvino streams=2 computes output 'output_0' differently")
 
 
 def test_run_py_rounds_inputs_as_the_backend_does() -> None:

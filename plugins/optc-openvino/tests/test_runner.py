@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,9 +67,9 @@ def test_batches_beside_the_targets_are_compiled_when_asked_for_and_few_are_kept
     assert [shapes[0][0] for shapes in runner._others] == [3, 2]
 
 
-@pytest.mark.parametrize("hint", ["latency", "throughput"])
-def test_threads_do_not_disturb_each_other(two_inputs: Path, hint: str) -> None:
-    runner = OpenVinoRunner(read(two_inputs / "model.xml"), TARGET, OpenVinoOptions(hint=hint))
+@pytest.mark.parametrize("given", [{"hint": "latency"}, {"hint": "throughput"}, {"streams": 2}], ids=str)
+def test_threads_do_not_disturb_each_other(two_inputs: Path, given: dict[str, Any]) -> None:
+    runner = OpenVinoRunner(read(two_inputs / "model.xml"), TARGET, OpenVinoOptions(**given))
 
     def call(seed: int) -> float:
         zulu, alpha = pair(1 + seed % 2, seed)
@@ -90,6 +91,26 @@ def test_with_the_throughput_hint_a_call_need_not_wait_for_another(two_inputs: P
         np.testing.assert_allclose(runner(zulu, alpha)[1], zulu + alpha, rtol=1e-6)
         requests.put(lent)
         assert requests.qsize() == runner.concurrency
+
+
+def test_a_batch_is_divided_among_streams_where_they_divide_it(two_inputs: Path) -> None:
+    target = optc.Target(threads=2, batch=6)
+    runner = OpenVinoRunner(read(two_inputs / "model.xml"), target, OpenVinoOptions(streams=4))
+    assert runner.provider.endswith(", 2 streams"), "4 do not divide 6"
+    assert runner.concurrency == 1, "a call takes them all"
+    for batch, together in ((6, 2), (4, 4), (3, 1), (1, 1)):
+        zulu, alpha = pair(batch)
+        first, second = runner(zulu, alpha)
+        np.testing.assert_allclose(first, zulu - 2 * alpha, rtol=1e-6)
+        np.testing.assert_allclose(second, zulu + alpha, rtol=1e-6)
+        free = runner._requests_for((zulu.shape, alpha.shape))
+        requests = free.get()
+        assert [request.get_input_tensor(0).shape[0] for request in requests] == [batch // together] * together
+        free.put(requests)
+    with pytest.raises(optc.BackendError, match=r"openvino cannot give the model inputs of shape \(6, 4\), \(4, 4\)"):
+        runner(pair(6)[0], pair(4)[0])
+    whole = OpenVinoRunner(read(two_inputs / "model.xml"), target, OpenVinoOptions(streams=4, hint="throughput"))
+    assert "streams" not in whole.provider, "there several calls share the threads"
 
 
 def test_a_cache_that_cannot_be_made_is_one_line_with_the_mend(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -88,11 +89,30 @@ class OpenVinoBackend(Backend):
             "dropped_zero_points": dropped,
             "dropped_quantizations": not_rounded,
             "inference_precision": "bfloat16" if own else "as in the graph",
+            "divisible": runner.divisible,
             "not_int8": not_int8(runner.kernels, asked),
             "check": check_agreement("openvino", program, runner).details(),
         }
         runner.close()
         return Lowered(FILES, details, run_script=_run_script(self.options(target)))
+
+    def variants(self, lowered: Lowered, target: Target) -> list[tuple[dict[str, Any], Lowered]]:
+        """A stream for each thread, or as many as divide the batch as well, where nobody asked for streams.
+
+        Layers that one thread computes for a part of the batch wait for no other thread, and operators that OpenVINO
+        does not divide among threads run side by side. But each stream reads all weights.
+        """
+        given = self.options(target)
+        streams = math.gcd(target.batch, target.threads)
+        if (
+            streams == 1
+            or not lowered.details["divisible"]
+            or given.hint != "latency"
+            or "streams" in given.model_fields_set
+        ):
+            return []
+        script = _run_script(given.model_copy(update={"streams": streams}))
+        return [({"streams": streams}, replace(lowered, run_script=script))]
 
     def load(self, folder: Path, files: tuple[str, ...], target: Target) -> Runner:
         """Read the IR and compile it for the target's threads and batch.
@@ -117,6 +137,7 @@ class OpenVinoBackend(Backend):
 
 
 def _run_script(given: OpenVinoOptions) -> str:
-    """``run.py``, compiling with the same hint."""
+    """``run.py``, compiling with the same hint and streams."""
     text = RUN_SCRIPT.read_text(encoding="utf-8")
-    return text.replace('HINT = "LATENCY"', f'HINT = "{given.hint.upper()}"', 1)
+    text = text.replace('HINT = "LATENCY"', f'HINT = "{given.hint.upper()}"', 1)
+    return text.replace("STREAMS = 1", f"STREAMS = {given.streams}", 1)

@@ -69,6 +69,12 @@ class OpenVinoOptions(BackendOptions):
         description="latency: all threads for one query at a time; throughput: several queries at a time, as many as"
         " OpenVINO finds best, each with a part of the threads",
     )
+    streams: int = Field(
+        default=1,
+        ge=1,
+        description="with the latency hint, into how many parts a batch is divided that run side by side, each with its"
+        " part of the threads; the largest number that divides both this and the batch is taken",
+    )
     cache: bool = Field(
         default=False,
         description="keep what is compiled, the weights once more, in ~/.cache/optc/openvino, to load it sooner",
@@ -99,13 +105,18 @@ def read(path: Path) -> ov.Model:
 
 
 def compile_model(
-    model: ov.Model, target: Target, given: OpenVinoOptions, further: Mapping[str, Any] | None = None
+    model: ov.Model,
+    target: Target,
+    given: OpenVinoOptions,
+    further: Mapping[str, Any] | None = None,
+    streams: int = 1,
 ) -> ov.CompiledModel:
     """Compile for the target's threads, in the types and the inference precision that are written in the model.
 
     Args:
         given: the backend's options.
         further: options besides those that every model is compiled with.
+        streams: how many inferences run side by side with the latency hint.
 
     Raises:
         BackendError: OpenVINO's CPU plugin has no way to run the model, or its cache cannot be written.
@@ -122,7 +133,7 @@ def compile_model(
         "ENABLE_CPU_PINNING": False,
     }
     if given.hint == "latency":
-        options["NUM_STREAMS"] = 1
+        options["NUM_STREAMS"] = streams
     if given.cache:
         options["CACHE_DIR"] = str(_writable(cache_folder("openvino")))
     with errors("openvino cannot compile the model"):

@@ -1,0 +1,51 @@
+"""Other ways to run what a backend wrote, each held against the way that was checked against the graph."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+
+from optc.lowering.agreement import LEAST_QUANTIZED_DB, QUANTIZED_DB, bound_db, compare_outputs
+from optc.lowering.backend import Array
+from optc.lowering.lowering import Lowering, kept
+from optc.program import Program
+
+Refused = list[tuple[Mapping[str, Any], str]]
+
+
+def variants(made: Lowering, program: Program, query: Sequence[Array]) -> tuple[list[Lowering], Refused]:
+    """What :meth:`optc.Backend.variants` offers for a lowering, loaded once each.
+
+    A query whose samples depend on one another, which may then not be divided, would show in the outputs.
+
+    Args:
+        program: what was lowered.
+        query: one array per input, of the target's batch.
+
+    Returns:
+        Those that compute what ``made`` does on the query, and the options of others with the reason why they do not.
+    """
+    found: list[Lowering] = []
+    refused: Refused = []
+    offered = made.backend.variants(made.lowered, made.target)
+    if not offered:
+        return found, refused
+    bound = bound_db(program)
+    with closing(made.load()) as runner:
+        outputs = runner(*query)
+    names = [f"output_{index}" for index in range(len(outputs))]
+    for options, lowered in offered:
+        start = time.perf_counter()
+        target = made.target.with_options(made.backend.name, options)
+        other = replace(made, lowered=lowered, target=target, options=options)
+        reasons: dict[str, str] = {}
+        with kept(reasons, made.backend, other.title), closing(other.load()) as runner:
+            least = LEAST_QUANTIZED_DB if bound == QUANTIZED_DB else bound
+            compare_outputs(other.title, names, outputs, runner(*query), least)
+            seconds = made.seconds + time.perf_counter() - start
+            found.append(replace(other, provider=runner.provider, precision=runner.precision, seconds=seconds))
+        refused += [(options, reason) for reason in reasons.values()]
+    return found, refused

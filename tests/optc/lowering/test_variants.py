@@ -1,0 +1,101 @@
+"""Several ways to run the same files: entered, checked, measured, remembered."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import optc
+from optc.bench.choice import rows
+from optc.contest import Contest
+from optc.lowering.backend import Array, Lowered, Runner
+from optc.lowering.eager import EagerBackend
+from optc.lowering.torch_memory import TorchOptions
+from optc.passmanager.alternatives import Made
+from optc.progress import Progress, Run
+from optc.selection import select
+
+TARGET = optc.Target(threads=1, options={"offering": {"level": 1}})
+X = torch.randn(2, 8)
+
+
+class OfferingOptions(TorchOptions):
+    level: int = 0
+    times: float = 1.0
+    pause: float = 0.002
+
+
+class Times(Runner):
+    """Another runner's outputs, multiplied, after a pause."""
+
+    def __init__(self, runner: Runner, given: OfferingOptions) -> None:
+        self.runner, self.given = runner, given
+        self.provider, self.precision = f"{runner.provider} {given.level}", runner.precision
+
+    def __call__(self, *inputs: Array) -> tuple[Array, ...]:
+        time.sleep(self.given.pause)
+        return tuple(output * np.float32(self.given.times) for output in self.runner(*inputs))
+
+
+class Offering(EagerBackend):
+    name = "offering"
+    Options = OfferingOptions
+    offered: ClassVar[Sequence[Mapping[str, Any]]] = ({"pause": 0.0}, {"times": 1.5}, {"level": "high"})
+
+    def load(self, folder: Path, files: tuple[str, ...], target: optc.Target) -> Runner:
+        return Times(super().load(folder, files, target), self.options(target))
+
+    def variants(self, lowered: Lowered, target: optc.Target) -> Sequence[tuple[Mapping[str, Any], Lowered]]:
+        return [(options, lowered) for options in self.offered]
+
+
+class Slow(Offering):
+    name = "slow"
+    offered = ()
+
+
+@pytest.fixture(scope="module")
+def program() -> optc.Program:
+    return optc.capture(nn.Linear(8, 8), (X,))
+
+
+def test_each_way_enters_that_computes_the_same(program: optc.Program) -> None:
+    race = Contest(Run(Progress()), (X,), TARGET, with_variants=True)
+    race.enter({"": program}, [Offering()])
+    assert [made.title for made in race.lowerings] == ["offering", "offering pause=0.0"]
+    assert race.lowerings[1].target.options == {"offering": {"level": 1, "pause": 0.0}}
+    assert race.lowerings[1].provider.endswith(" 1"), "with the options that were asked for"
+    assert set(race.names(several=True)) == {"optc offering", "optc offering pause=0.0"}
+    wrong, refused = race.left
+    assert wrong.options == {"times": 1.5}
+    assert wrong.reason.startswith("offering times=1.5 computes output 'output_0' differently")
+    assert "option offering.level='high'" in refused.reason
+    assert rows(race.left)[0][0] == "offering times=1.5"
+
+
+def test_the_fastest_way_is_kept_and_remembered(
+    program: optc.Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def selected() -> Any:
+        made = Made({"": program}, {})
+        chosen = [Offering(), Slow()]
+        return select(Run(Progress()), nn.Linear(8, 8), (X,), made, chosen, {}, TARGET, automatic=True, measure=False)
+
+    first, again = selected(), selected()
+    assert first.kept.options == {"pause": 0.0}
+    assert first.outcomes[0].options == {"pause": 0.0}
+    assert all(file.is_file() for file in first.kept.files), "they are those of the way that lost as well"
+    assert "chosen by the measurement of" in again.notes[0]
+    assert again.measurement is None
+    for found in (first, again):
+        assert found.kept.target.options["offering"] == {"level": 1, "pause": 0.0}
+        assert found.kept.load().given.pause == 0.0
