@@ -221,7 +221,7 @@ def summary(rows: Sequence[Mapping[str, Any]], wanted: int) -> Result:
     }
     limits = {name: LIMIT_ALEXNET if pair == ("alexnet", 1) else LIMIT for name, pair in zip(names, pairs, strict=True)}
     values = [ratio["value"] for ratio in ratios.values() if ratio]
-    mean = math.exp(float(np.mean(np.log(values)))) if values else math.inf
+    mean = _geometric_mean(values)
     missed = [name for name, ratio in ratios.items() if not ratio or ratio["value"] > limits[name]]
     older = [row for row in rows if not row.get("keeps_freed_memory")]
     unsure = [name for name, ratio in ratios.items() if ratio and ratio["low"] < 1 < ratio["high"]]
@@ -250,10 +250,29 @@ def summary(rows: Sequence[Mapping[str, Any]], wanted: int) -> Result:
                 "optc keeps freed memory in the process where it runs PyTorch, so here all tools have that, but for"
                 f" {len(older)} rows that were measured before."
             ),
+            *_by_machine(rows, list(ratios.values()), [name in missed for name in names]),
             f"Random weights; a tool whose outputs keep less than {LEAST_SQNR_DB:.0f} dB is not compared with.",
             *(f"{name}: {text}" for name, row in zip(names, rows, strict=True) for text in _left_out(row)),
         ],
     )
+
+
+def _geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(float(np.mean(np.log(values)))) if values else math.inf
+
+
+def _by_machine(
+    rows: Sequence[Mapping[str, Any]], ratios: Sequence[Mapping[str, Any] | None], missed: Sequence[bool]
+) -> list[str]:
+    """What was found on each machine, whose rows are of about the same time, one line each."""
+    lines = []
+    for machine_ in dict.fromkeys(_where(row["machine"]) for row in rows):
+        here = [number for number, row in enumerate(rows) if _where(row["machine"]) == machine_]
+        values = [ratio["value"] for number in here if (ratio := ratios[number])]
+        names = [f"{rows[number]['model']} batch {rows[number]['batch']}" for number in here if missed[number]]
+        missing = f"missed: {', '.join(names)}" if names else "none missed"
+        lines.append(f"{machine_}: geometric mean {_geometric_mean(values):.3f} over {len(here)} rows, {missing}")
+    return lines
 
 
 def _left_out(row: Mapping[str, Any]) -> list[str]:

@@ -42,8 +42,12 @@ class Optc(Peer):
         report = optimized.report
         saving = {"Saving": time.perf_counter() - start}
         outcomes = [vars(outcome) for outcome in report.backends]
-        kept = f"{report.backend} {report.backends[0].passes}".strip()
-        return {"passes": self.passes, "kept": kept, "steps": {**report.seconds, **saving}, "backends": outcomes}
+        return {
+            "passes": self.passes,
+            "kept": report.backends[0].title,
+            "steps": {**report.seconds, **saving},
+            "backends": outcomes,
+        }
 
     def load(self, task: Task, folder: Path) -> Runner:
         """Load the artifact."""

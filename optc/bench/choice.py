@@ -35,6 +35,11 @@ class Outcome:
     passes: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def title(self) -> str:
+        """Backend, passes and options, as tables name it."""
+        return " ".join(filter(None, (self.backend, self.passes, options_text(self.options))))
+
 
 def choose(
     lowerings: Mapping[str, Lowering], left: Sequence[Outcome], measured: Measurement | None
@@ -99,17 +104,7 @@ def rows(outcomes: Sequence[Outcome]) -> list[tuple[str, str, str, str, str, str
     """The outcomes as text cells: backend, precision, p50 in ms, size in MB, seconds to make, why."""
     return [
         (
-            " ".join(
-                filter(
-                    None,
-                    (
-                        outcome.backend,
-                        outcome.passes,
-                        options_text(outcome.options),
-                        "(kept)" if outcome.chosen else "",
-                    ),
-                )
-            ),
+            f"{outcome.title} (kept)" if outcome.chosen else outcome.title,
             outcome.precision,
             _cell(outcome.p50_ms, ".2f"),
             _cell(outcome.file_bytes and outcome.file_bytes / 1e6, ".1f"),

@@ -159,10 +159,7 @@ def _points(report: Report) -> list[Point]:
         elif not result.quantized and not result.name.startswith("optc "):
             points.append(Point(result.name, p50, size / 2 if result.precision in _HALF else size))
     others = (each for each in report.backends if not each.chosen and each.p50_ms and each.file_bytes)
-    points += [
-        Point(f"optc {each.backend} {each.passes}".strip(), each.p50_ms or 0.0, (each.file_bytes or 0) / 1e6)
-        for each in others
-    ]
+    points += [Point(f"optc {each.title}", each.p50_ms or 0.0, (each.file_bytes or 0) / 1e6) for each in others]
     return points
 
 
