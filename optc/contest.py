@@ -17,9 +17,9 @@ from optc.bench.measure import measure
 from optc.bench.results import Candidate
 from optc.errors import BackendError
 from optc.lowering.backend import Array, Backend
-from optc.lowering.lowering import Lowering, has_own_process, lower_all
+from optc.lowering.lowering import Lowering, has_own_process, kept, lower_all
 from optc.lowering.tensorrt_quant import is_quantized
-from optc.lowering.variants import variants
+from optc.lowering.variants import Variant, variants
 from optc.options import options_text
 from optc.passmanager.alternatives import SEPARATOR
 from optc.program import Program
@@ -90,7 +90,16 @@ class Contest:
                 self._enter_variants(each, programs[each.passes])
 
     def _enter_variants(self, made: Lowering, program: Program) -> None:
-        found, refused = variants(made, program, arrays(query(self._inputs, self._target)))
+        offered: Sequence[Variant] = ()
+        failed: dict[str, str] = {}
+        with kept(failed, made.backend, made.title):
+            offered = made.backend.variants(made.lowered, made.target)
+        self.left += [Outcome(made.backend.name, False, reason, passes=made.passes) for reason in failed.values()]
+        if not offered:
+            return
+        with self._run.step(f"Running {made.title} with other options") as step:
+            found, refused = variants(made, offered, program, arrays(query(self._inputs, self._target)))
+            step.done(", ".join(options_text(each.options) for each in found))
         self.lowerings += found
         self.left += [
             Outcome(made.backend.name, False, reason, passes=made.passes, options=options)

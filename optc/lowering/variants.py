@@ -9,19 +9,23 @@ from dataclasses import replace
 from typing import Any
 
 from optc.lowering.agreement import LEAST_QUANTIZED_DB, QUANTIZED_DB, bound_db, compare_outputs
-from optc.lowering.backend import Array
+from optc.lowering.backend import Array, Lowered
 from optc.lowering.lowering import Lowering, kept
 from optc.program import Program
 
+Variant = tuple[Mapping[str, Any], Lowered]
 Refused = list[tuple[Mapping[str, Any], str]]
 
 
-def variants(made: Lowering, program: Program, query: Sequence[Array]) -> tuple[list[Lowering], Refused]:
-    """What :meth:`optc.Backend.variants` offers for a lowering, loaded once each.
+def variants(
+    made: Lowering, offered: Sequence[Variant], program: Program, query: Sequence[Array]
+) -> tuple[list[Lowering], Refused]:
+    """Other ways to run what was lowered, loaded once each.
 
     A query whose samples depend on one another, which may then not be divided, would show in the outputs.
 
     Args:
+        offered: what :meth:`optc.Backend.variants` returned; at least one.
         program: what was lowered.
         query: one array per input, of the target's batch.
 
@@ -30,9 +34,6 @@ def variants(made: Lowering, program: Program, query: Sequence[Array]) -> tuple[
     """
     found: list[Lowering] = []
     refused: Refused = []
-    offered = made.backend.variants(made.lowered, made.target)
-    if not offered:
-        return found, refused
     bound = bound_db(program)
     with closing(made.load()) as runner:
         outputs = runner(*query)

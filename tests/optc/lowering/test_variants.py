@@ -61,6 +61,13 @@ class Slow(Offering):
     offered = ()
 
 
+class Broken(Offering):
+    name = "broken"
+
+    def variants(self, lowered: Lowered, target: optc.Target) -> Sequence[tuple[Mapping[str, Any], Lowered]]:
+        raise KeyError("options")
+
+
 @pytest.fixture(scope="module")
 def program() -> optc.Program:
     return optc.capture(nn.Linear(8, 8), (X,))
@@ -78,6 +85,14 @@ def test_each_way_enters_that_computes_the_same(program: optc.Program) -> None:
     assert wrong.reason.startswith("offering times=1.5 computes output 'output_0' differently")
     assert "option offering.level='high'" in refused.reason
     assert rows(race.left)[0][0] == "offering times=1.5"
+
+
+def test_what_a_backend_cannot_offer_names_the_backend(program: optc.Program) -> None:
+    race = Contest(Run(Progress()), (X,), TARGET, with_variants=True)
+    race.enter({"": program}, [Broken()])
+    assert [made.title for made in race.lowerings] == ["broken"]
+    (left,) = race.left
+    assert left.reason == "backend 'broken' (from this module) raised KeyError: 'options'"
 
 
 def test_the_fastest_way_is_kept_and_remembered(
