@@ -8,6 +8,8 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from optc.lowering.agreement import LEAST_QUANTIZED_DB, QUANTIZED_DB, bound_db, compare_outputs
 from optc.lowering.backend import Array, Lowered
 from optc.lowering.lowering import Lowering, kept
@@ -22,7 +24,8 @@ def variants(
 ) -> tuple[list[Lowering], Refused]:
     """Other ways to run what was lowered, loaded once each.
 
-    A query whose samples depend on one another, which may then not be divided, would show in the outputs.
+    They run on a query whose samples differ, even if those given are all the same: then it shows in the outputs if they
+    depend on one another and may not be divided.
 
     Args:
         offered: what :meth:`optc.Backend.variants` returned; at least one.
@@ -30,13 +33,14 @@ def variants(
         query: one array per input, of the target's batch.
 
     Returns:
-        Those that compute what ``made`` does on the query, and the options of others with the reason why they do not.
+        Those that compute what ``made`` does, and the options of others with the reason why they do not.
     """
     found: list[Lowering] = []
     refused: Refused = []
     bound = bound_db(program)
+    distinct = [_distinct(array) for array in query]
     with closing(made.load()) as runner:
-        outputs = runner(*query)
+        outputs = runner(*distinct)
     names = [f"output_{index}" for index in range(len(outputs))]
     for options, lowered in offered:
         start = time.perf_counter()
@@ -45,8 +49,16 @@ def variants(
         reasons: dict[str, str] = {}
         with kept(reasons, made.backend, other.title), closing(other.load()) as runner:
             least = LEAST_QUANTIZED_DB if bound == QUANTIZED_DB else bound
-            compare_outputs(other.title, names, outputs, runner(*query), least)
+            compare_outputs(other.title, names, outputs, runner(*distinct), least)
             seconds = made.seconds + time.perf_counter() - start
             found.append(replace(other, provider=runner.provider, precision=runner.precision, seconds=seconds))
         refused += [(options, reason) for reason in reasons.values()]
     return found, refused
+
+
+def _distinct(array: Array) -> Array:
+    """A query's floats with noise half their size; indices and the like as they are."""
+    if not np.issubdtype(array.dtype, np.floating):
+        return array
+    noise = np.random.default_rng(0).standard_normal(array.shape)
+    return (array + noise * (float(array.std()) or 1.0) / 2).astype(array.dtype)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import pytest
@@ -73,10 +74,11 @@ def test_the_parts_of_a_projection_take_one_time(vit_int8: optc.Optimized) -> No
         if time.operator.startswith(("FullyConnected", "Convolution"))
     ]
     assert len({time.name for time in layers}) == len(layers) == 50
-    (projection,) = [time for time in layers if time.name == "node_linear"]
-    (output,) = [time for time in layers if time.name == "node_linear_1"]  # a third of the projection's work
-    assert "node_linear" in projection.nodes
-    assert projection.seconds > 1.5 * output.seconds
+    seconds = {time.name: time.seconds for time in layers}
+    names = ["node_linear", *(f"node_linear_{number}" for number in range(1, 48))]
+    projections, outputs = names[0::4], names[1::4]  # of each block; the second does a third of the first's work
+    assert all(time.name in time.nodes for time in layers if time.name in projections)
+    assert median(map(seconds.__getitem__, projections)) > 1.5 * median(map(seconds.__getitem__, outputs))
 
 
 class Attention(nn.Module):

@@ -22,7 +22,7 @@ from optc.passmanager.alternatives import Made
 from optc.progress import Progress, Run
 from optc.selection import select
 
-TARGET = optc.Target(threads=1, options={"offering": {"level": 1}})
+TARGET = optc.Target(threads=1, batch=2, options={"offering": {"level": 1}})
 X = torch.randn(2, 8)
 
 
@@ -92,7 +92,8 @@ def test_what_a_backend_cannot_offer_names_the_backend(program: optc.Program) ->
     race.enter({"": program}, [Broken()])
     assert [made.title for made in race.lowerings] == ["broken"]
     (left,) = race.left
-    assert left.reason == "backend 'broken' (from this module) raised KeyError: 'options'"
+    assert left.reason.startswith("backend 'broken' (from ")
+    assert left.reason.endswith(") raised KeyError: 'options'")
 
 
 def test_the_fastest_way_is_kept_and_remembered(

@@ -159,7 +159,7 @@ def _requests(compiled: ov.CompiledModel, parts: int) -> Requests:
 def _batch_first(ports: list[ov.Output]) -> bool:
     """Whether the first dimension of every port is open: a batch that may have any size."""
     shapes = [port.get_partial_shape() for port in ports]
-    return all(len(shape) > 0 and shape[0].is_dynamic for shape in shapes)
+    return all(shape.rank.is_static and len(shape) > 0 and shape[0].is_dynamic for shape in shapes)
 
 
 def _at_batch(shape: ov.PartialShape, batch: int) -> tuple[int, ...]:
