@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from optc.accuracy import after_of, before_of, budget_of, metric_of
-from optc.batches import Batches, as_calibration, first_samples
+from optc.batches import Batches, as_calibration, at_batch, first_samples
 from optc.bench.latency import latencies
 from optc.budget import Call, exceeds
 from optc.contest import TemporaryFolder
@@ -157,6 +157,7 @@ def optimize(
         captured = capture(model, inputs, info=info)
         model_bytes = captured.constant_bytes()
         step.done(f"{captured.operator_count()} operators, {model_bytes / 1e6:.1f} MB")
+    inputs = at_batch(inputs, captured, target.batch)
     watchers: list[Instrument] = [Timing(), Statistics()]
     ranges = as_calibration(calibration, captured)
     batches = list(Batches(verification or _representative(ranges, captured), captured, "verification"))

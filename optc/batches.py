@@ -76,6 +76,14 @@ def fixed_batch(program: Program) -> int | None:
     return None if program.dynamic_batch else program.example_inputs[0].shape[0]
 
 
+def at_batch(inputs: tuple[Tensor, ...], program: Program, batch: int) -> tuple[Tensor, ...]:
+    """Inputs with as many samples as a query has: cut, or repeated; as they are where the program takes no other."""
+    if fixed_batch(program) is not None:
+        return inputs
+    samples = torch.arange(batch) % len(inputs[0])
+    return tuple(tensor[samples.to(tensor.device)] for tensor in inputs)
+
+
 def first_samples(batches: Iterable[tuple[Tensor, ...]], program: Program) -> tuple[Tensor, ...]:
     """As many samples as the program's example inputs have, which are given back if there are too few.
 

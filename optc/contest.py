@@ -51,6 +51,7 @@ class Contest:
     was the fastest; from what it takes there, what it would take on the others is told, roughly.
 
     Args:
+        inputs: one query's.
         with_variants: whether what a backend wrote enters in each way that the backend offers to run it.
 
     Attributes:
@@ -90,9 +91,6 @@ class Contest:
                 self._enter_variants(each, programs[each.passes])
 
     def _enter_variants(self, made: Lowering, program: Program) -> None:
-        asked = arrays(query(self._inputs, self._target))
-        if len(asked[0]) != self._target.batch:
-            return  # fewer samples were given than a query is to have, and those are what is measured
         offered: Sequence[Variant] = ()
         failed: dict[str, str] = {}
         with kept(failed, made.backend, made.title):
@@ -101,7 +99,7 @@ class Contest:
         if not offered:
             return
         with self._run.step(f"Running {made.title} with other options") as step:
-            found, refused = variants(made, offered, program, asked)
+            found, refused = variants(made, offered, program, arrays(self._inputs))
             step.done(", ".join(options_text(each.options) for each in found))
         self.lowerings += found
         self.left += [
@@ -225,7 +223,7 @@ class Contest:
         candidates = [candidate(str(number), each) for number, each in enumerate(lowerings)]
         found = measure(
             candidates,
-            [arrays(query(self._inputs, self._target))],
+            [arrays(self._inputs)],
             self._target,
             blocks=LOOK_BLOCKS,
             block_seconds=LOOK_SECONDS,
@@ -248,11 +246,6 @@ def _measured_on(program: Program) -> set[str]:
     """The backends that the formats of a program's layers were measured on."""
     accounts = [record.notes.get("account") for record in program.history]
     return {row["backend"] for rows in accounts if is_account(rows) for row in rows or ()} - {""}
-
-
-def query(inputs: tuple[Tensor, ...], target: Target) -> tuple[Tensor, ...]:
-    """The example inputs at the target's batch size."""
-    return tuple(tensor[: target.batch].contiguous() for tensor in inputs)
 
 
 def arrays(query: tuple[Tensor, ...]) -> tuple[Array, ...]:

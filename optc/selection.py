@@ -13,7 +13,7 @@ from optc.bench.baselines import baselines
 from optc.bench.choice import Outcome, choose
 from optc.bench.measure import measure as measure_candidates
 from optc.bench.results import Measurement
-from optc.contest import Contest, TemporaryFolder, arrays, candidate, query
+from optc.contest import Contest, TemporaryFolder, arrays, candidate
 from optc.evaluation import evaluation_mode
 from optc.lowering.backend import Backend
 from optc.lowering.lowering import Lowering
@@ -49,6 +49,7 @@ def select(
     Where there are several of both, those are left out that cannot win: :mod:`optc.contest`.
 
     Args:
+        inputs: one query's.
         made: programs by the lists of passes that made them, and the lists that came to nothing.
         refused: backends that cannot run here, with the reason.
         automatic: whether nobody asked for a backend in particular.
@@ -99,7 +100,6 @@ def _measure(
     with_baselines: bool,
 ) -> Measurement:
     """Latency of what was lowered and, if wanted, of the device's baselines, in turns."""
-    inputs = query(inputs, target)
     candidates = baselines(model, inputs, target) if with_baselines else []
     candidates += [candidate(name, made) for name, made in lowerings.items()]
     with run.step("Measuring with MLPerf LoadGen") as step, evaluation_mode(model):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 
+from optc.batches import at_batch
 from optc.errors import BackendError
 from optc.lowering.backend import Array, Backend, Runner
 from optc.lowering.lowering import Lowering, lower
@@ -58,8 +59,7 @@ def _lowered(program: Program, backend: Backend, target: Target, folder: Path) -
 
 
 def _query(program: Program, target: Target) -> list[Array]:
-    rows = target.batch if program.dynamic_batch else None
-    return [tensor[:rows].numpy() for tensor in program.example_inputs]
+    return [tensor.numpy() for tensor in at_batch(program.example_inputs, program, target.batch)]
 
 
 def _median(runner: Runner, inputs: list[Array]) -> float:

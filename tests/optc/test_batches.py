@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import optc
-from optc.batches import first_samples
+from optc.batches import at_batch, first_samples
 from optc.errors import DataError
 
 EXAMPLE = torch.zeros(2, 3)
@@ -73,3 +73,27 @@ def test_backends_are_compared_with_the_graph_on_data() -> None:
     made = optc.optimize(Root(), -torch.ones(2, 3), "fuse", backend="onnxruntime", verification=[data], measure=False)
     torch.testing.assert_close(made.program.example_inputs[0], data[:2])
     assert float(made.details["check"]["sqnr_db"]) > 60
+
+
+def test_a_query_has_the_samples_asked_for_or_those_that_the_program_takes() -> None:
+    x, y = torch.arange(6.0).reshape(3, 2), torch.arange(3)
+    free = optc.capture(nn.Linear(2, 2), (x,))
+    for batch, rows in ((1, [0]), (3, [0, 1, 2]), (7, [0, 1, 2, 0, 1, 2, 0])):
+        cut, indices = at_batch((x, y), free, batch)
+        assert indices.tolist() == rows
+        assert torch.equal(cut, x[rows])
+    fixed = optc.capture(nn.Linear(2, 2), (x,), dynamic_batch=False)
+    assert at_batch((x,), fixed, 7)[0] is x
+
+
+class OfThree(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(3, 2) @ x.reshape(2, 3)
+
+
+def test_a_model_of_one_batch_size_is_measured_with_that() -> None:
+    model = OfThree()
+    made = optc.optimize(model, torch.randn(3, 2), "fuse", backend="onnxruntime", target=optc.Target(threads=1))
+    assert not made.program.dynamic_batch
+    assert made.report.measurement is not None
+    assert [result.name for result in made.report.measurement.results if result.error] == []

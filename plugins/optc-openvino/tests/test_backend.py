@@ -249,7 +249,7 @@ class BesideTheMean(nn.Module):
 @pytest.mark.parametrize(("model", "divides"), [(nn.Linear(8, 8), True), (BesideTheMean(), False)])
 def test_streams_are_measured_where_samples_do_not_depend_on_one_another(model: nn.Module, divides: bool) -> None:
     target = optc.Target(threads=2, batch=4)
-    made = optc.optimize(model, torch.ones(4, 8), "fuse", target=target, measure=False)
+    made = optc.optimize(model, torch.ones(1, 8), "fuse", target=target, measure=False)
     (divided,) = [each for each in made.report.backends if each.options]
     assert (divided.backend, divided.options) == ("openvino", {"streams": 2})
     if divides:
@@ -257,6 +257,25 @@ def test_streams_are_measured_where_samples_do_not_depend_on_one_another(model: 
         return
     assert not divided.chosen
     assert divided.reason.startswith("openvino streams=2 computes output 'output_0' differently")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["streams=0"], "greater than or equal to 1"),
+        (["streams=two"], "valid integer"),
+        (["hint=throughput", "streams=2"], "queries that share the threads, not parts of one"),
+    ],
+)
+def test_streams_that_cannot_be_are_one_line(options: list[str], said: str, tmp_path: Path) -> None:
+    given = [part for option in options for part in ("-O", f"openvino.{option}")]
+    command = [sys.executable, "-m", "optc.cli.main", "optimize", "alexnet", "--weights", "random", *given, "-o", "out"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert said in done.stderr.splitlines()[-1]
+    assert "option openvino.streams=" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_run_py_rounds_inputs_as_the_backend_does() -> None:

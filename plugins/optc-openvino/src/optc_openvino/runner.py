@@ -34,7 +34,7 @@ class OpenVinoRunner(Runner):
 
     Attributes:
         kernels: what that compilation runs.
-        divisible: whether a part of a batch gives that part of the outputs.
+        divisible: whether every input and output takes a batch of any size.
     """
 
     def __init__(self, model: ov.Model, target: Target, given: OpenVinoOptions | None = None) -> None:
@@ -133,9 +133,7 @@ class OpenVinoRunner(Runner):
 
     def _parts(self, shapes: Shapes) -> int:
         """Into how many parts a batch is divided."""
-        if not self.divisible or self._given.hint != "latency":
-            return 1
-        return math.gcd(self._given.streams, *(shape[0] for shape in shapes))
+        return math.gcd(self._given.streams, *(shape[0] for shape in shapes)) if self.divisible else 1
 
     def _compile(self, shapes: Shapes, parts: int) -> ov.CompiledModel:
         if self._model is None:
@@ -157,7 +155,7 @@ def _requests(compiled: ov.CompiledModel, parts: int) -> Requests:
 
 
 def _batch_first(ports: list[ov.Output]) -> bool:
-    """Whether the first dimension of every port is open: a batch that may have any size."""
+    """Whether the first dimension of every port is open."""
     shapes = [port.get_partial_shape() for port in ports]
     return all(shape.rank.is_static and len(shape) > 0 and shape[0].is_dynamic for shape in shapes)
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from optc import BackendError, BackendOptions, Target, cache_folder
 
@@ -72,13 +72,20 @@ class OpenVinoOptions(BackendOptions):
     streams: int = Field(
         default=1,
         ge=1,
-        description="with the latency hint, into how many parts a batch is divided that run side by side, each with its"
-        " part of the threads; the largest number that divides both this and the batch is taken",
+        description="into how many parts a batch is divided that run side by side, each with its part of the threads;"
+        " the largest number that divides both this and the batch is taken",
     )
     cache: bool = Field(
         default=False,
         description="keep what is compiled, the weights once more, in ~/.cache/optc/openvino, to load it sooner",
     )
+
+    @field_validator("streams")
+    @classmethod
+    def _share_threads_once(cls, streams: int, others: ValidationInfo) -> int:
+        if streams > 1 and others.data.get("hint") == "throughput":
+            raise ValueError("with hint=throughput it is queries that share the threads, not parts of one")
+        return streams
 
 
 @lru_cache(maxsize=1)
