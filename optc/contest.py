@@ -19,7 +19,7 @@ from optc.errors import BackendError
 from optc.lowering.backend import Array, Backend
 from optc.lowering.lowering import Lowering, has_own_process, kept, lower_all
 from optc.lowering.tensorrt_quant import is_quantized
-from optc.lowering.variants import Variant, variants
+from optc.lowering.variants import Variant, offers_variants, variants
 from optc.options import options_text
 from optc.passmanager.alternatives import SEPARATOR
 from optc.program import Program
@@ -32,6 +32,8 @@ OPTIMIZED = "optc"
 WORTHWHILE, WORTH_COMPILING = 2.0, 1.3
 """How many times the lowest latency so far a further program may be expected to take on a backend to be lowered to it,
 and to one that compiles for seconds."""
+WORTH_OTHER_OPTIONS = 1.3
+"""How many times the lowest latency a lowering may take for the backend's other options to be tried on it."""
 LOOK_BLOCKS, LOOK_SECONDS = 2, 0.1
 """How long a look at a latency is."""
 
@@ -87,20 +89,29 @@ class Contest:
         if not self.lowerings and failure is not None:
             raise failure
         if self._with_variants:
-            for each in list(self.lowerings):
+            for each in self._near_the_fastest():
                 self._enter_variants(each, programs[each.passes])
+
+    def _near_the_fastest(self) -> list[Lowering]:
+        """What other options may make the fastest, of backends that offer any."""
+        able = [each for each in self.lowerings if offers_variants(each.backend)]
+        if not able or len(self.lowerings) == 1:
+            return able
+        with self._run.step("Looking for what other options are worth trying on") as step:
+            p50 = dict(zip(map(id, self.lowerings), self._look(self.lowerings, step.update), strict=True))
+            near = [each for each in able if p50[id(each)] <= WORTH_OTHER_OPTIONS * min(p50.values())]
+            step.done(", ".join(each.title for each in near) or "nothing is near the fastest")
+        return near
 
     def _enter_variants(self, made: Lowering, program: Program) -> None:
         offered: Sequence[Variant] = ()
         failed: dict[str, str] = {}
-        with kept(failed, made.backend, made.title):
-            offered = made.backend.variants(made.lowered, made.target)
-        self.left += [Outcome(made.backend.name, False, reason, passes=made.passes) for reason in failed.values()]
-        if not offered:
-            return
         with self._run.step(f"Running {made.title} with other options") as step:
-            found, refused = variants(made, offered, program, arrays(self._inputs))
-            step.done(", ".join(options_text(each.options) for each in found))
+            with kept(failed, made.backend, made.title):
+                offered = made.backend.variants(made.lowered, made.target, made.folder)
+            self.left += [Outcome(made.backend.name, False, reason, passes=made.passes) for reason in failed.values()]
+            found, refused = variants(made, offered, program, arrays(self._inputs)) if offered else ([], [])
+            step.done(", ".join(options_text(each.options) for each in found) or "none that computes the same")
         self.lowerings += found
         self.left += [
             Outcome(made.backend.name, False, reason, passes=made.passes, options=options)

@@ -135,12 +135,17 @@ class Backend(ABC):
         """
         yield partial(self.lower, program, target, folder)
 
-    def variants(self, lowered: Lowered, target: Target) -> Sequence[tuple[Mapping[str, Any], Lowered]]:
-        """Other ways to run the files of :meth:`lower` that may be faster on the target; each is measured beside it.
+    def variants(self, lowered: Lowered, target: Target, folder: Path) -> Sequence[tuple[Mapping[str, Any], Lowered]]:
+        """Other ways to run what :meth:`lower` wrote that may be faster on the target; each is measured beside it.
+
+        Nothing else is measured or compiled meanwhile, so that this may measure.
+
+        Args:
+            folder: where ``lowered.files`` are; files of other names may be added.
 
         Returns:
             Options of the backend's own, of those that the target does not give, and ``lowered`` as it is with them,
-            which may have another run script.
+            which may have another run script and other files.
         """
         return ()
 

@@ -11,12 +11,17 @@ from typing import Any
 import numpy as np
 
 from optc.lowering.agreement import LEAST_QUANTIZED_DB, QUANTIZED_DB, bound_db, compare_outputs
-from optc.lowering.backend import Array, Lowered
+from optc.lowering.backend import Array, Backend, Lowered
 from optc.lowering.lowering import Lowering, kept
 from optc.program import Program
 
 Variant = tuple[Mapping[str, Any], Lowered]
 Refused = list[tuple[Mapping[str, Any], str]]
+
+
+def offers_variants(backend: Backend) -> bool:
+    """Whether a backend may offer other ways to run what it wrote."""
+    return type(backend).variants is not Backend.variants
 
 
 def variants(

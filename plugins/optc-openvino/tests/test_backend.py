@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import runpy
 import subprocess
@@ -231,14 +232,14 @@ def test_streams_go_with_the_artifact(tmp_path: Path, monkeypatch: pytest.Monkey
     ],
 )
 def test_a_stream_for_each_thread_is_offered_for_batches(
-    batch: int, threads: int, given: dict[str, Any], expected: list[int]
+    batch: int, threads: int, given: dict[str, Any], expected: list[int], tmp_path: Path
 ) -> None:
-    target = optc.Target(threads=threads, batch=batch, options={"openvino": given})
+    target = optc.Target(threads=threads, batch=batch, options={"openvino": {"kernels": "default", **given}})
     backend, lowered = OpenVinoBackend(), optc.Lowered(("model.xml", "model.bin"), {"divisible": True})
-    offered = backend.variants(lowered, target)
+    offered = backend.variants(lowered, target, tmp_path)
     assert [options["streams"] for options, _ in offered] == expected
     assert all(f"STREAMS = {options['streams']}\n" in made.run_script for options, made in offered)
-    assert backend.variants(optc.Lowered(lowered.files, {"divisible": False}), target) == []
+    assert backend.variants(optc.Lowered(lowered.files, {"divisible": False}), target, tmp_path) == []
 
 
 class BesideTheMean(nn.Module):
@@ -247,7 +248,10 @@ class BesideTheMean(nn.Module):
 
 
 @pytest.mark.parametrize(("model", "divides"), [(nn.Linear(8, 8), True), (BesideTheMean(), False)])
-def test_streams_are_measured_where_samples_do_not_depend_on_one_another(model: nn.Module, divides: bool) -> None:
+def test_streams_are_measured_where_samples_do_not_depend_on_one_another(
+    model: nn.Module, divides: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("optc.contest.WORTH_OTHER_OPTIONS", math.inf)  # such small models are faster elsewhere
     target = optc.Target(threads=2, batch=4)
     made = optc.optimize(model, torch.ones(1, 8), "fuse", target=target, measure=False)
     (divided,) = [each for each in made.report.backends if each.options]

@@ -52,7 +52,9 @@ class Offering(EagerBackend):
     def load(self, folder: Path, files: tuple[str, ...], target: optc.Target) -> Runner:
         return Times(super().load(folder, files, target), self.options(target))
 
-    def variants(self, lowered: Lowered, target: optc.Target) -> Sequence[tuple[Mapping[str, Any], Lowered]]:
+    def variants(
+        self, lowered: Lowered, target: optc.Target, folder: Path
+    ) -> Sequence[tuple[Mapping[str, Any], Lowered]]:
         return [(options, lowered) for options in self.offered]
 
 
@@ -64,7 +66,9 @@ class Slow(Offering):
 class Broken(Offering):
     name = "broken"
 
-    def variants(self, lowered: Lowered, target: optc.Target) -> Sequence[tuple[Mapping[str, Any], Lowered]]:
+    def variants(
+        self, lowered: Lowered, target: optc.Target, folder: Path
+    ) -> Sequence[tuple[Mapping[str, Any], Lowered]]:
         raise KeyError("options")
 
 
@@ -85,6 +89,13 @@ def test_each_way_enters_that_computes_the_same(program: optc.Program) -> None:
     assert wrong.reason.startswith("offering times=1.5 computes output 'output_0' differently")
     assert "option offering.level='high'" in refused.reason
     assert rows(race.left)[0][0] == "offering times=1.5"
+
+
+def test_ways_are_tried_where_they_may_win(program: optc.Program) -> None:
+    race = Contest(Run(Progress()), (X,), TARGET, with_variants=True)
+    race.enter({"": program}, [Offering(), EagerBackend()])  # which takes a small part of the pause
+    assert {made.title for made in race.lowerings} == {"offering", "eager"}
+    assert race.left == []
 
 
 def test_what_a_backend_cannot_offer_names_the_backend(program: optc.Program) -> None:

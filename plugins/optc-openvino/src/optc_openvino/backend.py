@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from optc import Backend, BackendError, KernelTime, Lowered, Runner, Target
 from optc_openvino.attention import spell_out_attention, split_projections
 from optc_openvino.bfloat16 import use_inference_precision
+from optc_openvino.choice import choose_kernels, write_choice
 from optc_openvino.execution import not_int8
 from optc_openvino.flatten import flatten_layers
 from optc_openvino.graph import (
@@ -94,25 +95,31 @@ class OpenVinoBackend(Backend):
             "check": check_agreement("openvino", program, runner).details(),
         }
         runner.close()
-        return Lowered(FILES, details, run_script=_run_script(self.options(target)))
+        given = self.options(target)
+        lowered = Lowered(FILES, details, run_script=_run_script(given))
+        return _with_measured_kernels(lowered, target, given, folder) or lowered
 
-    def variants(self, lowered: Lowered, target: Target) -> list[tuple[dict[str, Any], Lowered]]:
-        """A stream for each thread, or as many as divide the batch as well, where nobody asked for streams.
+    def variants(self, lowered: Lowered, target: Target, folder: Path) -> list[tuple[dict[str, Any], Lowered]]:
+        """A stream for each thread, or as many as divide the batch as well; and kernels chosen by measuring them.
 
-        Layers that one thread computes for a part of the batch wait for no other thread, and operators that OpenVINO
-        does not divide among threads run side by side. But each stream reads all weights.
+        Both where nobody asked for them, and together. Layers that one thread computes for a part of the batch wait for
+        no other thread, and operators that OpenVINO does not divide among threads run side by side. But each stream
+        reads all weights.
         """
         given = self.options(target)
         streams = math.gcd(target.batch, target.threads)
-        if (
-            streams == 1
-            or not lowered.details["divisible"]
-            or given.hint != "latency"
-            or "streams" in given.model_fields_set
-        ):
-            return []
-        script = _run_script(given.model_copy(update={"streams": streams}))
-        return [({"streams": streams}, replace(lowered, run_script=script))]
+        undivided = given.hint != "latency" or "streams" in given.model_fields_set or not lowered.details["divisible"]
+        ways: list[dict[str, Any]] = [{}] if streams == 1 or undivided else [{}, {"streams": streams}]
+        found = []
+        for way in ways:
+            divided = given.model_copy(update=way)
+            if way:
+                found.append((way, replace(lowered, run_script=_run_script(divided))))
+            if "kernels" not in given.model_fields_set:
+                measured = divided.model_copy(update={"kernels": "measured"})
+                chosen = _with_measured_kernels(lowered, target, measured, folder)
+                found += [({**way, "kernels": "measured"}, chosen)] if chosen else []
+        return found
 
     def load(self, folder: Path, files: tuple[str, ...], target: Target) -> Runner:
         """Read the IR and compile it for the target's threads and batch.
@@ -123,7 +130,7 @@ class OpenVinoBackend(Backend):
         reason = self.unavailable(target)
         if reason:
             raise BackendError(reason)
-        return OpenVinoRunner(read(folder / files[0]), target, self.options(target))
+        return OpenVinoRunner(read(*(folder / name for name in files)), target, self.options(target))
 
     def profile(
         self, folder: Path, files: tuple[str, ...], target: Target, inputs: Sequence[NDArray[Any]]
@@ -133,11 +140,23 @@ class OpenVinoBackend(Backend):
         Raises:
             BackendError: OpenVINO refuses the files, or cannot run them on these inputs.
         """
-        return kernel_times(read(folder / files[0]), target, self.options(target), inputs)
+        return kernel_times(read(*(folder / name for name in files)), target, self.options(target), inputs)
 
 
-def _run_script(given: OpenVinoOptions) -> str:
-    """``run.py``, compiling with the same hint and streams."""
+def _with_measured_kernels(lowered: Lowered, target: Target, given: OpenVinoOptions, folder: Path) -> Lowered | None:
+    """The same with kernels chosen by measuring, if that is asked for and another than OpenVINO's own choice won."""
+    chosen = choose_kernels(folder / FILES[0], target, given) if given.kernels == "measured" else {}
+    if not chosen:
+        return None
+    file = f"kernels-{given.streams}.xml" if given.streams > 1 else "kernels.xml"
+    write_choice(folder / FILES[0], chosen, folder / file)
+    details = {**lowered.details, "kernels": {name: list(preferred) for name, preferred in chosen.items()}}
+    return Lowered((file, FILES[1]), details, run_script=_run_script(given, file))
+
+
+def _run_script(given: OpenVinoOptions, file: str = FILES[0]) -> str:
+    """``run.py``, compiling that file with the same hint and streams."""
     text = RUN_SCRIPT.read_text(encoding="utf-8")
+    text = text.replace('MODEL = "model.xml"', f'MODEL = "{file}"', 1)
     text = text.replace('HINT = "LATENCY"', f'HINT = "{given.hint.upper()}"', 1)
     return text.replace("STREAMS = 1", f"STREAMS = {given.streams}", 1)

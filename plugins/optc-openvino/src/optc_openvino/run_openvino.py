@@ -9,6 +9,7 @@ import numpy as np
 sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # so OpenVINO does not report its import
 import openvino  # noqa: E402
 
+MODEL = "model.xml"
 HINT = "LATENCY"
 """LATENCY: all threads for one query at a time; THROUGHPUT: several, by openvino.AsyncInferQueue."""
 STREAMS = 1
@@ -19,7 +20,8 @@ def load(batch: int = 1, threads: int = 0) -> openvino.CompiledModel:
     """The model compiled by openvino for a part of the batch, in the types the file has; 0 threads lets it choose."""
     parts = math.gcd(STREAMS, batch)
     core = openvino.Core()
-    model = core.read_model(Path(__file__).resolve().with_name("model.xml"))
+    folder = Path(__file__).resolve().parent
+    model = core.read_model(folder / MODEL, folder / "model.bin")
     bf16 = model.has_rt_info(["optc", "inference_precision"])
     bf16 = bf16 and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     options = {"PERFORMANCE_HINT": HINT, "DYNAMIC_QUANTIZATION_GROUP_SIZE": 64}

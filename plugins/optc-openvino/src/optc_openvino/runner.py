@@ -41,12 +41,12 @@ class OpenVinoRunner(Runner):
         self._inputs = [(port.get_any_name(), port.get_partial_shape(), _dtype(port)) for port in model.inputs]
         self._model: ov.Model | None = model
         self._target, self._given = target, given or OpenVinoOptions()
-        self.divisible = _batch_first([*model.inputs, *model.outputs])
+        self.divisible = batch_first([*model.inputs, *model.outputs])
         self._lock = threading.Lock()
         self._others: OrderedDict[Shapes, Requests] = OrderedDict()
         self._outputs = range(len(model.outputs))
         self._types = tuple(dtype for _, _, dtype in self._inputs)
-        self._shapes = tuple(_at_batch(shape, target.batch) for _, shape, _ in self._inputs)
+        self._shapes = tuple(at_batch(shape, target.batch) for _, shape, _ in self._inputs)
         parts = self._parts(self._shapes)
         compiled = self._compile(self._shapes, parts)
         self._requests: Requests | None = _requests(compiled, parts)
@@ -154,13 +154,14 @@ def _requests(compiled: ov.CompiledModel, parts: int) -> Requests:
     return requests
 
 
-def _batch_first(ports: list[ov.Output]) -> bool:
+def batch_first(ports: list[ov.Output]) -> bool:
     """Whether the first dimension of every port is open."""
     shapes = [port.get_partial_shape() for port in ports]
     return all(shape.rank.is_static and len(shape) > 0 and shape[0].is_dynamic for shape in shapes)
 
 
-def _at_batch(shape: ov.PartialShape, batch: int) -> tuple[int, ...]:
+def at_batch(shape: ov.PartialShape, batch: int) -> tuple[int, ...]:
+    """A shape, its open dimensions at ``batch``."""
     return tuple(batch if size.is_dynamic else size.get_length() for size in shape)
 
 

@@ -75,6 +75,11 @@ class OpenVinoOptions(BackendOptions):
         description="into how many parts a batch is divided that run side by side, each with its part of the threads;"
         " the largest number that divides both this and the batch is taken",
     )
+    kernels: Literal["default", "measured"] = Field(
+        default="default",
+        description="measured: each convolution is computed by the fastest of OpenVINO's kernels for it, found by"
+        " measuring them when the model is lowered; default: OpenVINO's own choice",
+    )
     cache: bool = Field(
         default=False,
         description="keep what is compiled, the weights once more, in ~/.cache/optc/openvino, to load it sooner",
@@ -99,8 +104,11 @@ def computes_bfloat16() -> bool:
     return "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-def read(path: Path) -> ov.Model:
+def read(path: Path, weights: Path | None = None) -> ov.Model:
     """Read an IR or ONNX file. Weights of an IR stay on disk and are mapped.
+
+    Args:
+        weights: an IR's, if its file of weights has another name.
 
     Raises:
         BackendError: OpenVINO refuses the file.
@@ -108,7 +116,7 @@ def read(path: Path) -> ov.Model:
     if not path.is_file():
         raise BackendError(f"openvino cannot read {path.name}: there is no such file", "optimize the model again")
     with errors(f"openvino refuses {path.name}"):
-        return core().read_model(path)
+        return core().read_model(path, weights) if weights else core().read_model(path)
 
 
 def compile_model(
