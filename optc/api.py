@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from optc.accuracy import after_of, before_of, budget_of, metric_of
-from optc.batches import Batches, as_calibration, at_batch, first_samples
+from optc.batches import Batches, as_calibration, at_batch, first_samples, fixed_batch
 from optc.bench.latency import latencies
 from optc.budget import Call, exceeds
 from optc.contest import TemporaryFolder
-from optc.errors import BackendError, VerificationError
+from optc.errors import BackendError, CaptureError, VerificationError
 from optc.frontend.capture import capture
 from optc.lowering.artifact import write_artifact
 from optc.lowering.backend import Backend, Runner
@@ -157,6 +157,9 @@ def optimize(
         captured = capture(model, inputs, info=info)
         model_bytes = captured.constant_bytes()
         step.done(f"{captured.operator_count()} operators, {model_bytes / 1e6:.1f} MB")
+    if target.batch not in (1, fixed_batch(captured) or target.batch):
+        taken = f"the model takes a batch of {fixed_batch(captured)} only, not of {target.batch}"
+        raise CaptureError(taken, "export it with that batch, or with the batch dynamic")
     inputs = at_batch(inputs, captured, target.batch)
     watchers: list[Instrument] = [Timing(), Statistics()]
     ranges = as_calibration(calibration, captured)

@@ -57,6 +57,9 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Artifact folder to write; must not exist.")
 @device_option
 @target_options
+@click.option(
+    "--batch", type=click.IntRange(1), default=1, show_default=True, help="Images in a query: what is optimized for."
+)
 @click.option("--seed", default=0, show_default=True, help="Seed of random weights.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Compare outputs after every pass.")
 @click.option("--measure/--no-measure", default=True, show_default=True, help="Measure latency against baselines.")
@@ -77,6 +80,7 @@ def command(
     device: str,
     threads: int | None,
     allow_fallback: bool,
+    batch: int,
     seed: int,
     verify: bool,
     measure: bool,
@@ -141,13 +145,14 @@ def command(
         verification=role.verification(),
         verify=verify,
         measure=measure,
-        target=Target(device, threads or available_threads(), allow_fallback=allow_fallback, options=of_backends),
+        target=Target(device, threads or available_threads(), batch, allow_fallback, of_backends),
         info=loaded.info,
         instruments=instruments,
         progress=progress,
     )
     path = optimized.save(output or free_name(model))
     if report is not None:
+        from optc.batches import at_batch
         from optc.bench.inside import look_inside
         from optc.lowering.artifact import load_artifact
         from optc.report.optimized import optimized_document
@@ -155,7 +160,7 @@ def command(
         from optc.report.write import write_report
 
         with progress.step(f"Writing the report to {report}") as step:
-            inputs = loaded.example_inputs
+            inputs = at_batch(loaded.example_inputs, optimized.program, batch)
             inside = look_inside(load_artifact(path), loaded.module, inputs, optimized.target, step.update)
             document = optimized_document(optimized.report, path, [command_line()], inside)
             found = {"artifact": str(path), **optimized.report.to_dict(), "inside": jsonable(asdict(inside))}

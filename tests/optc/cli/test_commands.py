@@ -208,6 +208,24 @@ def test_too_few_calibration_images_are_refused_where_ranges_are_needed(folder: 
     assert optc(*SMALL, "--data", str(pictures), "--passes", "fold-batch-norm", "-q").returncode == 0
 
 
+def test_a_batch_is_optimized_for_and_measured(folder: Path, optc: Run) -> None:
+    done = optc("optimize", "mine:small", "--passes", "fuse", *ORT, "--batch", "3", "--report", "r.json", "-o", "out")
+    assert done.returncode == 0, done.stderr
+    assert "Before and after, batch 3" in done.stdout
+    assert json.loads((folder / "r.json").read_text())["measurement"]["batch"] == 3
+    artifact = load_artifact(folder / "out")
+    assert artifact.target().batch == 3
+    assert [output.shape for output in artifact.runner()(*artifact.example_query(3))] == [(3, 10)]
+
+
+def test_a_batch_that_the_model_does_not_take_is_one_line(folder: Path, optc: Run) -> None:
+    torch.export.save(torch.export.export(torch.nn.Linear(4, 4), (torch.randn(2, 4),)), folder / "two.pt2")
+    done = optc("optimize", "two.pt2", "--passes", "fuse", *ORT, "--batch", "3", "-o", "out", "-q")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("optc: the model takes a batch of 2 only, not of 3: export it")
+    assert not (folder / "out").exists()
+
+
 def test_an_exported_file_is_measured_against_its_baselines(folder: Path, optc: Run) -> None:
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 5)).eval()
     torch.export.save(torch.export.export(model, (torch.randn(1, 3, 8, 8),)), folder / "mine.pt2")
