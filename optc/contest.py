@@ -32,7 +32,7 @@ OPTIMIZED = "optc"
 WORTHWHILE, WORTH_COMPILING = 2.0, 1.3
 """How many times the lowest latency so far a further program may be expected to take on a backend to be lowered to it,
 and to one that compiles for seconds."""
-WORTH_OTHER_OPTIONS = 1.3
+WORTH_OTHER_OPTIONS = 1.15
 """How many times the lowest latency a lowering may take for the backend's other options to be tried on it."""
 LOOK_BLOCKS, LOOK_SECONDS = 2, 0.1
 """How long a look at a latency is."""
@@ -98,8 +98,9 @@ class Contest:
         if not able or len(self.lowerings) == 1:
             return able
         with self._run.step("Looking for what other options are worth trying on") as step:
-            p50 = dict(zip(map(id, self.lowerings), self._look(self.lowerings, step.update), strict=True))
-            near = [each for each in able if p50[id(each)] <= WORTH_OTHER_OPTIONS * min(p50.values())]
+            leads = [each for each in ([self._best] if self._best else self.lowerings) if each not in able]
+            p50 = self._look([*able, *leads], step.update)
+            near = [each for each, taken in zip(able, p50, strict=False) if taken <= WORTH_OTHER_OPTIONS * min(p50)]
             step.done(", ".join(each.title for each in near) or "nothing is near the fastest")
         return near
 

@@ -126,10 +126,12 @@ def backends_table(report: Report) -> Table:
 
 def results_table(report: Report) -> Table:
     """One row per candidate: latency percentiles, ratio, accuracy and size."""
-    batch = report.measurement.batch if report.measurement else 1
+    title = "Before and after"
+    if report.measurement is not None and report.measurement.batch > 1:
+        title += f", batch {report.measurement.batch}"
     table = Table(
         "candidate", "precision", "p50 ms", "p90 ms", "p99 ms", report.accuracy.metric, "size",
-        title="Before and after" + (f", batch {batch}" if batch > 1 else ""), title_justify="left", box=None, pad_edge=False, header_style="bold",
+        title=title, title_justify="left", box=None, pad_edge=False, header_style="bold",
     )  # fmt: skip
     for column in table.columns[2:]:
         column.justify = "right"

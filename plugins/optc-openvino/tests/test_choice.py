@@ -112,7 +112,7 @@ def test_the_choice_goes_with_the_artifact(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("given", "ways"),
     [
-        ({}, [("kernels",), ("streams",), ("streams", "kernels")]),
+        ({}, [("streams",), ("kernels",), ("streams", "kernels")]),
         ({"kernels": "default"}, [("streams",)]),
         ({"streams": 1}, [("kernels",)]),
         ({"streams": 2, "kernels": "measured"}, []),
@@ -126,8 +126,7 @@ def test_what_nobody_asked_for_is_offered(
     lowered = optc.Lowered(("model.xml", "model.bin"), {"divisible": True})
     offered = OpenVinoBackend().variants(lowered, target, folder)
     assert [tuple(options) for options, _ in offered] == ways
-    files = [made.files[0] for options, made in offered if "kernels" in options]
-    assert files == {2: ["kernels.xml", "kernels-2.xml"], 1: ["kernels.xml"], 0: []}[len(files)]
+    assert all(made.files[0] == ("kernels.xml" if "kernels" in options else "model.xml") for options, made in offered)
     assert all(f'MODEL = "{made.files[0]}"' in made.run_script for _, made in offered)
 
 

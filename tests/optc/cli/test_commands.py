@@ -222,7 +222,7 @@ def test_a_batch_that_the_model_does_not_take_is_one_line(folder: Path, optc: Ru
     torch.export.save(torch.export.export(torch.nn.Linear(4, 4), (torch.randn(2, 4),)), folder / "two.pt2")
     done = optc("optimize", "two.pt2", "--passes", "fuse", *ORT, "--batch", "3", "-o", "out", "-q")
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("optc: the model takes a batch of 2 only, not of 3: export it")
+    assert done.stderr.splitlines()[-1].startswith("optc: the model takes a batch of 2 only, not of 3 — export it")
     assert not (folder / "out").exists()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from optc import Backend, BackendError, KernelTime, Lowered, Runner, Target
 from optc_openvino.attention import spell_out_attention, split_projections
 from optc_openvino.bfloat16 import use_inference_precision
-from optc_openvino.choice import choose_kernels, write_choice
+from optc_openvino.choice import Preferred, choose_kernels, write_choice
 from optc_openvino.execution import not_int8
 from optc_openvino.flatten import flatten_layers
 from optc_openvino.graph import (
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from optc import Program
 
 FILES = ("model.xml", "model.bin")
+FILE_OF_KERNELS = "kernels.xml"
+"""The model with kernels chosen by measuring."""
 RUN_SCRIPT = Path(__file__).with_name("run_openvino.py")
 
 
@@ -97,28 +99,33 @@ class OpenVinoBackend(Backend):
         runner.close()
         given = self.options(target)
         lowered = Lowered(FILES, details, run_script=_run_script(given))
-        return _with_measured_kernels(lowered, target, given, folder) or lowered
+        chosen = choose_kernels(folder / FILES[0], target, given) if given.kernels == "measured" else {}
+        return _with_kernels(lowered, chosen, given, folder) if chosen else lowered
 
     def variants(self, lowered: Lowered, target: Target, folder: Path) -> list[tuple[dict[str, Any], Lowered]]:
         """A stream for each thread, or as many as divide the batch as well; and kernels chosen by measuring them.
 
         Both where nobody asked for them, and together. Layers that one thread computes for a part of the batch wait for
         no other thread, and operators that OpenVINO does not divide among threads run side by side. But each stream
-        reads all weights.
+        reads all weights. Kernels are measured once, for the divided batch if it can be.
         """
         given = self.options(target)
         streams = math.gcd(target.batch, target.threads)
-        undivided = given.hint != "latency" or "streams" in given.model_fields_set or not lowered.details["divisible"]
-        ways: list[dict[str, Any]] = [{}] if streams == 1 or undivided else [{}, {"streams": streams}]
-        found = []
-        for way in ways:
-            divided = given.model_copy(update=way)
-            if way:
-                found.append((way, replace(lowered, run_script=_run_script(divided))))
-            if "kernels" not in given.model_fields_set:
-                measured = divided.model_copy(update={"kernels": "measured"})
-                chosen = _with_measured_kernels(lowered, target, measured, folder)
-                found += [({**way, "kernels": "measured"}, chosen)] if chosen else []
+        if given.hint != "latency" or "streams" in given.model_fields_set or not lowered.details["divisible"]:
+            streams = 1
+        ways: list[dict[str, Any]] = [{}] if streams == 1 else [{}, {"streams": streams}]
+        divided = [given.model_copy(update=way) for way in ways]
+        found = [
+            (way, replace(lowered, run_script=_run_script(options)))
+            for way, options in zip(ways, divided, strict=True)
+            if way
+        ]
+        free = "kernels" not in given.model_fields_set
+        if chosen := choose_kernels(folder / FILES[0], target, divided[-1]) if free else {}:
+            found += [
+                ({**way, "kernels": "measured"}, _with_kernels(lowered, chosen, options, folder))
+                for way, options in zip(ways, divided, strict=True)
+            ]
         return found
 
     def load(self, folder: Path, files: tuple[str, ...], target: Target) -> Runner:
@@ -143,15 +150,11 @@ class OpenVinoBackend(Backend):
         return kernel_times(read(*(folder / name for name in files)), target, self.options(target), inputs)
 
 
-def _with_measured_kernels(lowered: Lowered, target: Target, given: OpenVinoOptions, folder: Path) -> Lowered | None:
-    """The same with kernels chosen by measuring, if that is asked for and another than OpenVINO's own choice won."""
-    chosen = choose_kernels(folder / FILES[0], target, given) if given.kernels == "measured" else {}
-    if not chosen:
-        return None
-    file = f"kernels-{given.streams}.xml" if given.streams > 1 else "kernels.xml"
-    write_choice(folder / FILES[0], chosen, folder / file)
+def _with_kernels(lowered: Lowered, chosen: Mapping[str, Preferred], given: OpenVinoOptions, folder: Path) -> Lowered:
+    """The same with these kernels, in a second file beside the same weights."""
+    write_choice(folder / FILES[0], chosen, folder / FILE_OF_KERNELS)
     details = {**lowered.details, "kernels": {name: list(preferred) for name, preferred in chosen.items()}}
-    return Lowered((file, FILES[1]), details, run_script=_run_script(given, file))
+    return Lowered((FILE_OF_KERNELS, FILES[1]), details, run_script=_run_script(given, FILE_OF_KERNELS))
 
 
 def _run_script(given: OpenVinoOptions, file: str = FILES[0]) -> str:
