@@ -22,10 +22,10 @@ from optc.target import Target
 
 MAX_QUERIES = 10_000
 """Most queries in a block, so that a model of microseconds does not fill the manifest."""
-FAR, FAR_BLOCKS = 1.5, 3
+FAR, FAR_BLOCKS = 1.25, 3
 """An optimized candidate that took over this many times the fastest one's median in each of this many blocks gets no
 more: they would only narrow the interval of a loser."""
-SETTLING_BLOCKS, SETTLING_SECONDS = 10, 20.0
+SETTLING_BLOCKS, SETTLING_SECONDS = 10, 12.0
 """Most further blocks for optimized candidates that are not told apart from the fastest one, and most time for them."""
 NEAR, NEAR_BLOCKS = 1.1, 3
 """Optimized candidates that took at most this many times the fastest one's median get this many further blocks even if
