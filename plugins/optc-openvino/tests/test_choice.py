@@ -74,6 +74,12 @@ def test_a_slow_kernel_is_replaced_and_the_rest_of_it_stays(folder: Path, target
     assert not primitives(folder, "mended.xml")[first].startswith("ref")
 
 
+def test_what_is_tried_is_not_cached(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    choose_kernels(folder / "model.xml", optc.Target(threads=2), OpenVinoOptions(cache=True))
+    assert not list(tmp_path.rglob("*.blob"))
+
+
 def test_slow_kernels_are_not_chosen(folder: Path, target: optc.Target, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("optc_openvino.choice._OTHERS", dict.fromkeys(("amx", "avx512", "avx2"), (SLOWEST,)))
     assert choose_kernels(folder / "model.xml", target, OpenVinoBackend.options(target)) == {}
@@ -128,6 +134,15 @@ def test_what_nobody_asked_for_is_offered(
     assert [tuple(options) for options, _ in offered] == ways
     assert all(made.files[0] == ("kernels.xml" if "kernels" in options else "model.xml") for options, made in offered)
     assert all(f'MODEL = "{made.files[0]}"' in made.run_script for _, made in offered)
+
+
+def test_streams_go_with_kernels_that_were_asked_for(folder: Path) -> None:
+    target = optc.Target(threads=2, batch=2, options={"openvino": {"kernels": "measured"}})
+    lowered = optc.Lowered(("kernels.xml", "model.bin"), {"divisible": True})
+    ((options, divided),) = OpenVinoBackend().variants(lowered, target, folder)
+    assert options == {"streams": 2}
+    assert divided.files == lowered.files
+    assert 'MODEL = "kernels.xml"' in divided.run_script
 
 
 def test_nothing_is_offered_where_openvino_chose_well(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,9 +98,9 @@ class OpenVinoBackend(Backend):
         }
         runner.close()
         given = self.options(target)
-        lowered = Lowered(FILES, details, run_script=_run_script(given))
+        lowered = Lowered(FILES, details, run_script=_run_script(given, FILES[0]))
         chosen = choose_kernels(folder / FILES[0], target, given) if given.kernels == "measured" else {}
-        return _with_kernels(lowered, chosen, given, folder) if chosen else lowered
+        return _with_kernels(lowered, chosen, [given], folder)[0] if chosen else lowered
 
     def variants(self, lowered: Lowered, target: Target, folder: Path) -> list[tuple[dict[str, Any], Lowered]]:
         """A stream for each thread, or as many as divide the batch as well; and kernels chosen by measuring them.
@@ -116,16 +116,14 @@ class OpenVinoBackend(Backend):
         ways: list[dict[str, Any]] = [{}] if streams == 1 else [{}, {"streams": streams}]
         divided = [given.model_copy(update=way) for way in ways]
         found = [
-            (way, replace(lowered, run_script=_run_script(options)))
+            (way, replace(lowered, run_script=_run_script(options, lowered.files[0])))
             for way, options in zip(ways, divided, strict=True)
             if way
         ]
         free = "kernels" not in given.model_fields_set
         if chosen := choose_kernels(folder / FILES[0], target, divided[-1]) if free else {}:
-            found += [
-                ({**way, "kernels": "measured"}, _with_kernels(lowered, chosen, options, folder))
-                for way, options in zip(ways, divided, strict=True)
-            ]
+            written = _with_kernels(lowered, chosen, divided, folder)
+            found += [({**way, "kernels": "measured"}, made) for way, made in zip(ways, written, strict=True)]
         return found
 
     def load(self, folder: Path, files: tuple[str, ...], target: Target) -> Runner:
@@ -150,14 +148,17 @@ class OpenVinoBackend(Backend):
         return kernel_times(read(*(folder / name for name in files)), target, self.options(target), inputs)
 
 
-def _with_kernels(lowered: Lowered, chosen: Mapping[str, Preferred], given: OpenVinoOptions, folder: Path) -> Lowered:
-    """The same with these kernels, in a second file beside the same weights."""
+def _with_kernels(
+    lowered: Lowered, chosen: Mapping[str, Preferred], given: Sequence[OpenVinoOptions], folder: Path
+) -> list[Lowered]:
+    """The same with these kernels, in a second file beside the same weights: for each of ``given`` its run script."""
     write_choice(folder / FILES[0], chosen, folder / FILE_OF_KERNELS)
     details = {**lowered.details, "kernels": {name: list(preferred) for name, preferred in chosen.items()}}
-    return Lowered((FILE_OF_KERNELS, FILES[1]), details, run_script=_run_script(given, FILE_OF_KERNELS))
+    files = (FILE_OF_KERNELS, FILES[1])
+    return [Lowered(files, details, run_script=_run_script(options, FILE_OF_KERNELS)) for options in given]
 
 
-def _run_script(given: OpenVinoOptions, file: str = FILES[0]) -> str:
+def _run_script(given: OpenVinoOptions, file: str) -> str:
     """``run.py``, compiling that file with the same hint and streams."""
     text = RUN_SCRIPT.read_text(encoding="utf-8")
     text = text.replace('MODEL = "model.xml"', f'MODEL = "{file}"', 1)

@@ -111,7 +111,8 @@ class _Trial:
         shapes = [at_batch(port.get_partial_shape(), target.batch // parts) for port in model.inputs]
         with errors("openvino cannot run the model"):
             model.reshape({index: ov.PartialShape(list(shape)) for index, shape in enumerate(shapes)})
-            compiled = compile_model(model, target, given, {"PERF_COUNT": True}, streams=parts)
+            options = given.model_copy(update={"cache": False})  # what is tried is not worth a place on disk
+            compiled = compile_model(model, target, options, {"PERF_COUNT": True}, streams=parts)
             self._requests = [compiled.create_infer_request() for _ in range(parts)]
         for request in self._requests:
             for tensor in request.input_tensors:
