@@ -66,7 +66,8 @@ def _headline(report: Report) -> str:
     subject = measurement[measurement.optimized] if measurement and measurement.optimized else None
     if measurement is None or subject is None or subject.percentiles is None:
         return f"{name} was optimized; its speed was not measured."
-    took = f"{name} answers in {milliseconds(subject.percentiles.p50_ns / 1e9)}"
+    query = f" a query of {measurement.batch}" if measurement.batch > 1 else ""
+    took = f"{name} answers{query} in {milliseconds(subject.percentiles.p50_ns / 1e9)}"
     if measurement.ratio is None or measurement.baseline is None:
         return f"{took}; there was nothing to compare it with."
     ratio, baseline = measurement.ratio, measurement.baseline
