@@ -12,6 +12,7 @@ import gc
 import json
 import math
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -213,7 +214,7 @@ def summary(rows: Sequence[Mapping[str, Any]], wanted: int) -> Result:
     """
     pairs = [(row["model"], row["batch"]) for row in rows]
     names = [
-        f"{model} batch {batch}" + (f" on {_isa(row['machine'])}" if pairs.count((model, batch)) > 1 else "")
+        f"{model} batch {batch}" + (f" on {_short(row['machine'])}" if pairs.count((model, batch)) > 1 else "")
         for row, (model, batch) in zip(rows, pairs, strict=True)
     ]
     ratios = {
@@ -313,8 +314,14 @@ def _where(of: Mapping[str, Any]) -> str:
 
 
 def _isa(of: Mapping[str, Any]) -> str:
-    """A CPU by its widest instructions for small types: cloud machines hide the model."""
+    """A CPU's widest instructions for small types."""
     return str((of["isa"] or ["unknown_isa"])[-1])
+
+
+def _short(of: Mapping[str, Any]) -> str:
+    """A CPU by its widest instructions and its family and model, where they are known: clouds hide its name."""
+    numbers = re.search(r"family \d+ model \d+", of["cpu"])
+    return f"{_isa(of)} {numbers[0]}" if numbers else _isa(of)
 
 
 def benchmark(options: argparse.Namespace, folder: Path) -> Result:
@@ -327,7 +334,7 @@ def benchmark(options: argparse.Namespace, folder: Path) -> Result:
                 found = measure_row(task, options.peers, options.blocks, Path(scratch))
             del task
             gc.collect()
-            stem = f"{model}-batch-{batch}-{_isa(found['machine'])}"
+            stem = f"{model}-batch-{batch}-{_short(found['machine']).replace(' ', '_')}"
             write(folder / f"{stem}.json", json.dumps(found))
             text = row_markdown(found)
             write(folder / f"{stem}.md", text)
@@ -343,7 +350,7 @@ def known_rows(folder: Path) -> list[dict[str, Any]]:
     rows = [row for row in rows if _versions(row["machine"]) == here]
     place = {model: number for number, model in enumerate(MODELS)}
     return sorted(
-        rows, key=lambda row: (place.get(row["model"], len(place)), row["model"], row["batch"], _isa(row["machine"]))
+        rows, key=lambda row: (place.get(row["model"], len(place)), row["model"], row["batch"], _short(row["machine"]))
     )
 
 

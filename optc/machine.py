@@ -42,7 +42,7 @@ class Machine:
     """What a measurement ran on.
 
     Attributes:
-        cpu: model name.
+        cpu: model name, with family and model number where the system tells them.
         isa: those of :data:`ISA_FLAGS` the CPU has; ``None`` where the system does not tell.
         cores: cores this process may use.
         memory_bytes: memory this process may use (the container's limit, if lower than the machine's).
@@ -84,8 +84,14 @@ def machine(*, gpus: bool | None = None) -> Machine:
 
 
 def cpu_name() -> str:
-    """The CPU's model name, or its architecture where the system does not tell."""
-    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+    """The CPU's model name, with family and model number on x86, or its architecture where the system does not tell.
+
+    Clouds hide the name: two generations of one maker are told apart only by their numbers.
+    """
+    known = _cpuinfo()
+    name = known.get("model name") or platform.processor() or platform.machine()
+    family, model = known.get("cpu family"), known.get("model")
+    return f"{name} (family {family} model {model})" if family and model else name
 
 
 def isa() -> tuple[str, ...] | None:
