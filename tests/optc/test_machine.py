@@ -36,7 +36,14 @@ def test_instruction_sets_agree_with_torch() -> None:
 
 
 def test_a_cpu_is_read_from_its_first_entry(monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = ["cpu family\t: 25", "model\t\t: 17", "model name\t: Some CPU @ 2.0GHz", "flags\t\t: fpu avx2 amx_int8 avx512_bf16", "", "model name\t: Another"]
+    entry = [
+        "cpu family\t: 25",
+        "model\t\t: 17",
+        "model name\t: Some CPU @ 2.0GHz",
+        "flags\t\t: fpu avx2 amx_int8 avx512_bf16",
+        "",
+        "model name\t: Another",
+    ]
     monkeypatch.setattr(facts, "_lines", lambda path: entry if path == "/proc/cpuinfo" else [])
     assert facts.cpu_name() == "Some CPU @ 2.0GHz (family 25 model 17)"
     assert facts.isa() == ("avx2", "avx512_bf16", "amx_int8")
