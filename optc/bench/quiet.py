@@ -10,7 +10,10 @@ from contextlib import contextmanager
 import torch
 
 SETTLE_SECONDS = 0.25
-"""Pause before a block: torch's OpenMP workers spin for about 200 ms after a call and keep the cores from the next."""
+"""Longest pause before a block: a runtime's workers spin for a while after a call (GNU's OpenMP about 10 ms, Intel's
+200) and keep the cores from the next."""
+_SLICE_SECONDS, _ASLEEP = 0.01, 0.05
+"""How long the process is watched at a time, and how much of a core it uses at most when its workers sleep."""
 
 
 @contextmanager
@@ -43,8 +46,16 @@ def quiet_machine() -> Iterator[None]:
     gc.collect()
     gc.disable()
     try:
-        time.sleep(max(0.0, deadline - time.perf_counter()))
+        while time.perf_counter() < deadline and _busy():
+            pass
         yield
     finally:
         if enabled:
             gc.enable()
+
+
+def _busy() -> bool:
+    """Whether threads of this process run while this one sleeps."""
+    start, used = time.perf_counter(), time.process_time()
+    time.sleep(_SLICE_SECONDS)
+    return time.process_time() - used > _ASLEEP * (time.perf_counter() - start)
