@@ -29,7 +29,7 @@ from optc.target import Target
 
 OPTIMIZED = "optc"
 """What the optimized model is called among the measured candidates."""
-WORTHWHILE, WORTH_COMPILING = 2.0, 1.3
+WORTHWHILE, WORTH_COMPILING = 2.0, 1.15
 """How many times the lowest latency so far a further program may be expected to take on a backend to be lowered to it,
 and to one that compiles for seconds."""
 WORTH_OTHER_OPTIONS = 1.15
