@@ -88,7 +88,7 @@ def test_slow_kernels_are_not_chosen(folder: Path, target: optc.Target, monkeypa
 def test_a_model_of_other_layers_is_not_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
     OpenVinoBackend().lower(optc.capture(model, (torch.randn(2, 8),)), optc.Target(threads=2), tmp_path)
-    monkeypatch.setattr("optc_openvino.choice.compile_model", None)
+    monkeypatch.setattr("optc_openvino.choice.compile_parts", None)
     assert choose_kernels(tmp_path / "model.xml", optc.Target(threads=2), OpenVinoOptions()) == {}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import tempfile
 import time
@@ -16,8 +15,8 @@ import numpy as np
 from optc import Target
 from optc_openvino.execution import kernels
 from optc_openvino.graph import LAYERS
-from optc_openvino.runner import at_batch, batch_first
-from optc_openvino.runtime import OpenVinoOptions, compile_model, errors, ov, read
+from optc_openvino.parts import at_batch, compile_parts, run_side_by_side
+from optc_openvino.runtime import OpenVinoOptions, read
 
 CONVOLUTIONS = frozenset(("Convolution", "GroupConvolution"))
 Preferred = tuple[str, ...]
@@ -107,13 +106,10 @@ class _Trial:
             written = Path(scratch) / path.name
             write_choice(path, dict.fromkeys(convolutions, preferred), written)
             model = read(written, path.with_suffix(".bin"))
-        parts = math.gcd(given.streams, target.batch) if batch_first([*model.inputs, *model.outputs]) else 1
-        shapes = [at_batch(port.get_partial_shape(), target.batch // parts) for port in model.inputs]
-        with errors("openvino cannot run the model"):
-            model.reshape({index: ov.PartialShape(list(shape)) for index, shape in enumerate(shapes)})
-            options = given.model_copy(update={"cache": False})  # what is tried is not worth a place on disk
-            compiled = compile_model(model, target, options, {"PERF_COUNT": True}, streams=parts)
-            self._requests = [compiled.create_infer_request() for _ in range(parts)]
+        shapes = tuple(at_batch(port.get_partial_shape(), target.batch) for port in model.inputs)
+        options = given.model_copy(update={"cache": False})  # what is tried is not worth a place on disk
+        compiled, parts = compile_parts(model, shapes, target, options, {"PERF_COUNT": True})
+        self._requests = tuple(compiled.create_infer_request() for _ in range(parts))
         for request in self._requests:
             for tensor in request.input_tensors:
                 noise = np.abs(np.random.default_rng(0).standard_normal(tensor.data.shape))
@@ -122,11 +118,7 @@ class _Trial:
 
     def run(self) -> None:
         """One query, its parts side by side."""
-        with errors("openvino cannot run the model"):
-            for request in self._requests:
-                request.start_async()
-            for request in self._requests:
-                request.wait()
+        run_side_by_side(self._requests)
 
     def times(self) -> dict[str, float]:
         """Microseconds that each convolution took, on average over all queries."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import OrderedDict
 from queue import SimpleQueue
@@ -13,11 +12,11 @@ from numpy.typing import NDArray
 
 from optc import BackendError, Runner, Target
 from optc_openvino.execution import kernels, precision
-from optc_openvino.runtime import VERSION, OpenVinoOptions, compile_model, errors, ov
+from optc_openvino.parts import Requests, Shapes, at_batch, compile_parts, is_divisible, run_side_by_side, set_parts
+from optc_openvino.runtime import VERSION, OpenVinoOptions, ov
 
 Array = NDArray[Any]
-Shapes = tuple[tuple[int, ...], ...]
-Requests = SimpleQueue[tuple[ov.InferRequest, ...]]
+Free = SimpleQueue[Requests]
 """A compilation's inference requests that no call uses, as many together as a call takes."""
 OTHER_BATCHES = 2
 """How many compilations are kept beside that of the target's batch. Each holds the weights in its kernels' layout."""
@@ -41,15 +40,14 @@ class OpenVinoRunner(Runner):
         self._inputs = [(port.get_any_name(), port.get_partial_shape(), _dtype(port)) for port in model.inputs]
         self._model: ov.Model | None = model
         self._target, self._given = target, given or OpenVinoOptions()
-        self.divisible = batch_first([*model.inputs, *model.outputs])
+        self.divisible = is_divisible(model)
         self._lock = threading.Lock()
-        self._others: OrderedDict[Shapes, Requests] = OrderedDict()
+        self._others: OrderedDict[Shapes, Free] = OrderedDict()
         self._outputs = range(len(model.outputs))
         self._types = tuple(dtype for _, _, dtype in self._inputs)
         self._shapes = tuple(at_batch(shape, target.batch) for _, shape, _ in self._inputs)
-        parts = self._parts(self._shapes)
-        compiled = self._compile(self._shapes, parts)
-        self._requests: Requests | None = _requests(compiled, parts)
+        compiled, parts = compile_parts(model, self._shapes, target, self._given)
+        self._requests: Free | None = _requests(compiled, parts)
         self.concurrency = self._requests.qsize()
         self.kernels = kernels(compiled)
         self.precision = precision(self.kernels)
@@ -65,40 +63,21 @@ class OpenVinoRunner(Runner):
         shapes = tuple(array.shape for array in inputs)
         if shapes != self._shapes or tuple(array.dtype for array in inputs) != self._types:
             self._check(inputs)
-        # A tensor that shares an array's memory does not keep the array alive: these names do, until infer returns.
+        # These names keep the arrays alive until the requests have run.
         arrays = [array if _shareable(array) else np.array(array, order="C") for array in inputs]
         free = self._requests_for(shapes)
         requests = free.get()
         try:
-            if len(requests) > 1:
-                return self._run_parts(requests, arrays)
-            (request,) = requests
-            with errors("openvino cannot run the model"):
-                for index, array in enumerate(arrays):
-                    request.set_input_tensor(index, ov.Tensor(array, shared_memory=True))
-                request.infer()
-            # One by one: the list of all takes 14 µs to make, a fiftieth of a small model's latency.
-            return tuple(request.get_output_tensor(index).data.copy() for index in self._outputs)
+            set_parts(requests, arrays)
+            run_side_by_side(requests)
+            return tuple(self._output(requests, index) for index in self._outputs)
         finally:
             free.put(requests)
 
-    def _run_parts(self, requests: tuple[ov.InferRequest, ...], arrays: list[Array]) -> tuple[Array, ...]:
-        """Run equal parts of a batch side by side, one by each request."""
-        rows = len(arrays[0]) // len(requests)
-        parts = [[array[part * rows : (part + 1) * rows] for array in arrays] for part in range(len(requests))]
-        with errors("openvino cannot run the model"):
-            for request, part in zip(requests, parts, strict=True):
-                for index, array in enumerate(part):
-                    request.set_input_tensor(index, ov.Tensor(array, shared_memory=True))
-            try:
-                for request in requests:
-                    request.start_async()
-            finally:  # those that run still read the arrays
-                for request in requests:
-                    request.wait()
-        return tuple(
-            np.concatenate([request.get_output_tensor(index).data for request in requests]) for index in self._outputs
-        )
+    def _output(self, requests: Requests, index: int) -> Array:
+        # One by one: the list of all outputs takes 14 µs to make, a fiftieth of a small model's latency.
+        parts = [request.get_output_tensor(index).data for request in requests]
+        return np.concatenate(parts) if len(parts) > 1 else parts[0].copy()
 
     def close(self) -> None:
         """Free the compiled models and the weights."""
@@ -116,7 +95,7 @@ class OpenVinoRunner(Runner):
             if not shape.compatible(ov.PartialShape(list(array.shape))):
                 raise BackendError(f"input '{name}' has shape {array.shape}, the model takes {_readable(shape)}")
 
-    def _requests_for(self, shapes: Shapes) -> Requests:
+    def _requests_for(self, shapes: Shapes) -> Free:
         requests = self._requests
         if requests is None:
             raise BackendError("this runner is closed", "load the model again")
@@ -126,43 +105,20 @@ class OpenVinoRunner(Runner):
             if shapes not in self._others:
                 while len(self._others) >= OTHER_BATCHES:
                     self._others.popitem(last=False)
-                parts = self._parts(shapes)
-                self._others[shapes] = _requests(self._compile(shapes, parts), parts)
+                if self._model is None:
+                    raise BackendError("this runner is closed", "load the model again")
+                compiled, parts = compile_parts(self._model, shapes, self._target, self._given)
+                self._others[shapes] = _requests(compiled, parts)
             self._others.move_to_end(shapes)
             return self._others[shapes]
 
-    def _parts(self, shapes: Shapes) -> int:
-        """Into how many parts a batch is divided."""
-        return math.gcd(self._given.streams, *(shape[0] for shape in shapes)) if self.divisible else 1
 
-    def _compile(self, shapes: Shapes, parts: int) -> ov.CompiledModel:
-        if self._model is None:
-            raise BackendError("this runner is closed", "load the model again")
-        fixed = self._model.clone()  # shares the weights
-        with errors(f"openvino cannot give the model inputs of shape {', '.join(map(str, shapes))}"):
-            if parts > 1:
-                shapes = tuple((shape[0] // parts, *shape[1:]) for shape in shapes)
-            fixed.reshape({index: ov.PartialShape(list(shape)) for index, shape in enumerate(shapes)})
-        return compile_model(fixed, self._target, self._given, streams=parts)
-
-
-def _requests(compiled: ov.CompiledModel, parts: int) -> Requests:
+def _requests(compiled: ov.CompiledModel, parts: int) -> Free:
     """As many inference requests as the compiled model runs best at a time, ``parts`` of them for each call."""
-    requests: Requests = SimpleQueue()
+    requests: Free = SimpleQueue()
     for _ in range(max(1, compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS") // parts)):
         requests.put(tuple(compiled.create_infer_request() for _ in range(parts)))
     return requests
-
-
-def batch_first(ports: list[ov.Output]) -> bool:
-    """Whether the first dimension of every port is open."""
-    shapes = [port.get_partial_shape() for port in ports]
-    return all(shape.rank.is_static and len(shape) > 0 and shape[0].is_dynamic for shape in shapes)
-
-
-def at_batch(shape: ov.PartialShape, batch: int) -> tuple[int, ...]:
-    """A shape, its open dimensions at ``batch``."""
-    return tuple(batch if size.is_dynamic else size.get_length() for size in shape)
 
 
 def _shareable(array: Array) -> bool:

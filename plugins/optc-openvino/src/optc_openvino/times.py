@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from optc import KernelTime, Target, repeat_query
 from optc_openvino.execution import kernels
 from optc_openvino.graph import whole
-from optc_openvino.runtime import OpenVinoOptions, compile_model, errors, ov
+from optc_openvino.parts import compile_parts, run_side_by_side, set_parts
+from optc_openvino.runtime import OpenVinoOptions, errors, ov
 
 
 def kernel_times(
@@ -20,24 +21,24 @@ def kernel_times(
 ) -> list[KernelTime]:
     """Run queries of ``inputs`` with OpenVINO's counters on: whole microseconds, the average over the queries.
 
-    What computes the parts of one layer is one kernel here, as the layer's work cannot be told apart.
+    The parts of a divided batch run side by side, and the average is over them as well. What computes the pieces of one
+    layer is one kernel here, as the layer's work cannot be told apart.
 
     Raises:
         BackendError: OpenVINO cannot compile or run the model.
     """
-    fixed = model.clone()
+    shapes = tuple(array.shape for array in inputs)
+    compiled, parts = compile_parts(model, shapes, target, given, {"PERF_COUNT": True})
+    requests = tuple(compiled.create_infer_request() for _ in range(parts))
+    arrays = [np.require(array, requirements=["C", "W"]) for array in inputs]
+    set_parts(requests, arrays)
+    repeat_query(lambda: run_side_by_side(requests))
     with errors("openvino cannot run the model"):
-        fixed.reshape({index: ov.PartialShape(list(array.shape)) for index, array in enumerate(inputs)})
-        compiled = compile_model(fixed, target, given, {"PERF_COUNT": True})
-        request = compiled.create_infer_request()
-        for index, array in enumerate(inputs):
-            request.set_input_tensor(index, ov.Tensor(np.ascontiguousarray(array)))
-        repeat_query(request.infer)
-        counters = request.get_profiling_info()
+        counters = [counter for request in requests for counter in request.get_profiling_info()]
     known = {kernel.name: kernel for kernel in kernels(compiled)}
     found: dict[str, KernelTime] = {}
     for counter in counters:
-        seconds = counter.real_time.total_seconds()
+        seconds = counter.real_time.total_seconds() / parts
         kernel = known.get(counter.node_name)
         # What took less than half a microsecond is said not to have been run.
         if kernel is None and (counter.status.name != "EXECUTED" or counter.node_type in ("Input", "Output", "Const")):
