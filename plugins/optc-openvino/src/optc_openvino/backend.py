@@ -67,14 +67,15 @@ class OpenVinoBackend(Backend):
             onnx = Path(scratch) / "model.onnx"
             _, exported = export_onnx(program, onnx)
             model = read(onnx)
-            dropped = drop_zero_points(model)
-            own = use_inference_precision(model)  # the casts that it drops would hide the patterns below
-            drop_repeated_quantizations(model)
-            use_signed_activations(model)
-            use_hsigmoid(model)
-            flatten_layers(model)
-            spell_out_attention(model)
-            split_projections(model)
+            with errors("openvino cannot rewrite the model"):
+                dropped = drop_zero_points(model)
+                own = use_inference_precision(model)  # the casts that it drops would hide the patterns below
+                drop_repeated_quantizations(model)
+                use_signed_activations(model)
+                use_hsigmoid(model)
+                flatten_layers(model)
+                spell_out_attention(model)
+                split_projections(model)
             with errors("openvino cannot write the model"):
                 ov.save_model(model, folder / FILES[0], compress_to_fp16=False)
             del model  # it maps the ONNX file
