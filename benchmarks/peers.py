@@ -294,6 +294,7 @@ def _summary_row(row: Mapping[str, Any]) -> dict[str, str | float]:
         "model": row["model"],
         "batch": str(row["batch"]),
         "on": _where(row["machine"]),
+        "commit": row.get("commit") or "not noted",
         "best peer": best or "–",
         "its p50 ms": row["p50_ms"].get(best, "–"),
         "optc auto p50 ms": row["p50_ms"].get(AUTO, "–"),
