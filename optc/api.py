@@ -19,6 +19,7 @@ from optc.budget import Call, exceeds
 from optc.contest import TemporaryFolder
 from optc.errors import BackendError, CaptureError, VerificationError
 from optc.frontend.capture import capture
+from optc.lowering.agreement import as_array
 from optc.lowering.artifact import write_artifact
 from optc.lowering.backend import Backend, Runner
 from optc.lowering.lowering import AUTO, Lowering, backends, has_own_process
@@ -72,7 +73,7 @@ class Optimized:
     def __call__(self, *inputs: Tensor) -> Any:
         """Run the runtime on tensors (batch first); returns what the original module would, as CPU tensors."""
         self._runner = self._runner or self.load()
-        outputs = self._runner(*[tensor.detach().cpu().numpy() for tensor in inputs])
+        outputs = self._runner(*map(as_array, inputs))
         return self.program.nested([torch.from_numpy(array) for array in outputs])
 
     def close(self) -> None:

@@ -16,10 +16,11 @@ from optc.bench.choice import Outcome
 from optc.bench.measure import measure
 from optc.bench.results import Candidate
 from optc.errors import BackendError
+from optc.lowering.agreement import as_array
 from optc.lowering.backend import Array, Backend
 from optc.lowering.lowering import Lowering, has_own_process, kept, lower_all
 from optc.lowering.tensorrt_quant import is_quantized
-from optc.lowering.variants import Variant, offers_variants, variants
+from optc.lowering.variants import Refused, offers_variants, variants
 from optc.options import options_text
 from optc.passmanager.alternatives import SEPARATOR
 from optc.program import Program
@@ -105,13 +106,14 @@ class Contest:
         return near
 
     def _enter_variants(self, made: Lowering, program: Program) -> None:
-        offered: Sequence[Variant] = ()
+        found: list[Lowering] = []
+        refused: Refused = []
         failed: dict[str, str] = {}
         with self._run.step(f"Running {made.title} with other options") as step:
             with kept(failed, made.backend, made.title):
                 offered = made.backend.variants(made.lowered, made.target, made.folder)
+                found, refused = variants(made, offered, program, arrays(self._inputs)) if offered else ([], [])
             self.left += [Outcome(made.backend.name, False, reason, passes=made.passes) for reason in failed.values()]
-            found, refused = variants(made, offered, program, arrays(self._inputs)) if offered else ([], [])
             step.done(", ".join(options_text(each.options) for each in found) or "none that computes the same")
         self.lowerings += found
         self.left += [
@@ -262,7 +264,7 @@ def _measured_on(program: Program) -> set[str]:
 
 def arrays(query: tuple[Tensor, ...]) -> tuple[Array, ...]:
     """A query as runners take it."""
-    return tuple(tensor.detach().cpu().numpy() for tensor in query)
+    return tuple(map(as_array, query))
 
 
 def candidate(name: str, made: Lowering) -> Candidate:

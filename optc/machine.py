@@ -131,7 +131,11 @@ def available_memory() -> int:
         if line.startswith("MemAvailable:"):
             free = int(line.split()[1]) * 1024
     limit, used = _read_int("/sys/fs/cgroup/memory.max"), _read_int("/sys/fs/cgroup/memory.current")
-    return min(free, limit - used) if limit and used else free
+    if not limit or not used:
+        return free
+    entries = dict(line.split() for line in _lines("/sys/fs/cgroup/memory.stat"))
+    cached = int(entries.get("inactive_file", 0))  # file contents that the kernel drops when memory is asked for
+    return min(free, limit - used + cached)
 
 
 def load_average() -> float | None:

@@ -36,9 +36,10 @@ def file_of(programs: Mapping[str, Program], target: Target, backends: Sequence[
     """The file of a choice: named by a hash of the programs with their weights, by the lists of passes that made them,
     the target, the machine and the versions of everything the choice may depend on, plugins included.
     """
+    first = next(iter(programs.values()))
     parts = {
         "programs": {passes: program.fingerprint(contents=True) for passes, program in programs.items()},
-        "inputs": [[str(t.dtype), *t.shape[1:]] for t in next(iter(programs.values())).example_inputs],
+        "inputs": [[str(t.dtype), *t.shape[first.dynamic_batch :]] for t in first.example_inputs],
         "target": asdict(target),
         "backends": sorted(backend.name for backend in backends),
         "surroundings": surroundings(target),

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from optc.bench.layers import LayerProfile, artifact_layers, program_layers
+from optc.bench.measure import one_line
 from optc.bench.memory import Memory, artifact_memory, program_memory
 from optc.bench.peaks_cache import peaks
-from optc.errors import OptcError
 from optc.frontend.capture import capture
 from optc.lowering.artifact import Artifact
 from optc.target import Target
@@ -48,8 +48,8 @@ def look_inside(
         progress(what)
         try:
             return call(*args)
-        except OptcError as error:
-            missing.append(f"{what}: {error}")
+        except Exception as error:  # a plugin's profiler may raise anything
+            missing.append(f"{what}: {one_line(error)}")
             return None
 
     if target.device != "cpu":

@@ -11,9 +11,9 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 from optc.batches import at_batch
-from optc.errors import BackendError
+from optc.lowering.agreement import as_array
 from optc.lowering.backend import Array, Backend, Runner
-from optc.lowering.lowering import Lowering, lower
+from optc.lowering.lowering import Lowering, kept, lower
 from optc.program import Program, complete_meta
 from optc.target import Target
 
@@ -36,30 +36,31 @@ def latencies(programs: Sequence[Program], backend: Backend, target: Target) -> 
     backend cannot lower or run.
     """
     with tempfile.TemporaryDirectory(prefix="optc-latency-") as folder, ExitStack() as stack:
-        made = [_lowered(program, backend, target, Path(folder, str(i))) for i, program in enumerate(programs)]
-        found = [math.nan if lowering is None else math.inf for lowering in made]
-        rivals = {index: lowering for index, lowering in enumerate(made) if lowering is not None}
+        rivals: dict[int, Lowering] = {}
+        failed: dict[str, str] = {}
+        for index, program in enumerate(programs):
+            complete_meta(program)
+            with kept(failed, backend, str(index)):
+                rivals[index] = lower(backend, program, target, Path(folder, str(index)))
+        found = [math.inf if index in rivals else math.nan for index in range(len(programs))]
         for number in range(ROUNDS):
             if number in (0, ROUNDS // 2):
                 stack.close()
-                runners = {index: stack.enter_context(closing(rivals[index].load())) for index in rivals}
-            for index in rivals:
-                found[index] = min(found[index], _median(runners[index], _query(programs[index], target)))
-            limit = HOPELESS * min((found[index] for index in rivals), default=0.0)
+                runners: dict[int, Runner] = {}
+            for index, lowering in rivals.items():
+                with kept(failed, backend, str(index)):
+                    if index not in runners:
+                        runners[index] = stack.enter_context(closing(lowering.load()))
+                    found[index] = min(found[index], _median(runners[index], _query(programs[index], target)))
+                if str(index) in failed:
+                    found[index] = math.nan
+            limit = HOPELESS * min((found[index] for index in rivals if not math.isnan(found[index])), default=0.0)
             rivals = {index: lowering for index, lowering in rivals.items() if found[index] <= limit}
         return found
 
 
-def _lowered(program: Program, backend: Backend, target: Target, folder: Path) -> Lowering | None:
-    complete_meta(program)
-    try:
-        return lower(backend, program, target, folder)
-    except BackendError:
-        return None
-
-
 def _query(program: Program, target: Target) -> list[Array]:
-    return [tensor.numpy() for tensor in at_batch(program.example_inputs, program, target.batch)]
+    return [as_array(tensor) for tensor in at_batch(program.example_inputs, program, target.batch)]
 
 
 def _median(runner: Runner, inputs: list[Array]) -> float:

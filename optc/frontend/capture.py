@@ -41,6 +41,11 @@ def capture(
         CaptureError: torch.export cannot capture the model; carries its reason and the line of the model's code.
     """
     given = tuple(example_inputs)
+    for number, tensor in enumerate(given, 1):
+        if tensor.ndim == 0:
+            raise CaptureError(
+                f"input {number} has no batch dimension", "give it a first dimension, one value a sample"
+            )
     info = info or ModelInfo(name=type(model).__name__)
     with evaluation_mode(model), torch.no_grad(), _quiet():
         if dynamic_batch:

@@ -61,11 +61,17 @@ class Artifact:
         return replace(given, options={**made_for.options, **given.options}) if given else made_for
 
     def example_query(self, batch: int = 1, seed: int = 0) -> tuple[Array, ...]:
-        """Seeded normal noise of the inputs' shapes, ``batch`` where the first dimension may vary."""
+        """Seeded normal noise of the inputs' shapes, ``batch`` where the first dimension may vary.
+
+        Integers are not negative, as they may be indices.
+        """
         generator = np.random.default_rng(seed)
+        shapes = [[batch if size is None else size for size in entry.shape] for entry in self.manifest.inputs]
+        noise = [generator.standard_normal(shape) for shape in shapes]
+        types = [np.dtype(entry.dtype) for entry in self.manifest.inputs]
         return tuple(
-            generator.standard_normal([batch if size is None else size for size in entry.shape]).astype(entry.dtype)
-            for entry in self.manifest.inputs
+            (values if np.issubdtype(dtype, np.floating) else np.abs(values)).astype(dtype)
+            for values, dtype in zip(noise, types, strict=True)
         )
 
 

@@ -61,6 +61,8 @@ def test_a_container_limit_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setattr(facts, "_lines", lambda path: files.get(path, []))
     assert total_memory() == 1_000_000
     assert available_memory() == 600_000
+    files["/sys/fs/cgroup/memory.stat"] = ["anon 300000", "inactive_file 50000"]
+    assert available_memory() == 650_000, "files that were read are dropped when memory is asked for"
     files["/sys/fs/cgroup/memory.max"] = ["max"]
     assert total_memory() > 1_000_000
 

@@ -263,6 +263,30 @@ def test_streams_are_measured_where_samples_do_not_depend_on_one_another(
     assert divided.reason.startswith("openvino streams=2 computes output 'output_0' differently")
 
 
+@pytest.mark.parametrize("streams", [2, 3])
+def test_a_batch_of_dependent_samples_is_not_divided_where_that_is_asked_for(streams: int) -> None:
+    target = optc.Target(threads=2, batch=4, options={"openvino": {"streams": streams}})
+    with pytest.raises(optc.BackendError, match="depends on others of its batch") as caught:
+        optc.optimize(BesideTheMean(), torch.ones(1, 8), "fuse", backend="openvino", target=target, measure=False)
+    assert "leave out -O openvino.streams" in str(caught.value)
+
+
+class Turned(nn.Module):
+    """The batch of its output is not the first dimension."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.transpose(0, 1)
+
+
+def test_run_py_divides_no_batch_that_the_backend_does_not(tmp_path: Path) -> None:
+    x = torch.arange(12.0).reshape(2, 6)
+    program = optc.capture(Turned(), (x,), dynamic_batch=False)
+    target = optc.Target(threads=2, batch=2, options={"openvino": {"streams": 2}})
+    lowered = OpenVinoBackend().lower(program, target, tmp_path)
+    assert not lowered.details["divisible"]
+    assert "STREAMS = 1\n" in lowered.run_script
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -115,6 +115,17 @@ def test_the_choice_goes_with_the_artifact(tmp_path: Path, monkeypatch: pytest.M
         np.testing.assert_allclose(outputs[0], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_what_is_written_is_compared_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(path: Path, chosen: Any, written: Path) -> None:
+        written.write_text(path.read_text().replace('type="ReLU"', 'type="Abs"'))
+
+    monkeypatch.setattr(backend_module, "choose_kernels", chosen_anyhow)
+    monkeypatch.setattr(backend_module, "write_choice", wrong)
+    target = optc.Target(threads=2, batch=2, options={"openvino": {"kernels": "measured"}})
+    with pytest.raises(optc.BackendError, match="differently from the optimized graph"):
+        OpenVinoBackend().lower(optc.capture(convolutions(), (X,)), target, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("given", "ways"),
     [

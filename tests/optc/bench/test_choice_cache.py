@@ -45,6 +45,18 @@ def test_the_same_model_has_the_same_file_and_another_has_not() -> None:
     assert file not in others
 
 
+def test_models_of_one_batch_size_have_a_file_for_each() -> None:
+    found, _ = backends(AUTO, TARGET)
+    files = {}
+    for dynamic in (True, False):
+        for batch in (2, 4):
+            torch.manual_seed(0)
+            model, x = torch.nn.Linear(4, 3), torch.randn(batch, 4)
+            files[dynamic, batch] = file_of({"": optc.capture(model, (x,), dynamic_batch=dynamic)}, TARGET, found)
+    assert files[True, 2] == files[True, 4]
+    assert files[False, 2] != files[False, 4]
+
+
 def test_what_is_remembered_is_recalled() -> None:
     file = file_of({"": program()}, TARGET, [])
     assert recall(file) is None

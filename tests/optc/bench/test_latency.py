@@ -73,6 +73,40 @@ def test_what_cannot_be_lowered_takes_no_number() -> None:
     assert found[1] > 0
 
 
+class Broken(Watched):
+    """Has bugs: in lowering models of six outputs, in loading those of seven, in running those of eight."""
+
+    def lower(self, program: Program, target: Target, folder: Path) -> Lowered:
+        self.outputs = program.graph.output_node().args[0][0].meta["val"].shape[-1]  # type: ignore[index, union-attr]
+        if self.outputs == 6:
+            raise NotImplementedError("six")
+        lowered = super().lower(program, target, folder)
+        (folder / f"{self.outputs}").touch()
+        return lowered
+
+    def load(self, folder: Path, files: tuple[str, ...], target: Target) -> Runner:
+        loads = len(list(folder.glob("loaded*")))
+        (folder / f"loaded{loads}").touch()
+        if loads and (folder / "7").exists():  # the first time it is compared with the graph
+            raise KeyError("seven")
+        return Failing() if loads and (folder / "8").exists() else super().load(folder, files, target)
+
+
+class Failing(Runner):
+    provider = precision = ""
+
+    def __call__(self, *inputs: Array) -> tuple[Array, ...]:
+        raise ZeroDivisionError("eight")
+
+
+def test_a_bug_in_a_backend_takes_no_number_either() -> None:
+    backend = Broken()
+    found = latencies([captured(outputs) for outputs in (5, 6, 7, 8)], backend, Target(threads=1))
+    assert found[0] > 0
+    assert all(map(math.isnan, found[1:]))
+    assert backend.open == 0
+
+
 def test_rivals_are_opened_twice_and_all_closed() -> None:
     backend = Watched()
     found = latencies([captured(5), captured(6)], backend, Target(threads=1))

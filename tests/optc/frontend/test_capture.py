@@ -85,6 +85,11 @@ def test_model_that_fixes_its_batch_is_captured_for_it_with_a_note() -> None:
     torch.testing.assert_close(program.run(x)[0], x * 2)
 
 
+def test_an_input_without_a_batch_is_named() -> None:
+    with pytest.raises(CaptureError, match="input 2 has no batch dimension"):
+        capture(nn.Bilinear(4, 4, 2), (torch.randn(2, 4), torch.tensor(0.5)))
+
+
 def test_static_batch_when_asked_for_needs_no_note() -> None:
     program = capture(Small(), (torch.randn(1, 3, 8, 8),), dynamic_batch=False)
     assert not program.dynamic_batch

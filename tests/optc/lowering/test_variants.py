@@ -72,6 +72,25 @@ class Broken(Offering):
         raise KeyError("options")
 
 
+class Narrow(Offering):
+    """Its kernels take nothing but the inputs that they were made with."""
+
+    name = "narrow"
+
+    def load(self, folder: Path, files: tuple[str, ...], target: optc.Target) -> Runner:
+        runner = super().load(folder, files, target)
+
+        class Limited(Runner):
+            provider, precision = runner.provider, runner.precision
+
+            def __call__(self, *inputs: Array) -> tuple[Array, ...]:
+                if not np.array_equal(inputs[0], X.numpy()):
+                    raise IndexError("out of range")
+                return runner(*inputs)
+
+        return Limited()
+
+
 @pytest.fixture(scope="module")
 def program() -> optc.Program:
     return optc.capture(nn.Linear(8, 8), (X,))
@@ -105,6 +124,14 @@ def test_what_a_backend_cannot_offer_names_the_backend(program: optc.Program) ->
     (left,) = race.left
     assert left.reason.startswith("backend 'broken' (from ")
     assert left.reason.endswith(") raised KeyError: 'options'")
+
+
+def test_a_way_that_cannot_be_compared_is_left(program: optc.Program) -> None:
+    race = Contest(Run(Progress()), (X,), TARGET, with_variants=True)
+    race.enter({"": program}, [Narrow()])
+    assert [made.title for made in race.lowerings] == ["narrow"]
+    (left,) = race.left
+    assert left.reason.endswith(") raised IndexError: out of range")
 
 
 def test_the_fastest_way_is_kept_and_remembered(

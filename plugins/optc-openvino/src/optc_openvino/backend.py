@@ -6,6 +6,7 @@ import math
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from optc_openvino.graph import (
     use_hsigmoid,
     use_signed_activations,
 )
-from optc_openvino.runner import OpenVinoRunner
+from optc_openvino.runner import OpenVinoRunner, refuse_dependent_samples
 from optc_openvino.runtime import VERSION, OpenVinoOptions, errors, ov, read
 from optc_openvino.times import kernel_times
 
@@ -56,8 +57,8 @@ class OpenVinoBackend(Backend):
         """Write ``model.xml`` and ``model.bin``, and compare what they compute with the graph, less needless roundings.
 
         Raises:
-            BackendError: an operator has no ONNX form, OpenVINO refuses it, or OpenVINO's outputs on the example
-                inputs differ from the graph's.
+            BackendError: an operator has no ONNX form, OpenVINO refuses it, OpenVINO's outputs on the example inputs
+                differ from the graph's, or a batch is to be divided whose samples depend on one another.
         """
         from optc import check_agreement, export_onnx  # they import torch, which loading a model does not need
         from optc_openvino.roundings import without_roundings_before_activations
@@ -79,10 +80,9 @@ class OpenVinoBackend(Backend):
             with errors("openvino cannot write the model"):
                 ov.save_model(model, folder / FILES[0], compress_to_fp16=False)
             del model  # it maps the ONNX file
+        given = self.options(target)
         model = read(folder / FILES[0])
-        asked = quantized_layers(model)
         operators = Counter(node.get_type_name() for node in model.get_ops())
-        runner = OpenVinoRunner(model, replace(target, batch=len(program.example_inputs[0])), self.options(target))
         details = {
             "openvino": VERSION,
             "opset": exported["opset"],
@@ -93,15 +93,28 @@ class OpenVinoBackend(Backend):
             "dropped_zero_points": dropped,
             "dropped_quantizations": not_rounded,
             "inference_precision": "bfloat16" if own else "as in the graph",
-            "divisible": runner.divisible,
-            "not_int8": not_int8(runner.kernels, asked),
-            "check": check_agreement("openvino", program, runner).details(),
         }
-        runner.close()
-        given = self.options(target)
+
+        def checked(model: ov.Model) -> dict[str, Any]:
+            with closing(OpenVinoRunner(model, replace(target, batch=len(program.example_inputs[0])), given)) as runner:
+                return {
+                    "divisible": runner.divisible,
+                    "not_int8": not_int8(runner.kernels, quantized_layers(model)),
+                    "check": check_agreement("openvino", program, runner).details(),
+                }
+
+        details |= checked(model)
+        if not details["divisible"]:
+            given = given.model_copy(update={"streams": 1})
+        elif given.streams > 1:
+            refuse_dependent_samples(model, target, given)
         lowered = Lowered(FILES, details, run_script=_run_script(given, FILES[0]))
         chosen = choose_kernels(folder / FILES[0], target, given) if given.kernels == "measured" else {}
-        return _with_kernels(lowered, chosen, [given], folder)[0] if chosen else lowered
+        if not chosen:
+            return lowered
+        (made,) = _with_kernels(lowered, chosen, [given], folder)
+        again = checked(read(folder / FILE_OF_KERNELS, folder / FILES[1]))
+        return replace(made, details={**made.details, **again})
 
     def variants(self, lowered: Lowered, target: Target, folder: Path) -> list[tuple[dict[str, Any], Lowered]]:
         """A stream for each thread, or as many as divide the batch as well; and kernels chosen by measuring them.

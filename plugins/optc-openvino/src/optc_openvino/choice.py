@@ -10,12 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
-import numpy as np
-
 from optc import Target
 from optc_openvino.execution import kernels
 from optc_openvino.graph import LAYERS
-from optc_openvino.parts import at_batch, compile_parts, run_side_by_side
+from optc_openvino.parts import at_batch, compile_parts, noise, run_side_by_side
 from optc_openvino.runtime import OpenVinoOptions, read
 
 CONVOLUTIONS = frozenset(("Convolution", "GroupConvolution"))
@@ -49,14 +47,15 @@ def choose_kernels(path: Path, target: Target, given: OpenVinoOptions) -> dict[s
     is compiled several times, and the medians are compared.
 
     Returns:
-        By name the convolutions that another kernel computes faster in the same type, and which.
+        By name the convolutions that another kernel computes faster in the same type, and which. Nothing is measured
+        for a single one: it is a layer whose formats are being compared.
 
     Raises:
         BackendError: OpenVINO cannot compile or run the model.
     """
     types = {node.get_friendly_name(): node.get_type_name() for node in read(path).get_ops()}
     convolutions = {name for name, kind in types.items() if kind in CONVOLUTIONS}
-    if len(convolutions) < max(1, _LEAST_CONVOLUTIONS * sum(kind in LAYERS for kind in types.values())):
+    if len(convolutions) < max(2, _LEAST_CONVOLUTIONS * sum(kind in LAYERS for kind in types.values())):
         return {}
     trials = [_Trial(path, (), convolutions, target, given)]
     isa = next((isa for isa in _OTHERS if any(isa in kernel for kernel in trials[0].kernels.values())), None)
@@ -112,8 +111,7 @@ class _Trial:
         self._requests = tuple(compiled.create_infer_request() for _ in range(parts))
         for request in self._requests:
             for tensor in request.input_tensors:
-                noise = np.abs(np.random.default_rng(0).standard_normal(tensor.data.shape))
-                tensor.data[:] = noise.astype(tensor.data.dtype)  # zeros and ones if these are indices
+                tensor.data[:] = noise(tensor.data.shape, tensor.data.dtype)
         self.kernels = {each.name: each.primitive for each in kernels(compiled) if each.name in convolutions}
 
     def run(self) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
-from numpy.typing import NDArray
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
 
 from optc import Target
 from optc_openvino.runtime import OpenVinoOptions, compile_model, errors, ov
@@ -54,6 +56,11 @@ def compile_parts(
     return compile_model(fixed, target, given, further, streams=parts), parts
 
 
+def noise(shape: Sequence[int], dtype: DTypeLike) -> NDArray[Any]:
+    """Seeded noise, none of it negative: zeros and ones if these are indices."""
+    return np.abs(np.random.default_rng(0).standard_normal(shape)).astype(dtype)
+
+
 def set_parts(requests: Requests, arrays: Sequence[NDArray[Any]]) -> None:
     """Give each request its part of a query's arrays.
 
@@ -81,9 +88,7 @@ def run_side_by_side(requests: Requests) -> None:
         if len(requests) == 1:
             requests[0].infer()  # sooner than to start and to wait
             return
-        try:
+        with ExitStack() as running:
             for request in requests:
                 request.start_async()
-        finally:
-            for request in requests:
-                request.wait()
+                running.callback(request.wait)

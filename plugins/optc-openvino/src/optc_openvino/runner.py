@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any
 
@@ -12,7 +13,16 @@ from numpy.typing import NDArray
 
 from optc import BackendError, Runner, Target
 from optc_openvino.execution import kernels, precision
-from optc_openvino.parts import Requests, Shapes, at_batch, compile_parts, is_divisible, run_side_by_side, set_parts
+from optc_openvino.parts import (
+    Requests,
+    Shapes,
+    at_batch,
+    compile_parts,
+    is_divisible,
+    noise,
+    run_side_by_side,
+    set_parts,
+)
 from optc_openvino.runtime import VERSION, OpenVinoOptions, ov
 
 Array = NDArray[Any]
@@ -111,6 +121,31 @@ class OpenVinoRunner(Runner):
                 self._others[shapes] = _requests(compiled, parts)
             self._others.move_to_end(shapes)
             return self._others[shapes]
+
+
+def refuse_dependent_samples(model: ov.Model, target: Target, given: OpenVinoOptions) -> None:
+    """Run a batch of noise, a sample for each stream, divided and as a whole.
+
+    Raises:
+        BackendError: the outputs are not the same.
+    """
+    query = [noise(at_batch(port.get_partial_shape(), given.streams), _dtype(port)) for port in model.inputs]
+    whole, divided = (
+        OpenVinoRunner(model, replace(target, batch=given.streams), given.model_copy(update={"streams": streams}))
+        for streams in (1, given.streams)
+    )
+    for name, reference, output in zip(model.outputs, whole(*query), divided(*query), strict=True):
+        if reference.shape != output.shape or not _alike(reference, output):
+            raise BackendError(
+                f"output '{name.get_any_name()}' of a sample depends on others of its batch, which cannot be divided",
+                "leave out -O openvino.streams",
+            )
+
+
+def _alike(reference: Array, output: Array) -> bool:
+    """Whether two outputs differ by roundings at most: in a quantized model these leave 10 dB or more."""
+    noise = float(np.square(reference.astype(np.float64) - output).sum())
+    return 10 * noise <= float(np.square(reference.astype(np.float64)).sum())
 
 
 def _requests(compiled: ov.CompiledModel, parts: int) -> Free:
