@@ -63,7 +63,7 @@ bench: .venv/.installed-bench ## run every benchmark, that against the peers in 
 	$(BIN)/python benchmarks/run.py
 
 peers: .venv/.installed-bench ## measure against every peer on every model (hours)
-	$(BIN)/python benchmarks/peers.py
+	$(BIN)/python benchmarks/peers.py; status=$$?; $(BIN)/python benchmarks/readme.py; exit $$status
 
 clean: ## remove what was built, not .venv nor the trained checkpoint
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis runs .demo/alexnet-int8

@@ -27,6 +27,7 @@ class Result:
         table: rows of equal keys, for people.
         raw: every sample, for machines.
         notes: what to know before believing the numbers.
+        measured_on: where, if not on this machine alone.
     """
 
     claim: str
@@ -35,6 +36,7 @@ class Result:
     table: Sequence[Mapping[str, str | int | float]]
     raw: Any
     notes: Sequence[str] = ()
+    measured_on: str = ""
 
 
 def publish(name: str, benchmark: Callable[[], Result], *, command: str = "", folder: Path = RESULTS) -> None:
@@ -53,7 +55,8 @@ def publish(name: str, benchmark: Callable[[], Result], *, command: str = "", fo
     run = {"benchmark": name, "command": command or f"python benchmarks/{name}.py"}
     document = {**run, "seconds": time.perf_counter() - start, "machine": asdict(facts), **asdict(result)}
     write(folder / f"{name}.json", json.dumps(document))
-    text = _markdown(name, result, f"{facts.cpu}, {facts.cores} cores, {', '.join(facts.isa or ())}")
+    where = result.measured_on or f"{facts.cpu}, {facts.cores} cores, {', '.join(facts.isa or ())}"
+    text = _markdown(name, result, where)
     write(folder / f"{name}.md", text)
     print(text)
     sys.exit(0 if result.held else 1)

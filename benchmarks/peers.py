@@ -1,8 +1,8 @@
 """optc beside its peers: the same models, inputs and threads, in one run, in interleaved blocks.
 
 ``python benchmarks/peers.py`` measures every row; ``--short`` two of them, for ``make bench``. With ``--models`` and
-``--batch`` some rows are measured now; the table has those measured before as well, on other machines too. A row is one
-run on one machine, which it names.
+``--batch`` some rows are measured now; the table has those measured before as well, on other machines too, with the
+versions that are installed and as many cores. A row is one run on one machine, which it names.
 """
 
 from __future__ import annotations
@@ -255,6 +255,7 @@ def summary(rows: Sequence[Mapping[str, Any]], wanted: int) -> Result:
             f"Random weights; a tool whose outputs keep less than {LEAST_SQNR_DB:.0f} dB is not compared with.",
             *(f"{name}: {text}" for name, row in zip(names, rows, strict=True) for text in _left_out(row)),
         ],
+        measured_on=f"{machines} machines, see its table" if (machines := len(set(_wheres(rows)))) > 1 else "",
     )
 
 
@@ -267,7 +268,7 @@ def _by_machine(
 ) -> list[str]:
     """What was found on each machine, whose rows are of about the same time, one line each."""
     lines = []
-    for machine_ in dict.fromkeys(_where(row["machine"]) for row in rows):
+    for machine_ in dict.fromkeys(_wheres(rows)):
         here = [number for number, row in enumerate(rows) if _where(row["machine"]) == machine_]
         values = [ratio["value"] for number in here if (ratio := ratios[number])]
         names = [f"{rows[number]['model']} batch {rows[number]['batch']}" for number in here if missed[number]]
@@ -308,6 +309,10 @@ def _summary_row(row: Mapping[str, Any]) -> dict[str, str | float]:
 def _decibels(sqnr: Mapping[str, float | None], name: str | None) -> str:
     value = sqnr.get(name or "", math.nan)
     return "exact" if value is None else "–" if math.isnan(value) else f"{value:.1f}"
+
+
+def _wheres(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [_where(row["machine"]) for row in rows]
 
 
 def _where(of: Mapping[str, Any]) -> str:

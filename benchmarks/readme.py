@@ -10,19 +10,21 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN = "<!-- numbers: begin (written from `make bench`; do not edit by hand) -->"
+BEGIN = (
+    "<!-- numbers: begin (written by `python benchmarks/readme.py` from benchmarks/results; do not edit by hand) -->"
+)
 END = "<!-- numbers: end -->"
 
 
 def block() -> str:
     """The table of all results, with the command that makes each."""
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    machines = list(dict.fromkeys(map(_machine, results)))
+    machines = list(dict.fromkeys(_machine(result) for result in results if not result.get("measured_on")))
     lines = ["| claim | held | found | on | command |", "|---|---|---|---|---|"]
     for result in results:
         held = "yes" if result["held"] else "**no**"
         command = result.get("command", f"python benchmarks/{result['benchmark']}.py")
-        on = ascii_uppercase[machines.index(_machine(result))]
+        on = result.get("measured_on") or ascii_uppercase[machines.index(_machine(result))]
         lines.append(f"| {result['claim']} | {held} | {result['finding']} | {on} | `{command}` |")
     where = "; ".join(f"{letter}: {name}" for letter, name in zip(ascii_uppercase, machines, strict=False))
     return "\n".join(

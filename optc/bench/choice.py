@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from optc.bench import statistics
-from optc.bench.results import CandidateResult, Measurement
+from optc.bench.results import CandidateResult, Measurement, fastest
 from optc.errors import BackendError
 from optc.lowering.lowering import Lowering
 from optc.options import options_text
@@ -44,7 +44,7 @@ class Outcome:
 def choose(
     lowerings: Mapping[str, Lowering], left: Sequence[Outcome], measured: Measurement | None
 ) -> tuple[Lowering, tuple[Outcome, ...]]:
-    """Keep the lowering with the lowest median latency; ties within the noise go to it as well, and say so.
+    """Keep the fastest lowering, see :func:`fastest`; ties within the noise go to it as well, and say so.
 
     Args:
         lowerings: by the name of their candidate in ``measured``; at least one.
@@ -63,11 +63,11 @@ def choose(
         kept = Outcome(only.backend.name, True, reason, only.precision, None, only.bytes, only.seconds, only.passes)
         return only, (kept, *left)
     results = [measured[name] for name in lowerings]
-    ranked = sorted(results, key=_p50)
-    best = ranked[0]
-    if best.error is not None:
-        reasons = "; ".join(f"{result.name}: {result.error}" for result in ranked)
+    best = fastest(results, measured.interleaved)
+    if best is None:
+        reasons = "; ".join(f"{result.name}: {result.error}" for result in results)
         raise BackendError(f"everything that was lowered failed when measured: {reasons}")
+    ranked = sorted(results, key=lambda result: (result is not best, _p50(result)))
     outcomes = [_outcome(result, lowerings[result.name], best, measured.interleaved) for result in ranked]
     return lowerings[best.name], (*outcomes, *left)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -166,13 +167,13 @@ def conclude(
     warnings: Sequence[str],
 ) -> Measurement:
     """Find the baseline, compare the fastest optimized candidate with it, and put everything together."""
-    complete = [result for result in results if result.percentiles is not None and result.error is None]
-    baseline = _fastest([result for result in complete if not result.quantized and result.name not in optimized])
-    subject = _fastest([result for result in complete if result.name in optimized])
+    interleaved = not sequential_reason
+    unquantized = [result for result in results if not result.quantized and result.name not in optimized]
+    baseline = fastest(unquantized, interleaved)
+    subject = fastest([result for result in results if result.name in optimized], interleaved)
     ratio = None
     notes = list(warnings)
     if subject is not None and baseline is not None:
-        interleaved = not sequential_reason
         ratio = statistics.ratio_of_medians(subject.latencies_ns, baseline.latencies_ns, interleaved=interleaved)
         if len(subject.blocks) < _ENOUGH_BLOCKS:
             notes.append(f"only {len(subject.blocks)} blocks each: the confidence interval is too narrow")
@@ -191,7 +192,16 @@ def conclude(
     )
 
 
-def _fastest(results: Sequence[CandidateResult]) -> CandidateResult | None:
-    return min(
-        results, key=lambda result: result.percentiles.p50_ns if result.percentiles else float("inf"), default=None
-    )
+def fastest(results: Sequence[CandidateResult], interleaved: bool) -> CandidateResult | None:
+    """The one with the lowest median latency, unless another is shown to be faster in the blocks that both have.
+
+    Some are measured for more blocks than others, in which the machine may have been slower. ``None`` if none was
+    measured without an error.
+    """
+    complete = [result for result in results if result.percentiles is not None and result.error is None]
+    best = min(complete, key=lambda result: result.percentiles.p50_ns if result.percentiles else math.inf, default=None)
+    for other in complete:
+        if best is not None and interleaved and len(other.blocks) != len(best.blocks):
+            ratio = statistics.ratio_of_medians(other.latencies_ns, best.latencies_ns, interleaved=True)
+            best = other if ratio.outcome == "faster" else best
+    return best

@@ -40,7 +40,10 @@ def status(name: str) -> dict[str, Any]:
     """Whether the backend runs here, and if not why, JSON-ready. Imports the backend if what it requires is there."""
     registered = registry().get("backend", name)
     try:
-        reason = registry().load("backend", name).unavailable(Target())
+        backend = registry().load("backend", name)
+        reason = backend.unavailable(Target())
+        if reason is not None and backend.unavailable(Target(device="cuda")) is None:
+            reason = None  # it runs on the GPU, and on that alone
     except OptcError as error:
         reason = str(error)
     return {

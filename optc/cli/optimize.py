@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     default="fuse,quant",
     show_default=True,
     help="Passes to run, in order, comma-separated, with options as in 'fuse,quant<observer=mse>'. Of several lists,"
-    " separated by '|', the fastest is kept; auto stands for int8, the best format for each layer, bf16 and float.",
+    " separated by '|', the fastest is kept; auto stands for int8, a format for each layer, int8 with bf16 between,"
+    " bf16 and float.",
 )
 @click.option(
     "-O", "assignments", multiple=True, metavar="NAME.OPTION=VALUE", help="Set an option of a pass or backend."

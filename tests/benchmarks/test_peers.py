@@ -169,6 +169,8 @@ def test_alexnet_at_batch_1_has_a_limit_of_its_own(peers: ModuleType, ratio: flo
     assert not both.held, "two machines are no two rows wanted"
     assert both.finding.startswith(f"geometric mean {ratio:.3f} over 2 rows of 1 of 2 models and batches")
     assert ("alexnet batch 1 on avx2" in both.finding) is not held
+    assert both.measured_on == "2 machines, see its table"
+    assert not peers.summary([row], 1).measured_on
     missed = "none missed" if held else "missed: alexnet batch 1"
     assert f"another CPU (avx2): geometric mean {ratio:.3f} over 1 rows, {missed}" in both.notes
 

@@ -2,8 +2,32 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
+
+from optc.bench import statistics
+from optc.bench.results import Block, CandidateResult, fastest
 
 
 def test_results_do_not_import_torch() -> None:
     code = "import sys, optc.bench.results; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def result(name: str, milliseconds: list[float]) -> CandidateResult:
+    """Five queries in each block, within a hundredth of the milliseconds that are given for it."""
+    latencies = [[round(each * 1e6 * (1 + step / 200)) for step in (-2, -1, 0, 1, 2)] for each in milliseconds]
+    blocks = tuple(Block(tuple(each), 0, None) for each in latencies)  # type: ignore[arg-type]
+    percentiles, spread = statistics.percentiles(latencies), statistics.block_spread(latencies)
+    return CandidateResult(name, "", "float32", False, 0.0, blocks, percentiles, spread, None, ())
+
+
+def test_more_blocks_on_a_slower_machine_make_no_loser() -> None:
+    steady = [1.0, 1.1, 1.0, 0.9, 1.0]
+    winner = result("winner", [*steady, *[1.3] * 8])
+    loser = result("loser", [1.1 * each for each in steady])
+    assert loser.percentiles.p50_ns < winner.percentiles.p50_ns  # type: ignore[union-attr]
+    for results in ([winner, loser], [loser, winner]):
+        assert fastest(results, interleaved=True) is winner
+        assert fastest(results, interleaved=False) is loser, "no blocks of the same time"
+    assert fastest([replace(winner, error="broken"), loser], interleaved=True) is loser
+    assert fastest([replace(loser, error="broken")], interleaved=True) is None

@@ -17,9 +17,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from optc.cli.backends import status
 from optc.cli.main import run
 from optc.lowering.artifact import load_artifact
 from optc.lowering.onnxruntime import OnnxRuntimeBackend
+from optc.plugins.registry import registry
 from optc.target import Target
 
 FACTORY = """
@@ -277,6 +279,16 @@ def test_a_wrong_option_of_a_backend_is_one_line(option: str, backend: str, says
     assert done.returncode == 2
     assert says in done.stderr
     assert not Path("out").exists()
+
+
+def test_a_backend_of_the_gpu_alone_is_ready_where_it_runs_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not status("onnxruntime-tensorrt")["ready"] or torch.cuda.is_available()
+    kind = type(registry().load("backend", "onnxruntime-tensorrt")())
+    missing = classmethod(lambda cls, target: None if target.device == "cuda" else "it runs on cuda")
+    monkeypatch.setattr(kind, "unavailable", missing)
+    found = status("onnxruntime-tensorrt")
+    assert found["ready"]
+    assert found["reason"] is None
 
 
 def test_the_listings_have_json(folder: Path, optc: Run) -> None:
