@@ -10,9 +10,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN = (
-    "<!-- numbers: begin (written by benchmarks/readme.py from benchmarks/results; do not edit by hand) -->"
-)
+BEGIN = "<!-- numbers: begin (written by benchmarks/readme.py from benchmarks/results; do not edit by hand) -->"
 END = "<!-- numbers: end -->"
 
 
