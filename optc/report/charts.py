@@ -174,18 +174,20 @@ def _label(axes: Axes, points: Sequence[Point], heights: Sequence[float]) -> Non
         for each, height in zip(points, heights, strict=True)
     ]
     taken: list[tuple[float, float, float, float]] = [(x - 5, y - 5, x + 5, y + 5) for x, y in places_of]
-    begin, end = (axes.bbox.x0 * 72 / figure_.dpi, axes.bbox.x1 * 72 / figure_.dpi)
+    begin, low, end, high = axes.bbox.extents * 72 / figure_.dpi
     for each, height, (x, y) in zip(points, heights, places_of, strict=True):
         width, tall = 5.2 * len(each.name), 10.0
         places = [(0, 11, "center"), (0, -20, "center"), (11, -4, "left"), (-11, -4, "right"), (0, 22, "center")]
         places += [(0, -31, "center"), (0, 33, "center"), (0, -42, "center")]
         places += [(dx, dy, side) for side, dx in (("left", -4), ("right", 4)) for dy in (11, -20, 22, -31, 33, -42)]
-        for place in places:
-            dx, dy, side = place
+        boxes = []
+        for dx, dy, side in places:
             left = x + dx - {"center": width / 2, "left": 0, "right": width}[side]
-            box = (left, y + dy, left + width, y + dy + tall)
-            if begin <= left and left + width <= end and not any(_overlap(box, other) for other in taken):
-                break
+            boxes.append(((dx, dy, side), (left, y + dy, left + width, y + dy + tall)))
+        beside = [each for each in boxes if begin <= each[1][0] and each[1][2] <= end]
+        free = [each for each in beside if not any(_overlap(each[1], other) for other in taken)]
+        within = [each for each in free if low <= each[1][1] and each[1][3] <= high]
+        (dx, dy, side), box = (within or free or beside or boxes)[0]
         taken.append(box)
         axes.annotate(each.name, (each.milliseconds, height), (dx, dy), textcoords="offset points", fontsize=9, ha=side)
 

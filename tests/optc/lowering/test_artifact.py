@@ -303,3 +303,20 @@ def test_a_backend_without_a_run_script_gets_none(made: Made, tmp_path: Path) ->
 
 def test_weights_are_not_written_twice(made: Made, saved: Path) -> None:
     assert (saved / "model.onnx").samefile(made.files / "model.onnx")
+
+
+def test_integers_of_an_example_query_may_be_indices(tmp_path: Path) -> None:
+    tokens = torch.tensor([[0, 1, 2], [2, 1, 0]])
+    made = optc.optimize(torch.nn.Embedding(8, 4).eval(), tokens, "fuse", backend="eager", measure=False)
+    artifact = load_artifact(made.save(tmp_path / "embedding"))
+    (query,) = artifact.example_query(64)
+    assert query.dtype == np.int64
+    assert query.min() == 0
+    assert artifact.runner()(query)[0].shape == (64, 3, 4)
+
+
+def test_inputs_in_bfloat16_are_measured_and_run() -> None:
+    model, x = torch.nn.Linear(8, 8).bfloat16().eval(), torch.randn(2, 8).bfloat16()
+    made = optc.optimize(model, x, "fuse", measure=False)
+    assert made.report.backends[0].chosen
+    torch.testing.assert_close(made(x), model(x).detach().float(), rtol=1e-2, atol=1e-2)
