@@ -162,7 +162,7 @@ def _scatter(axes: Axes, points: Sequence[Point], heights: Sequence[float], bett
 
 
 def _label(axes: Axes, points: Sequence[Point], heights: Sequence[float]) -> None:
-    """The points' names beside them, each at the first place around its point that is free and within the axes.
+    """The points' names beside them, each beside its point within the axes' width, where it covers fewest others.
 
     Call it when the axes have their final limits. Sizes are in points of print; widths of names are estimates.
     """
@@ -174,20 +174,20 @@ def _label(axes: Axes, points: Sequence[Point], heights: Sequence[float]) -> Non
         for each, height in zip(points, heights, strict=True)
     ]
     taken: list[tuple[float, float, float, float]] = [(x - 5, y - 5, x + 5, y + 5) for x, y in places_of]
-    begin, low, end, high = axes.bbox.extents * 72 / figure_.dpi
+    begin, low, end, high = (float(edge) * 72 / figure_.dpi for edge in axes.bbox.extents)
     for each, height, (x, y) in zip(points, heights, places_of, strict=True):
         width, tall = 5.2 * len(each.name), 10.0
         places = [(0, 11, "center"), (0, -20, "center"), (11, -4, "left"), (-11, -4, "right"), (0, 22, "center")]
         places += [(0, -31, "center"), (0, 33, "center"), (0, -42, "center")]
         places += [(dx, dy, side) for side, dx in (("left", -4), ("right", 4)) for dy in (11, -20, 22, -31, 33, -42)]
-        boxes = []
-        for dx, dy, side in places:
-            left = x + dx - {"center": width / 2, "left": 0, "right": width}[side]
-            boxes.append(((dx, dy, side), (left, y + dy, left + width, y + dy + tall)))
-        beside = [each for each in boxes if begin <= each[1][0] and each[1][2] <= end]
-        free = [each for each in beside if not any(_overlap(each[1], other) for other in taken)]
-        within = [each for each in free if low <= each[1][1] and each[1][3] <= high]
-        (dx, dy, side), box = (within or free or beside or boxes)[0]
+        best = (True, len(taken) + 1, True)
+        for place in places:
+            left = x + place[0] - {"center": width / 2, "left": 0, "right": width}[place[2]]
+            spot = (left, y + place[1], left + width, y + place[1] + tall)
+            covered = sum(_overlap(spot, other) for other in taken)
+            rank = (spot[0] < begin or spot[2] > end, covered, spot[1] < low or spot[3] > high)
+            if rank < best:
+                best, box, (dx, dy, side) = rank, spot, place
         taken.append(box)
         axes.annotate(each.name, (each.milliseconds, height), (dx, dy), textcoords="offset points", fontsize=9, ha=side)
 
