@@ -19,13 +19,13 @@ from optc.errors import BackendError
 from optc.lowering.agreement import as_array
 from optc.lowering.backend import Array, Backend
 from optc.lowering.lowering import Lowering, has_own_process, kept, lower_all
-from optc.lowering.tensorrt_quant import is_quantized
 from optc.lowering.variants import Refused, offers_variants, variants
 from optc.options import options_text
 from optc.passmanager.alternatives import SEPARATOR
 from optc.program import Program
 from optc.progress import Run
 from optc.report.account import is_account
+from optc.rewrite import is_quantized
 from optc.target import Target
 
 OPTIMIZED = "optc"

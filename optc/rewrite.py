@@ -6,12 +6,22 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
 from torch import Tensor, fx
 
 from optc.program import Program, get_constant
 from optc.program import complete_meta as complete_meta
 
 Target = Callable[..., Any]
+qd = torch.ops.quantized_decomposed
+QUANTIZERS = (qd.quantize_per_tensor.default, qd.quantize_per_channel.default)
+"""The operators that round to integers by constant scales."""
+DEQUANTIZERS = (
+    qd.dequantize_per_tensor.default,
+    qd.dequantize_per_channel.default,
+    qd.dequantize_per_channel_group.default,
+)
+"""The operators that give what integers stand for, by constant scales."""
 
 
 def calls(program: Program, *targets: Target) -> Iterator[fx.Node]:
@@ -25,6 +35,11 @@ def calls(program: Program, *targets: Target) -> Iterator[fx.Node]:
 def is_call(node: object, *targets: Target) -> bool:
     """Whether ``node`` is a ``call_function`` of one of the targets."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def is_quantized(program: Program) -> bool:
+    """Whether anything in the graph is quantized, weights included."""
+    return any(True for _ in calls(program, *QUANTIZERS, *DEQUANTIZERS))
 
 
 def argument(node: fx.Node, name: str) -> Any:

@@ -22,10 +22,23 @@ def tidy(model: ir.Model) -> None:
     onnx_blocks.tidy_blocks(model)
     onnx_dynamic.tidy_dynamic(model)
     transpose_weights(model)
-    optimizer.optimize_ir(model)
+    optimize(model)
     dequantize_biases(model)
     common.RemoveUnusedNodesPass()(model)
     common.ClearMetadataAndDocStringPass()(model)
+
+
+def optimize(model: ir.Model) -> None:
+    """onnxscript's optimizer, after which nodes still know what they were exported from.
+
+    Its rewrites leave a node's outputs their names and nothing else: a Conv whose bias was all zero is another node.
+    """
+    exported = {value.name: node.meta["node"] for node in model.graph if "node" in node.meta for value in node.outputs}
+    optimizer.optimize_ir(model)
+    for node in model.graph:
+        known = next((exported[value.name] for value in node.outputs if value.name in exported), None)
+        if known is not None:
+            node.meta.setdefault("node", known)
 
 
 def transpose_weights(model: ir.Model) -> None:

@@ -25,14 +25,13 @@ from optc.lowering.tensorrt_build import build_engine, dry_run, export, largest_
 from optc.lowering.tensorrt_engine import ENGINE, FACTS, TensorRtRunner
 from optc.lowering.tensorrt_quant import (
     PIP_MODELOPT,
-    is_quantized,
     plain_kernels,
     quantize_op,
     quantize_ops,
     tensorrt_form,
 )
 from optc.program import Program
-from optc.rewrite import argument, label
+from optc.rewrite import argument, is_quantized, label
 from optc.target import Target
 
 RUN_SCRIPT = Path(__file__).with_name("run_tensorrt.py")

@@ -9,26 +9,30 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from optc.errors import BackendError
 from optc.ops import decompose
 from optc.program import Program, complete_meta
-from optc.rewrite import add_constant, argument, calls, constant_of, dtype, erase_unused, is_call, label, replace
+from optc.rewrite import (
+    DEQUANTIZERS,
+    QUANTIZERS,
+    add_constant,
+    argument,
+    calls,
+    constant_of,
+    dtype,
+    erase_unused,
+    is_call,
+    label,
+    replace,
+)
 
 aten = torch.ops.aten
 qd = torch.ops.quantized_decomposed
-QUANTIZERS = (qd.quantize_per_tensor.default, qd.quantize_per_channel.default)
-DEQUANTIZERS = (qd.dequantize_per_tensor.default, qd.dequantize_per_channel.default)
 PIP_MODELOPT = "pip install nvidia-modelopt requests"
 """modelopt 0.47 imports requests and does not declare it."""
-
-
-def is_quantized(program: Program) -> bool:
-    """Whether anything in the graph is quantized."""
-    return any(True for _ in calls(program, *QUANTIZERS, *DEQUANTIZERS))
 
 
 def tensorrt_form(program: Program) -> Program:
@@ -198,6 +202,8 @@ def _other_overloads() -> tuple[OpOverload, ...]:
 
 def _refusal(program: Program, node: fx.Node) -> str | None:
     """Why TensorRT has no such quantize or dequantize, or ``None`` if it has."""
+    if node.target == qd.dequantize_per_channel_group.default:
+        return "its weights have a scale for each block"
     if not is_call(node, *QUANTIZERS, *DEQUANTIZERS):
         return "its scale is computed while the model runs"
     kind = argument(node, "dtype")

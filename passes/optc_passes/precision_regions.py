@@ -6,9 +6,8 @@ from torch import fx
 
 from optc import Program
 from optc.ops import COMPOSITES
-from optc.rewrite import calls, is_call
+from optc.rewrite import QUANTIZERS, calls, is_call
 from optc_passes.precision_rules import is_dequantize, operator_name, role
-from optc_passes.quant_plan import QUANTIZERS
 from optc_passes.quant_split import split_composite
 
 

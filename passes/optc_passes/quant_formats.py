@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, fx
 
 from optc import Change, ModelInfo, PassContext, Program, Skip
-from optc.rewrite import argument, calls, complete_meta, constant_of, is_call, shape
+from optc.rewrite import DEQUANTIZERS, argument, calls, complete_meta, constant_of, is_call, shape
 from optc_passes.calibration import Batch
 from optc_passes.quant_bias import correct_bias
 from optc_passes.quant_blocks import Rounded
 from optc_passes.quant_local import local_formats
 from optc_passes.quant_noise import NoiseMeter, output_sqnr
-from optc_passes.quant_plan import ATTENTION, CONVS, DEQUANTIZERS, FLOAT_OPS, LINEARS, RULE, Layer, Plan, make_plan
+from optc_passes.quant_plan import ATTENTION, CONVS, FLOAT_OPS, LINEARS, RULE, Layer, Plan, make_plan
 from optc_passes.quant_pt2e import calibrate, convert, prepare
 from optc_passes.quant_reach import reach
 from optc_passes.quant_split import split_composites

@@ -12,7 +12,7 @@ from torch import fx
 
 from optc import Program, Skip
 from optc.ops import ACTIVATIONS, COMPOSITES
-from optc.rewrite import argument, calls, constant_of, dtype, is_call, only_user, shape
+from optc.rewrite import DEQUANTIZERS, QUANTIZERS, argument, calls, constant_of, dtype, is_call, only_user, shape
 
 aten = torch.ops.aten
 RULE = "int8"
@@ -42,16 +42,6 @@ and the product of a squeeze-and-excitation gate, one operand of which is float.
 """
 
 _ACTIVATIONS = tuple(activation.target for activation in ACTIVATIONS.values())
-
-QUANTIZERS = (
-    torch.ops.quantized_decomposed.quantize_per_tensor.default,
-    torch.ops.quantized_decomposed.quantize_per_channel.default,
-)
-DEQUANTIZERS = (
-    torch.ops.quantized_decomposed.dequantize_per_tensor.default,
-    torch.ops.quantized_decomposed.dequantize_per_channel.default,
-    torch.ops.quantized_decomposed.dequantize_per_channel_group.default,
-)
 
 ATTENTION = aten.scaled_dot_product_attention.default
 

@@ -10,9 +10,9 @@ import torch
 from torch import fx
 
 from optc import Calibration, OptcError, PassContext, Program
-from optc.rewrite import constant_of, is_call
+from optc.rewrite import DEQUANTIZERS, QUANTIZERS, constant_of, is_call
 from optc_passes.calibration import Batch, checked
-from optc_passes.quant_plan import DEQUANTIZERS, QUANTIZERS, Plan, aten
+from optc_passes.quant_plan import Plan, aten
 from optc_passes.quantizer import ANNOTATION, Int8Kernels, Int8Quantizer
 from optc_passes.torchao_pt2e import ObserverBase, convert_pt2e, insert_observers, quiet
 

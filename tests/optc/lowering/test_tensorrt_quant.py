@@ -13,9 +13,9 @@ from torch import Tensor, fx
 from optc import PassContext, Program, Target, capture
 from optc.errors import BackendError
 from optc.lowering.tensorrt import layer_types
-from optc.lowering.tensorrt_quant import is_quantized, plain_kernels, quantize_op, quantize_ops, tensorrt_form
+from optc.lowering.tensorrt_quant import plain_kernels, quantize_op, quantize_ops, tensorrt_form
 from optc.passmanager.manager import build_passes
-from optc.rewrite import constant_of, set_argument
+from optc.rewrite import constant_of, is_quantized, set_argument
 
 qd = torch.ops.quantized_decomposed
 X = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(3))
@@ -145,6 +145,13 @@ def test_nonzero_weight_zero_points_are_refused(cnn8: Program) -> None:
     path, _, name = str(weight.args[2].target).rpartition(".")  # type: ignore[union-attr]
     setattr(program.module.get_submodule(path), name, torch.ones_like(zeros))
     with pytest.raises(BackendError, match="its zero points are not 0"):
+        tensorrt_form(program)
+
+
+def test_weights_in_blocks_are_quantized_and_refused(captured_block: Program) -> None:
+    program = passed(captured_block, "fuse,quant<formats=int4-weights>")
+    assert is_quantized(program)
+    with pytest.raises(BackendError, match="its weights have a scale for each block"):
         tensorrt_form(program)
 
 
