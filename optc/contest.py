@@ -50,8 +50,8 @@ class TemporaryFolder:
 class Contest:
     """Lowers programs to backends, those left out that cannot win.
 
-    The first program goes to every backend, and each latency is looked at. A further one goes first to the backend that
-    was the fastest; from what it takes there, what it would take on the others is told, roughly.
+    The first program goes to every backend, and each latency is looked at. A further one goes first to the fastest of
+    those that take it; from what it takes there, what it would take on the others is told, roughly.
 
     Args:
         inputs: one query's.
@@ -127,10 +127,10 @@ class Contest:
         groups = _by_arithmetic(program, apt)
         for number, group in enumerate(groups):
             try:
-                if self._first and not _measured_on(program):
-                    self._lower_where_promising(passes, program, group, folder)
-                else:
-                    self._lower(passes, program, group, folder)
+                promising = self._first and not _measured_on(program)
+                lower = self._lower_where_promising if promising else self._lower
+                if not lower(passes, program, group, folder):
+                    continue
             except BackendError as error:
                 failure = failure or error
                 self.left += [Outcome(each.name, False, str(error), passes=passes) for each in group]
@@ -171,16 +171,21 @@ class Contest:
         self.left += [Outcome(name, False, reason, passes=passes) for name, reason in refused.items()]
         return lowered
 
-    def _lower_where_promising(self, passes: str, program: Program, apt: Sequence[Backend], folder: Path) -> None:
-        """Lower to the backend that was the fastest of those quick to lower to, then to others where that may pay."""
+    def _lower_where_promising(
+        self, passes: str, program: Program, apt: Sequence[Backend], folder: Path
+    ) -> list[Lowering]:
+        """Lower to the fastest of those quick to lower to that takes it, then to others where that may pay."""
         quick = [each for each in apt if each.name in self._first and not has_own_process(each)]
-        lead = min(quick, key=lambda each: self._first[each.name], default=None)
-        lowered = self._lower(passes, program, [lead], folder, needed=False) if lead else []
-        others = [each for each in apt if each is not lead]
-        if lead and lowered:
-            others = self._promising(lowered[0], others)
-        if others or not lead:
-            self._lower(passes, program, others, folder, needed=not lead)
+        others, lowered = list(apt), list[Lowering]()
+        for lead in sorted(quick, key=lambda each: self._first[each.name]):
+            others.remove(lead)
+            lowered = self._lower(passes, program, [lead], folder, needed=False)
+            if lowered:
+                others = self._promising(lowered[0], others)
+                break
+        if others:
+            lowered += self._lower(passes, program, others, folder, needed=not quick)
+        return lowered
 
     def _promising(self, led: Lowering, others: Sequence[Backend]) -> list[Backend]:
         """Those of the other backends that may win, if the program is to them what it is to the one it was lowered to.

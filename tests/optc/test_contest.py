@@ -87,6 +87,18 @@ class Refusing(OnnxRuntimeBackend):
         raise optc.BackendError("not today")
 
 
+def test_where_the_fastest_backend_refuses_a_program_the_next_tells_whether_it_is_compiled(
+    lowerings: dict[str, Lowering], tmp_path: Path
+) -> None:
+    race = contest(lowerings["small"], {"refusing": 1e5, "eager": 1e6, "inductor": 1e6})
+    backends = [InductorBackend(), EagerBackend(), Refusing()]
+    large = optc.capture(nn.Sequential(*(nn.Linear(512, 512) for _ in range(60))), (X,))
+    (made,) = race._lower_where_promising("large", large, backends, tmp_path)
+    assert made.backend.name == "eager"
+    assert [each.backend for each in race.left] == ["refusing", "inductor"]
+    assert race.left[1].reason.startswith("not tried: expected to have ")
+
+
 def test_quantized_layers_are_computed_in_float_only_where_no_other_backend_takes_them() -> None:
     captured = optc.capture(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), (torch.randn(1, 8),))
     calibration = as_calibration([torch.randn(8, 8)], captured)
@@ -105,6 +117,10 @@ def test_quantized_layers_are_computed_in_float_only_where_no_other_backend_take
         assert [made.backend.name for made in race.lowerings] == ["eager"]
         assert [left.backend for left in race.left] == [each.name for each in chosen[1:]]
         assert all("not today" in left.reason for left in race.left)
+
+    race = contest(None, {"refusing": 1e6})
+    race.enter({"": quantized}, [EagerBackend(), Refusing()])
+    assert [made.backend.name for made in race.lowerings] == ["eager"], "of a later program, too"
 
     race = contest(None)
     race.enter({"": captured}, [EagerBackend(), OnnxRuntimeBackend()])
