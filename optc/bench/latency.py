@@ -6,14 +6,15 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 
 from optc.batches import at_batch
 from optc.lowering.agreement import as_array
 from optc.lowering.backend import Array, Backend, Runner
-from optc.lowering.lowering import Lowering, kept, lower
+from optc.lowering.lowering import kept
 from optc.program import Program, complete_meta
 from optc.target import Target
 
@@ -36,27 +37,33 @@ def latencies(programs: Sequence[Program], backend: Backend, target: Target) -> 
     backend cannot lower or run.
     """
     with tempfile.TemporaryDirectory(prefix="optc-latency-") as folder, ExitStack() as stack:
-        rivals: dict[int, Lowering] = {}
+        rivals: dict[int, Callable[[], Runner]] = {}
         failed: dict[str, str] = {}
         for index, program in enumerate(programs):
             complete_meta(program)
             with kept(failed, backend, str(index)):
-                rivals[index] = lower(backend, program, target, Path(folder, str(index)))
+                rivals[index] = _lowered(backend, program, target, Path(folder, str(index)))
         found = [math.inf if index in rivals else math.nan for index in range(len(programs))]
         for number in range(ROUNDS):
             if number in (0, ROUNDS // 2):
                 stack.close()
                 runners: dict[int, Runner] = {}
-            for index, lowering in rivals.items():
+            for index, load in rivals.items():
                 with kept(failed, backend, str(index)):
                     if index not in runners:
-                        runners[index] = stack.enter_context(closing(lowering.load()))
+                        runners[index] = stack.enter_context(closing(load()))
                     found[index] = min(found[index], _median(runners[index], _query(programs[index], target)))
                 if str(index) in failed:
                     found[index] = math.nan
             limit = HOPELESS * min((found[index] for index in rivals if not math.isnan(found[index])), default=0.0)
-            rivals = {index: lowering for index, lowering in rivals.items() if found[index] <= limit}
+            rivals = {index: load for index, load in rivals.items() if found[index] <= limit}
         return found
+
+
+def _lowered(backend: Backend, program: Program, target: Target, folder: Path) -> Callable[[], Runner]:
+    """What opens the program on the backend anew at each call."""
+    folder.mkdir()
+    return partial(backend.load, folder, backend.lower(program, target, folder).files, target)
 
 
 def _query(program: Program, target: Target) -> list[Array]:

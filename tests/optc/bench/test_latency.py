@@ -111,7 +111,7 @@ def test_rivals_are_opened_twice_and_all_closed() -> None:
     backend = Watched()
     found = latencies([captured(5), captured(6)], backend, Target(threads=1))
     assert all(seconds > 0 for seconds in found)
-    checked = 2 * 2  # lowering loads each to compare it with the graph and to see what runs
+    checked = 2  # lowering loads each to compare it with the graph
     assert backend.opened in (checked + 4, checked + 3), "again half-way, unless one was hopeless by then"
     assert backend.most == 2
     assert backend.open == 0
