@@ -20,8 +20,9 @@ from torch.export import Dim, ExportedProgram
 
 from optc.errors import BackendError
 from optc.lowering import onnx_blocks, onnx_dynamic, onnx_rewrites
+from optc.lowering.onnx_decompose import decomposed_where_needed
 from optc.lowering.onnx_registry import registry_kept
-from optc.ops import COMPOSITES, decompose
+from optc.ops import COMPOSITES, decompose, global_pools_as_means
 from optc.program import Program
 
 OPSET = 23
@@ -56,7 +57,7 @@ def export_onnx(
         BackendError: an operator has no ONNX form (names node, operator, module and reason), the batch cannot stay
             dynamic, or onnx.checker refuses the file.
     """
-    with _quiet(), registry_kept():
+    with _quiet(), registry_kept(), decomposed_where_needed():
         model, plain = _translated(program, opset)
         size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
         data = f"{path.name}.data" if size > external_data_bytes else None
@@ -82,6 +83,7 @@ def _translated(program: Program, opset: int) -> tuple[ir.Model, Program]:
     found = _known.get(program.module)
     if found is None or found[0] != state:
         plain = decompose(program)
+        global_pools_as_means(plain)
         model = _translate(plain, opset)
         onnx_rewrites.tidy(model)
         found = _known[program.module] = state, model, plain
@@ -182,7 +184,8 @@ def _origins(model: ir.Model, plain: Program) -> Iterator[tuple[str, str]]:
     for node in model.graph:
         exported = node.meta.get("node")
         sources = list(exported.meta.get("from_node") or ()) if isinstance(exported, fx.Node) else []
-        while sources and sources[0].from_node:
+        # Nodes know what they were before each time they were traced; the program itself may have been traced, too.
+        while sources and sources[0].graph_id != id(plain.graph) and sources[0].from_node:
             sources = list(sources[0].from_node)
         if sources and sources[0].name in parts:
             names = (node.name, *(value.name for value in node.outputs))

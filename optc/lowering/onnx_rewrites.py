@@ -31,14 +31,26 @@ def tidy(model: ir.Model) -> None:
 def optimize(model: ir.Model) -> None:
     """onnxscript's optimizer, after which nodes still know what they were exported from.
 
-    Its rewrites leave a node's outputs their names and nothing else: a Conv whose bias was all zero is another node.
+    A node that it writes knows nothing; it stands for what computed its outputs before. Of several, such as a
+    convolution and the batch norm merged into it, the one of its own type counts.
     """
-    exported = {value.name: node.meta["node"] for node in model.graph if "node" in node.meta for value in node.outputs}
+    before = {value.name: node for node in model.graph for value in node.outputs}
+    operands = {node: [value.name for value in node.inputs if value is not None] for node in before.values()}
     optimizer.optimize_ir(model)
+    kept = {value.name for node in model.graph for value in node.outputs}
     for node in model.graph:
-        known = next((exported[value.name] for value in node.outputs if value.name in exported), None)
-        if known is not None:
-            node.meta.setdefault("node", known)
+        if "node" in node.meta:
+            continue
+        found: list[ir.Node] = []
+        names = [value.name for value in node.outputs]
+        while names:
+            old = before.get(names.pop())
+            if old is not None and old not in found:
+                found.append(old)
+                names += [name for name in operands[old] if name not in kept]
+        source = next((old for old in found if old.op_type == node.op_type), found[0] if found else None)
+        if source is not None and "node" in source.meta:
+            node.meta["node"] = source.meta["node"]
 
 
 def transpose_weights(model: ir.Model) -> None:

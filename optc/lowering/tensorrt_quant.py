@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from optc.errors import BackendError
-from optc.ops import decompose
+from optc.ops import decompose, global_pools_as_means
 from optc.program import Program, complete_meta
 from optc.rewrite import (
     DEQUANTIZERS,
@@ -47,7 +47,7 @@ def tensorrt_form(program: Program) -> Program:
         BackendError: quantization that TensorRT has not, with each node and the reason.
     """
     form = decompose(program)
-    _global_pools_as_means(form)
+    global_pools_as_means(form)
     _float_biases(form)
     _sizes_of_floats(form)
     refused = [
@@ -172,16 +172,6 @@ def _float_biases(program: Program) -> None:
         new = add_constant(program, node, f"{node.name}_value", node.target(*args, **kwargs))  # type: ignore[operator]
         replace(node, new)
         erase_unused(values)
-
-
-def _global_pools_as_means(program: Program) -> None:
-    """Write each average over all of an image as a mean, which is how PyTorch computes it.
-
-    Of a channels-last image PyTorch also sets the result's strides, an operator that TensorRT has not.
-    """
-    for node in calls(program, aten.adaptive_avg_pool2d.default):
-        if list(argument(node, "output_size")) == [1, 1]:
-            replace(node, _call(node, aten.mean.dim, node.args[0], [-1, -2], True))
 
 
 def _sizes_of_floats(program: Program) -> None:

@@ -26,17 +26,21 @@ class Batches(list[tuple[torch.Tensor, ...]]):
 
 
 class Small(nn.Module):
-    """A convolution, a residual, an attention and a linear layer; a bias is zero, as untrained ones are once fused."""
+    """A convolution, a residual, an attention and a linear layer; a bias is zero, as untrained ones are once fused.
+
+    The first convolution has a batch norm, which the exporter merges into it where the fuse pass did not.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 64, 3, padding=1)
+        self.norm = nn.BatchNorm2d(64)
         self.mix = nn.Conv2d(64, 64, 3, padding=1)
         nn.init.zeros_(self.mix.bias)  # type: ignore[arg-type]
         self.head = nn.Linear(64, 1000)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.relu(self.stem(x))
+        x = torch.relu(self.norm(self.stem(x)))
         x = torch.relu(self.mix(x) + x)
         tokens = x.flatten(2).transpose(1, 2).unsqueeze(1)
         tokens = nn.functional.scaled_dot_product_attention(tokens, tokens, tokens)
