@@ -13,13 +13,13 @@ from optc.program import Program, get_constant
 from optc.program import complete_meta as complete_meta
 
 Target = Callable[..., Any]
-qd = torch.ops.quantized_decomposed
-QUANTIZERS = (qd.quantize_per_tensor.default, qd.quantize_per_channel.default)
+_qd = torch.ops.quantized_decomposed
+QUANTIZERS = (_qd.quantize_per_tensor.default, _qd.quantize_per_channel.default)
 """The operators that round to integers by constant scales."""
 DEQUANTIZERS = (
-    qd.dequantize_per_tensor.default,
-    qd.dequantize_per_channel.default,
-    qd.dequantize_per_channel_group.default,
+    _qd.dequantize_per_tensor.default,
+    _qd.dequantize_per_channel.default,
+    _qd.dequantize_per_channel_group.default,
 )
 """The operators that give what integers stand for, by constant scales."""
 

@@ -10,6 +10,8 @@ import torch
 from torch import fx
 from torch._inductor import freezing
 
+from optc.lowering.replaced import replaced
+
 
 @contextmanager
 def packed_for(batch: int) -> Iterator[None]:
@@ -27,11 +29,8 @@ def packed_for(batch: int) -> Iterator[None]:
         _pack(graph, batch)
         graph.recompile()
 
-    module.freezing_passes = and_pack
-    try:
+    with replaced(module, "freezing_passes", and_pack):
         yield
-    finally:
-        module.freezing_passes = passes
 
 
 def _pack(module: fx.GraphModule, batch: int) -> None:

@@ -11,6 +11,8 @@ from torch import fx
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
 
+from optc.lowering.replaced import replaced
+
 
 @contextmanager
 def decomposed_where_needed() -> Iterator[None]:
@@ -36,11 +38,8 @@ def decomposed_where_needed() -> Iterator[None]:
         decomposed: ExportedProgram = original(exported_program, registry)
         return decomposed
 
-    _fx_passes.decompose_with_registry = decompose_with_registry
-    try:
+    with replaced(_fx_passes, "decompose_with_registry", decompose_with_registry):
         yield
-    finally:
-        _fx_passes.decompose_with_registry = original
 
 
 def _is_translated(node: fx.Node, registry: Any) -> bool:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from optc.lowering.replaced import replaced
+
 _made: dict[int, Any] = {}
 
 
@@ -35,8 +37,5 @@ def registry_kept() -> Iterator[None]:
         mine.functions = {target: list(found) for target, found in mine.functions.items()}
         return mine
 
-    ONNXRegistry.from_torchlib = classmethod(from_torchlib)  # type: ignore[assignment, method-assign]
-    try:
+    with replaced(ONNXRegistry, "from_torchlib", classmethod(from_torchlib)):
         yield
-    finally:
-        ONNXRegistry.from_torchlib = original  # type: ignore[assignment, method-assign]
