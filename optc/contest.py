@@ -35,6 +35,8 @@ WORTHWHILE, WORTH_COMPILING = 2.0, 1.15
 and to one that compiles for seconds."""
 WORTH_OTHER_OPTIONS = 1.15
 """How many times the lowest latency a lowering may take for the backend's other options to be tried on it."""
+WORTH_ANOTHER_LOOK = 1.5
+"""How many times the lowest latency a lowering may have taken when looked at to be looked at once more for that."""
 LOOK_BLOCKS, LOOK_SECONDS = 2, 0.1
 """How long a look at a latency is."""
 
@@ -72,6 +74,8 @@ class Contest:
         """Nanoseconds that the first program takes, by backend."""
         self._best: Lowering | None = None
         """The fastest that was looked at."""
+        self._looked: dict[str, float] = {}
+        """Nanoseconds that a lowering took when last looked at, by its title."""
 
     def enter(self, programs: Mapping[str, Program], chosen: Sequence[Backend]) -> None:
         """Lower the programs.
@@ -96,6 +100,8 @@ class Contest:
     def _near_the_fastest(self) -> list[Lowering]:
         """What other options may make the fastest, of backends that offer any."""
         able = [each for each in self.lowerings if offers_variants(each.backend)]
+        lowest = min(self._looked.values(), default=math.inf)
+        able = [each for each in able if self._looked.get(each.title, 0.0) <= WORTH_ANOTHER_LOOK * lowest]
         if not able or len(self.lowerings) == 1:
             return able
         with self._run.step("Looking for what other options are worth trying on") as step:
@@ -248,10 +254,12 @@ class Contest:
             block_seconds=LOOK_SECONDS,
             progress=progress,
         )
-        return [
+        p50 = [
             each.percentiles.p50_ns if each.percentiles and not each.error else math.inf
             for each in (found[candidate.name] for candidate in candidates)
         ]
+        self._looked.update(zip([each.title for each in lowerings], p50, strict=True))
+        return p50
 
 
 def _by_arithmetic(program: Program, chosen: Sequence[Backend]) -> list[list[Backend]]:

@@ -22,9 +22,9 @@ from optc.target import Target
 
 MAX_QUERIES = 10_000
 """Most queries in a block, so that a model of microseconds does not fill the manifest."""
-FAR, FAR_BLOCKS = 1.25, 3
-"""An optimized candidate that took over this many times the fastest one's median in each of this many blocks gets no
-more: they would only narrow the interval of a loser."""
+FAR = {2: 1.5, 3: 1.25}
+"""By a number of blocks how many times the fastest one's median an optimized candidate may have taken in each of them
+at most to get more: they would only narrow the interval of a loser."""
 SETTLING_BLOCKS, SETTLING_SECONDS = 10, 12.0
 """Most further blocks for optimized candidates that are not told apart from the fastest one, and most time for them."""
 NEAR, NEAR_BLOCKS = 1.1, 3
@@ -65,10 +65,10 @@ def measure(
     with ``target.threads`` threads, the garbage collector off during blocks. A candidate that does not open or fails
     in a block stays in the result, with the reason.
 
-    Where several are ``optimized`` and take turns, those far behind the fastest of them get only :data:`FAR_BLOCKS`
-    blocks, and those not told apart from it up to :data:`SETTLING_BLOCKS` further rounds, until their order is settled
-    or the time is up. For those rounds they are opened anew, and the ones :data:`NEAR` the fastest take part in the
-    first few.
+    Where several are ``optimized`` and take turns, those far behind the fastest of them get only the blocks that
+    :data:`FAR` says, and those not told apart from it up to :data:`SETTLING_BLOCKS` further rounds, until their order
+    is settled or the time is up. For those rounds they are opened anew, and the ones :data:`NEAR` the fastest take part
+    in the first few.
 
     Args:
         inputs: queries to draw from, one array per model input each, for candidates without inputs of their own.
@@ -227,7 +227,7 @@ class _Plan:
             if reopen:
                 self._reopening_round(states if done % 2 == 0 else states[::-1], what)
             else:
-                far = _far_behind(contenders) if done >= FAR_BLOCKS else []
+                far = _far_behind(contenders) if done >= min(FAR) else []
                 self._round([state for state in states if state not in far], what)
             done += 1
             per_round = (time.perf_counter() - start) / done
@@ -288,18 +288,19 @@ def _contest(states: Sequence[_State], near: float) -> list[_State]:
 
 
 def _far_behind(states: Sequence[_State]) -> list[_State]:
-    """Those that took over :data:`FAR` times what the fastest took, in each pair of blocks."""
+    """Those that have had their blocks, by :data:`FAR`."""
     medians = {
         state: [plain.median(block.latencies_ns) for block in state.blocks]
         for state in states
         if state.runner is not None
     }
     best = min(medians.values(), key=plain.median, default=[])
-    return [
-        state
-        for state, own in medians.items()
-        if all(mine > FAR * theirs for mine, theirs in zip(own, best, strict=False))
-    ]
+
+    def is_far(own: list[float]) -> bool:
+        ratios = [mine / theirs for mine, theirs in zip(own, best, strict=False)]
+        return any(len(ratios) >= blocks and min(ratios) > far for blocks, far in FAR.items())
+
+    return [state for state, own in medians.items() if is_far(own)]
 
 
 def _uncertainty(state: _State) -> float:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 import optc
 from optc.batches import as_calibration
 from optc.contest import Contest
-from optc.lowering.backend import Backend
+from optc.lowering.backend import Backend, Lowered
 from optc.lowering.eager import EagerBackend
 from optc.lowering.inductor import InductorBackend
 from optc.lowering.lowering import Lowering, lower
@@ -97,6 +98,28 @@ def test_where_the_fastest_backend_refuses_a_program_the_next_tells_whether_it_i
     assert made.backend.name == "eager"
     assert [each.backend for each in race.left] == ["refusing", "inductor"]
     assert race.left[1].reason.startswith("not tried: expected to have ")
+
+
+class Offering(EagerBackend):
+    name = "offering"
+
+    def variants(
+        self, lowered: Lowered, target: optc.Target, folder: Path
+    ) -> Sequence[tuple[Mapping[str, Any], Lowered]]:
+        return ()
+
+
+def test_what_was_far_behind_when_looked_at_is_not_looked_at_again(lowerings: dict[str, Lowering]) -> None:
+    race = contest(None)
+    race.lowerings = [replace(made, backend=Offering()) for made in lowerings.values()]
+    small, large = race.lowerings
+    race._best, race._looked = small, {small.title: 1.0, large.title: 2.0}
+    assert race._near_the_fastest() == [small]
+    assert race._looked[small.title] > 1.0
+    assert race._looked[large.title] == 2.0
+    race._best, race._looked = None, {}
+    assert race._near_the_fastest() == [small], "looked at as nothing is known of them"
+    assert race._looked[large.title] > race._looked[small.title]
 
 
 def test_quantized_layers_are_computed_in_float_only_where_no_other_backend_takes_them() -> None:
