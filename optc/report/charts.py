@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,11 +15,14 @@ from optc.report.words import short, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
 
 _BINS = 60
 _LOG_FROM = 4.0
 """From which ratio between the slowest and the fastest candidate on an axis of latencies is logarithmic."""
 _FEW_DECADES = 1000.0
+_NEAR = 10.0
+"""Points of print between marks whose numbers would cover each other."""
 
 
 @dataclass(frozen=True)
@@ -50,20 +53,22 @@ def latency_chart(candidates: Sequence[Latencies]) -> Chart:
     medians = [float(each[0]) for each in marks]
     wide = max(medians) / min(medians) > _LOG_FROM
     edges = np.geomspace(low, high, _BINS + 1) if wide else np.linspace(low, high, _BINS + 1)
-    with figure(0.9 + 0.55 * len(candidates)) as drawn:
+    with figure(0.9 + 0.62 * len(candidates)) as drawn:
         axes = drawn.add_subplot()
         for row, (each, taken, mark) in enumerate(zip(candidates, values, marks, strict=True)):
             counts, _ = np.histogram(taken, edges)
-            shape = 0.62 * counts / max(counts.max(), 1)
+            shape = 0.5 * counts / max(counts.max(), 1)
             colour = SERIES[1] if each.strong else SERIES[0]
             axes.stairs(row - shape, edges, baseline=row, fill=True, color=colour, alpha=0.55)
-            for value, length in zip(mark, (0.7, 0.4, 0.25), strict=True):
+            for value, length in zip(mark, (0.56, 0.34, 0.2), strict=True):
                 axes.plot([value, value], [row, row - length], color=INK, linewidth=1.6, solid_capstyle="butt")
             axes.annotate(
-                short(mark[0]), (mark[0], row - 0.7), (3, -3), textcoords="offset points", va="center", fontsize=9
+                short(mark[0]), (mark[0], row - 0.56), (3, -3), textcoords="offset points", va="center", fontsize=9
             )
-        axes.set_yticks(range(len(candidates)), [shortened(each.name, 30) for each in candidates], fontsize=9)
-        axes.set_ylim(len(candidates) - 0.8, -0.95)
+            across = axes.get_yaxis_transform()
+            axes.annotate(shortened(each.name, 60), (0, row - 0.8), (3, 0), across, "offset points", fontsize=9)
+        axes.set_yticks(range(len(candidates)), [""] * len(candidates))
+        axes.set_ylim(len(candidates) - 0.8, -1.0)
         axes.grid(visible=False, axis="y")
         if wide:
             logarithmic(axes, "x")
@@ -81,11 +86,12 @@ def latency_chart(candidates: Sequence[Latencies]) -> Chart:
 def pareto_chart(points: Sequence[Point]) -> Chart:
     """Size, and where known accuracy, against latency; those that nothing beats in all of them are joined by a line.
 
-    Needs at least one point. The area of a mark grows with the size.
+    Needs at least one point. The area of a mark grows with the size. Marks are numbered, the fastest first.
     """
+    points = sorted(points, key=lambda each: each.milliseconds)
     measured = [each for each in points if each.accuracy is not None]
     panels = 2 if measured else 1
-    with figure(0.5 + 2.3 * panels) as drawn:
+    with figure(0.5 + 2.3 * panels + 0.19 * len(points)) as drawn:
         first = drawn.add_subplot(panels, 1, 1)
         if measured:
             values = [each.accuracy * 100 for each in measured if each.accuracy is not None]
@@ -106,12 +112,15 @@ def pareto_chart(points: Sequence[Point]) -> Chart:
         else:
             second.set_xlim(0, max(medians) * 1.12)
             second.set_xlabel("median latency (ms)")
+        numbers = {each: number for number, each in enumerate(points, 1)}
+        marks = [_mark(each) for each in points]
+        names = [f"{number}  {shortened(each.name, 60)}" for each, number in numbers.items()]
+        drawn.legend(marks, names, loc="outside lower left", borderpad=0, handletextpad=0.2)
         if measured:
-            _label(first, measured, values)
-        _label(second, points, sizes)
+            _number(first, measured, values, numbers)
+        _number(second, points, sizes, numbers)
         title = "Latency (ms), size (MB) and accuracy (%)" if measured else "Latency (ms) and size (MB)"
-        told = "; ".join(_told(each) for each in sorted(points, key=lambda each: each.milliseconds))
-        alt = f"Trade-off between candidates, fastest first: {told}."
+        alt = f"Trade-off between candidates, fastest first: {'; '.join(map(_told, points))}."
         note = "Further left is faster, further down smaller" + (", further up more accurate" if measured else "")
         joined = "The line joins those that no other beats in both."
         return Chart(title, alt, element(drawn, title, alt), f"{note}. {joined}")
@@ -161,39 +170,32 @@ def _scatter(axes: Axes, points: Sequence[Point], heights: Sequence[float], bett
     axes.margins(0.15, 0.2)
 
 
-def _label(axes: Axes, points: Sequence[Point], heights: Sequence[float]) -> None:
-    """The points' names beside them, each beside its point within the axes' width, where it covers fewest others.
+def _mark(point: Point) -> Line2D:
+    from matplotlib.lines import Line2D
 
-    Call it when the axes have their final limits. Sizes are in points of print; widths of names are estimates.
+    colour = SERIES[1] if point.strong else SERIES[0]
+    return Line2D([], [], linestyle="", marker="o", markersize=5, color=colour, alpha=0.75, markeredgewidth=0)
+
+
+def _number(axes: Axes, points: Sequence[Point], heights: Sequence[float], numbers: Mapping[Point, int]) -> None:
+    """The points' numbers at their upper right, those of points that nearly coincide in one list.
+
+    Call it when the figure has all its parts and the axes their final limits.
     """
     figure_ = axes.get_figure(root=True)
     assert figure_ is not None
     figure_.draw_without_rendering()
-    places_of = [
-        axes.transData.transform((each.milliseconds, height)) * 72 / figure_.dpi
-        for each, height in zip(points, heights, strict=True)
-    ]
-    taken: list[tuple[float, float, float, float]] = [(x - 5, y - 5, x + 5, y + 5) for x, y in places_of]
-    begin, low, end, high = (float(edge) * 72 / figure_.dpi for edge in axes.bbox.extents)
-    for each, height, (x, y) in zip(points, heights, places_of, strict=True):
-        width, tall = 5.2 * len(each.name), 10.0
-        places = [(0, 11, "center"), (0, -20, "center"), (11, -4, "left"), (-11, -4, "right"), (0, 22, "center")]
-        places += [(0, -31, "center"), (0, 33, "center"), (0, -42, "center")]
-        places += [(dx, dy, side) for side, dx in (("left", -4), ("right", 4)) for dy in (11, -20, 22, -31, 33, -42)]
-        best = (True, len(taken) + 1, True)
-        for place in places:
-            left = x + place[0] - {"center": width / 2, "left": 0, "right": width}[place[2]]
-            spot = (left, y + place[1], left + width, y + place[1] + tall)
-            covered = sum(_overlap(spot, other) for other in taken)
-            rank = (spot[0] < begin or spot[2] > end, covered, spot[1] < low or spot[3] > high)
-            if rank < best:
-                best, box, (dx, dy, side) = rank, spot, place
-        taken.append(box)
-        axes.annotate(each.name, (each.milliseconds, height), (dx, dy), textcoords="offset points", fontsize=9, ha=side)
-
-
-def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+    groups: list[tuple[float, float, tuple[float, float], list[str]]] = []
+    for each, height in zip(points, heights, strict=True):
+        place = (each.milliseconds, height)
+        x, y = axes.transData.transform(place) * 72 / figure_.dpi
+        near = next((group for group in groups if abs(group[0] - x) < _NEAR and abs(group[1] - y) < _NEAR), None)
+        if near is None:
+            near = (x, y, place, [])
+            groups.append(near)
+        near[-1].append(str(numbers[each]))
+    for *_, place, found in groups:
+        axes.annotate(", ".join(found), place, (5, 5), textcoords="offset points", fontsize=9)
 
 
 def logarithmic(axes: Axes, axis: str) -> None:

@@ -4,22 +4,38 @@ from __future__ import annotations
 
 import re
 
-import pytest
+import numpy as np
 
-from optc.report.charts import Point, pareto_chart
+from optc.report.charts import Latencies, Point, latency_chart, pareto_chart
 
-LONG = "openvino fuse,quant streams=2 kernels=measured"
+LONG = "optc openvino fuse,quant streams=2 kernels=measured"
 
 
-@pytest.mark.parametrize("milliseconds", [0.8, 40.0])
-def test_a_name_at_an_edge_stays_within_the_axes(milliseconds: float) -> None:
-    points = [Point(LONG, milliseconds, 5.6), Point("eager", 12.0, 22.0), Point("inductor", 0.8, 9.0)]
-    svg = pareto_chart([*points, Point("onnxruntime", 40.0, 22.0)]).svg
-    texts = re.findall(r"text-anchor: (\w+)[^>]* x=\"([\d.]+)\"[^>]*>([^<]*)</text>", svg)
-    ticks_end = next(float(x) for anchor, x, text in texts if anchor == "end" and text == "5")
-    width = float(re.search(r"viewBox=\"0 0 ([\d.]+)", svg)[1])  # type: ignore[index]
-    anchor, x, _ = next(each for each in texts if each[2] == LONG)
-    wide = 5.2 * len(LONG)
-    left = float(x) - {"start": 0, "middle": wide / 2, "end": wide}[anchor]
-    assert ticks_end < left
-    assert left + wide < width
+def texts(svg: str) -> list[str]:
+    return re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+
+
+def test_points_are_numbered_by_latency_and_those_that_coincide_share_a_list() -> None:
+    points = [
+        Point("eager", 40.0, 22.0, 0.98),
+        Point(LONG, 0.8, 5.6, 0.97),
+        Point("optc openvino fuse,quant", 0.801, 5.6, 0.97),
+        Point("inductor", 12.0, 9.0),
+    ]
+    found = texts(pareto_chart(points).svg)
+    legend = [text for text in found if re.match(r"\d  ", text)]
+    assert legend == [f"1  {LONG}", "2  optc openvino fuse,quant", "3  inductor", "4  eager"]
+    assert found.count("1, 2") == found.count("4") == 2, "in the panel of accuracies and in that of sizes"
+    assert found.count("3") == 1, "its accuracy is not known"
+
+
+def test_points_that_lie_apart_are_numbered_each() -> None:
+    found = texts(pareto_chart([Point("small", 5.0, 5.0), Point("large", 5.0, 50.0)]).svg)
+    assert {"1", "2"} <= set(found)
+    assert "1, 2" not in found
+
+
+def test_latencies_are_named_in_full() -> None:
+    found = texts(latency_chart([Latencies(LONG, np.array([1.0, 2.0, 3.0]), strong=True)]).svg)
+    assert LONG in found
+    assert "2" in found, "the median, at its stroke"
