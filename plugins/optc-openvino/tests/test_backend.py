@@ -219,6 +219,9 @@ def test_streams_go_with_the_artifact(tmp_path: Path, monkeypatch: pytest.Monkey
             np.testing.assert_allclose(outputs[0], made.program.run(torch.from_numpy(x))[0], rtol=1e-5, atol=1e-6)
 
 
+NOTHING_MEASURED = {"kernels": "default", "partitioner": "default"}
+
+
 @pytest.mark.parametrize(
     ("batch", "threads", "given", "expected"),
     [
@@ -234,7 +237,7 @@ def test_streams_go_with_the_artifact(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_stream_for_each_thread_is_offered_for_batches(
     batch: int, threads: int, given: dict[str, Any], expected: list[int], tmp_path: Path
 ) -> None:
-    target = optc.Target(threads=threads, batch=batch, options={"openvino": {"kernels": "default", **given}})
+    target = optc.Target(threads=threads, batch=batch, options={"openvino": {**NOTHING_MEASURED, **given}})
     backend, lowered = OpenVinoBackend(), optc.Lowered(("model.xml", "model.bin"), {"divisible": True})
     offered = backend.variants(lowered, target, tmp_path)
     assert [options["streams"] for options, _ in offered] == expected
@@ -252,7 +255,7 @@ def test_streams_are_measured_where_samples_do_not_depend_on_one_another(
     model: nn.Module, divides: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("optc.contest.WORTH_OTHER_OPTIONS", math.inf)  # such small models are faster elsewhere
-    target = optc.Target(threads=2, batch=4)
+    target = optc.Target(threads=2, batch=4, options={"openvino": NOTHING_MEASURED})
     made = optc.optimize(model, torch.ones(1, 8), "fuse", target=target, measure=False)
     (divided,) = [each for each in made.report.backends if each.options]
     assert (divided.backend, divided.options) == ("openvino", {"streams": 2})

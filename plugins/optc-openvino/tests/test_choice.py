@@ -88,7 +88,7 @@ def test_slow_kernels_are_not_chosen(folder: Path, target: optc.Target, monkeypa
 def test_a_model_of_other_layers_is_not_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
     OpenVinoBackend().lower(optc.capture(model, (torch.randn(2, 8),)), optc.Target(threads=2), tmp_path)
-    monkeypatch.setattr("optc_openvino.choice.compile_parts", None)
+    monkeypatch.setattr("optc_openvino.choice.compile_and_fill", None)
     assert choose_kernels(tmp_path / "model.xml", optc.Target(threads=2), OpenVinoOptions()) == {}
 
 
@@ -139,7 +139,7 @@ def test_what_nobody_asked_for_is_offered(
     folder: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], ways: list[tuple[str, ...]]
 ) -> None:
     monkeypatch.setattr(backend_module, "choose_kernels", chosen_anyhow)
-    target = optc.Target(threads=2, batch=2, options={"openvino": given})
+    target = optc.Target(threads=2, batch=2, options={"openvino": {"partitioner": "default", **given}})
     lowered = optc.Lowered(("model.xml", "model.bin"), {"divisible": True})
     offered = OpenVinoBackend().variants(lowered, target, folder)
     assert [tuple(options) for options, _ in offered] == ways
@@ -148,7 +148,7 @@ def test_what_nobody_asked_for_is_offered(
 
 
 def test_streams_go_with_kernels_that_were_asked_for(folder: Path) -> None:
-    target = optc.Target(threads=2, batch=2, options={"openvino": {"kernels": "measured"}})
+    target = optc.Target(threads=2, batch=2, options={"openvino": {"kernels": "measured", "partitioner": "auto"}})
     lowered = optc.Lowered(("kernels.xml", "model.bin"), {"divisible": True})
     ((options, divided),) = OpenVinoBackend().variants(lowered, target, folder)
     assert options == {"streams": 2}
@@ -159,4 +159,5 @@ def test_streams_go_with_kernels_that_were_asked_for(folder: Path) -> None:
 def test_nothing_is_offered_where_openvino_chose_well(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend_module, "choose_kernels", lambda path, target, given: {})
     lowered = optc.Lowered(("model.xml", "model.bin"), {"divisible": True})
+    monkeypatch.setattr(backend_module, "faster_partitioner", lambda model, target, given: None)
     assert OpenVinoBackend().variants(lowered, optc.Target(threads=2), folder) == []

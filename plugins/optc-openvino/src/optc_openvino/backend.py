@@ -26,6 +26,7 @@ from optc_openvino.graph import (
     use_hsigmoid,
     use_signed_activations,
 )
+from optc_openvino.partitioner import faster_partitioner
 from optc_openvino.runner import OpenVinoRunner, refuse_dependent_samples
 from optc_openvino.runtime import VERSION, OpenVinoOptions, errors, ov, read
 from optc_openvino.times import kernel_times
@@ -117,26 +118,31 @@ class OpenVinoBackend(Backend):
         return replace(made, details={**made.details, **again})
 
     def variants(self, lowered: Lowered, target: Target, folder: Path) -> list[tuple[dict[str, Any], Lowered]]:
-        """A stream for each thread, or as many as divide the batch as well; and kernels chosen by measuring them.
+        """A stream for each thread, or as many as divide the batch as well; each with the partitioner and with the
+        kernels that were measured to be faster.
 
-        Both where nobody asked for them, and together. Layers that one thread computes for a part of the batch wait for
-        no other thread, and operators that OpenVINO does not divide among threads run side by side. But each stream
-        reads all weights. Kernels are measured once, for the divided batch if it can be.
+        What was asked for stays. Layers that one thread computes for a part of the batch wait for no other thread, and
+        operators that OpenVINO does not divide among threads run side by side. But each stream reads all weights.
+        Kernels are measured once, for the divided batch if it can be.
         """
         given = self.options(target)
+        asked, one_query = given.model_fields_set, given.hint == "latency"
         streams = math.gcd(target.batch, target.threads)
-        if given.hint != "latency" or "streams" in given.model_fields_set or not lowered.details["divisible"]:
-            streams = 1
-        ways: list[dict[str, Any]] = [{}] if streams == 1 else [{}, {"streams": streams}]
-        divided = [given.model_copy(update=way) for way in ways]
+        divide = one_query and streams > 1 and "streams" not in asked and lowered.details["divisible"]
+        ways: list[dict[str, Any]] = [{}, {"streams": streams}] if divide else [{}]
+        if one_query and "partitioner" not in asked:
+            model = read(*(folder / name for name in lowered.files))
+            for way in ways:
+                if other := faster_partitioner(model, target, given.model_copy(update=way)):
+                    way["partitioner"] = other
+        options = [given.model_copy(update=way) for way in ways]
         found = [
-            (way, replace(lowered, run_script=_run_script(options, lowered.files[0])))
-            for way, options in zip(ways, divided, strict=True)
+            (way, replace(lowered, run_script=_run_script(each, lowered.files[0])))
+            for way, each in zip(ways, options, strict=True)
             if way
         ]
-        free = "kernels" not in given.model_fields_set
-        if chosen := choose_kernels(folder / FILES[0], target, divided[-1]) if free else {}:
-            written = _with_kernels(lowered, chosen, divided, folder)
+        if chosen := choose_kernels(folder / FILES[0], target, options[-1]) if "kernels" not in asked else {}:
+            written = _with_kernels(lowered, chosen, options, folder)
             found += [({**way, "kernels": "measured"}, made) for way, made in zip(ways, written, strict=True)]
         return found
 
@@ -173,8 +179,9 @@ def _with_kernels(
 
 
 def _run_script(given: OpenVinoOptions, file: str) -> str:
-    """``run.py``, compiling that file with the same hint and streams."""
+    """``run.py``, compiling that file with the same hint, streams and partitioner."""
     text = RUN_SCRIPT.read_text(encoding="utf-8")
     text = text.replace('MODEL = "model.xml"', f'MODEL = "{file}"', 1)
     text = text.replace('HINT = "LATENCY"', f'HINT = "{given.hint.upper()}"', 1)
-    return text.replace("STREAMS = 1", f"STREAMS = {given.streams}", 1)
+    text = text.replace("STREAMS = 1", f"STREAMS = {given.streams}", 1)
+    return text.replace('PARTITIONER = "DEFAULT"', f'PARTITIONER = "{given.partitioner.upper()}"', 1)

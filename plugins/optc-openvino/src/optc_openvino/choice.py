@@ -13,7 +13,7 @@ from xml.etree import ElementTree as ET
 from optc import Target
 from optc_openvino.execution import kernels
 from optc_openvino.graph import LAYERS
-from optc_openvino.parts import at_batch, compile_parts, noise, run_side_by_side
+from optc_openvino.parts import compile_and_fill, run_side_by_side
 from optc_openvino.runtime import OpenVinoOptions, read
 
 CONVOLUTIONS = frozenset(("Convolution", "GroupConvolution"))
@@ -105,13 +105,7 @@ class _Trial:
             written = Path(scratch) / path.name
             write_choice(path, dict.fromkeys(convolutions, preferred), written)
             model = read(written, path.with_suffix(".bin"))
-        shapes = tuple(at_batch(port.get_partial_shape(), target.batch) for port in model.inputs)
-        options = given.model_copy(update={"cache": False})  # what is tried is not worth a place on disk
-        compiled, parts = compile_parts(model, shapes, target, options, {"PERF_COUNT": True})
-        self._requests = tuple(compiled.create_infer_request() for _ in range(parts))
-        for request in self._requests:
-            for tensor in request.input_tensors:
-                tensor.data[:] = noise(tensor.data.shape, tensor.data.dtype)
+        compiled, self._requests = compile_and_fill(model, target, given, {"PERF_COUNT": True})
         self.kernels = {each.name: each.primitive for each in kernels(compiled) if each.name in convolutions}
 
     def run(self) -> None:

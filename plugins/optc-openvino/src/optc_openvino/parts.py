@@ -61,6 +61,24 @@ def noise(shape: Sequence[int], dtype: DTypeLike) -> NDArray[Any]:
     return np.abs(np.random.default_rng(0).standard_normal(shape)).astype(dtype)
 
 
+def compile_and_fill(
+    model: ov.Model, target: Target, given: OpenVinoOptions, further: Mapping[str, Any] | None = None
+) -> tuple[ov.CompiledModel, Requests]:
+    """Compile for the target's batch, to be measured: requests that have noise to run on, and nothing kept on disk.
+
+    Raises:
+        BackendError: OpenVINO has no way to run the model.
+    """
+    shapes = tuple(at_batch(port.get_partial_shape(), target.batch) for port in model.inputs)
+    options = given.model_copy(update={"cache": False})  # what is tried is not worth a place on disk
+    compiled, parts = compile_parts(model, shapes, target, options, further)
+    requests = tuple(compiled.create_infer_request() for _ in range(parts))
+    for request in requests:
+        for tensor in request.input_tensors:
+            tensor.data[:] = noise(tensor.data.shape, tensor.data.dtype)
+    return compiled, requests
+
+
 def set_parts(requests: Requests, arrays: Sequence[NDArray[Any]]) -> None:
     """Give each request its part of a query's arrays.
 

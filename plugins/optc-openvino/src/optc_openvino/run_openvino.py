@@ -15,6 +15,9 @@ HINT = "LATENCY"
 STREAMS = 1
 """With LATENCY: into how many parts a batch is divided that run side by side, where it can be."""
 
+PARTITIONER = "DEFAULT"
+"""STATIC: each thread gets an equal part of an operator's work; AUTO: in smaller parts, as it gets free."""
+
 
 def load(batch: int = 1, threads: int = 0) -> openvino.CompiledModel:
     """The model compiled by openvino for a part of the batch, in the types the file has; 0 threads lets it choose."""
@@ -28,6 +31,8 @@ def load(batch: int = 1, threads: int = 0) -> openvino.CompiledModel:
     options["INFERENCE_PRECISION_HINT"] = "bf16" if bf16 else "f32"
     if HINT == "LATENCY":
         options["NUM_STREAMS"] = parts
+    if PARTITIONER != "DEFAULT":
+        options["TBB_PARTITIONER"] = PARTITIONER
     if threads:
         options["INFERENCE_NUM_THREADS"] = threads
     rows = batch // parts

@@ -17,6 +17,7 @@ from optc import BackendError, BackendOptions, Target, cache_folder
 
 __all__ = [
     "INFERENCE_PRECISION",
+    "PARTITIONER",
     "ROUNDED_TOGETHER",
     "VERSION",
     "OpenVinoOptions",
@@ -54,6 +55,9 @@ VERSION = ov.get_version().partition("-")[0]
 INFERENCE_PRECISION = ("optc", "inference_precision")
 """Where a model's own information says what its operators in float32 are to be computed in, if not in that."""
 
+PARTITIONER = "TBB_PARTITIONER"
+"""OpenVINO's option for how an operator's work is divided among threads: ``"STATIC"`` or ``"AUTO"``."""
+
 ROUNDED_TOGETHER = 64
 """How many inputs of a layer with integer weights alone share a scale, as they are rounded to 8 bits at each call.
 
@@ -79,6 +83,11 @@ class OpenVinoOptions(BackendOptions):
         default="default",
         description="measured: each convolution is computed by the fastest of OpenVINO's kernels for it, found by"
         " measuring them when the model is lowered; default: OpenVINO's own choice",
+    )
+    partitioner: Literal["default", "static", "auto"] = Field(
+        default="default",
+        description="static: each thread gets an equal part of an operator's work; auto: the work is divided into more"
+        " parts than there are threads, and each takes the next when it is free; default: OpenVINO's own choice",
     )
     cache: bool = Field(
         default=False,
@@ -149,6 +158,8 @@ def compile_model(
     }
     if given.hint == "latency":
         options["NUM_STREAMS"] = streams
+    if given.partitioner != "default":
+        options[PARTITIONER] = given.partitioner.upper()
     if given.cache:
         options["CACHE_DIR"] = str(_writable(cache_folder("openvino")))
     with errors("openvino cannot compile the model"):
