@@ -33,7 +33,7 @@ OPTIMIZED = "optc"
 WORTHWHILE, WORTH_COMPILING = 2.0, 1.15
 """How many times the lowest latency so far a further program may be expected to take on a backend to be lowered to it,
 and to one that compiles for seconds."""
-WORTH_OTHER_OPTIONS = 1.15
+WORTH_OTHER_OPTIONS = 1.25
 """How many times the lowest latency a lowering may take for the backend's other options to be tried on it."""
 WORTH_ANOTHER_LOOK = 1.5
 """How many times the lowest latency a lowering may have taken when looked at to be looked at once more for that."""
