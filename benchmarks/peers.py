@@ -46,7 +46,9 @@ MODELS = (
 )
 BATCHES = (1, 16)
 SHORT_MODELS, SHORT_BATCHES, SHORT_BLOCKS = ("alexnet", "mobilenetv3_large_100"), (1,), 5
-IMAGES, BLOCKS, BLOCK_SECONDS, ROW_SECONDS = 32, 10, 0.5, 900.0
+IMAGES, BLOCK_SECONDS, ROW_SECONDS = 32, 0.5, 900.0
+BLOCKS = len(PEERS)
+"""Each tool has each place in the order of a round once."""
 REOPENED_BYTES = 1e9
 """Models smaller than this are opened anew for each block: what is opened last in a process is slower than it would be
 otherwise, by more than some of these tools differ. Larger ones take seconds to open."""

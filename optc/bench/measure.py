@@ -79,9 +79,10 @@ def measure(
             candidates does not count.
         together: keep all candidates open and interleave them. ``None`` decides by whether their weights fit into
             memory at once; otherwise they are opened and measured one after another, and the result says so.
-        reopen: open each candidate anew for each of its blocks, and let every other round run backwards. How a model
-            happens to lie in memory changes its latency by more than blocks of one opening show, so that a model would
-            differ from itself. A candidate that takes over :data:`REOPEN_SECONDS` to open stays open, and is warned of.
+        reopen: open each candidate anew for each of its blocks, and change their order from round to round. How a model
+            happens to lie in memory, and what ran before it, changes its latency by more than blocks of one opening
+            show, so that a model would differ from itself. A candidate that takes over :data:`REOPEN_SECONDS` to open
+            stays open, and is warned of.
         steady: go on beyond ``blocks`` rounds, to :data:`STEADYING_BLOCKS` at most, until each candidate's median is
             known to this share of it at 95 % confidence, or ``steady_seconds`` are over.
         logs: where LoadGen's logs of a candidate's block go, by its name and the block's number from 1.
@@ -225,7 +226,7 @@ class _Plan:
         while done < rounds:
             what = f"block {done + 1} of {rounds}"
             if reopen:
-                self._reopening_round(states if done % 2 == 0 else states[::-1], what)
+                self._reopening_round([states[index] for index in _order(len(states), done)], what)
             else:
                 far = _far_behind(contenders) if done >= min(FAR) else []
                 self._round([state for state in states if state not in far], what)
@@ -271,6 +272,15 @@ class _Plan:
                 state.kept_open = (
                     f"opened once, as it takes {state.open_seconds:.0f} s: another time it may differ a little"
                 )
+
+
+def _order(count: int, number: int) -> list[int]:
+    """A round's order: each has each place once in ``count`` rounds, and if they are even in number follows each other
+    once. A row of a Williams design ("Experimental designs balanced for the estimation of residual effects of
+    treatments", 1949).
+    """
+    zigzag = [(place + 1) // 2 if place % 2 else -(place // 2) for place in range(count)]
+    return [(step + number) % count for step in zigzag]
 
 
 def _contest(states: Sequence[_State], near: float) -> list[_State]:

@@ -62,7 +62,8 @@ def test_the_other_one_is_taken_where_it_is_clearly_faster(
 
     monkeypatch.setattr(partitioner_module, "_seconds", seconds)
     assert faster_partitioner(model, TARGET, OpenVinoOptions()) == (other if found else None)
-    assert asked == ["default", other, other, "default", "default", other], "the one that is first takes turns"
+    rounds = 3 if gain < 1 else 1
+    assert asked == ["default", other, other, "default", "default", other][: 2 * rounds], "which is first takes turns"
 
 
 def test_a_slow_model_is_run_less(model: ov.Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import gc
 import json
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -273,15 +274,23 @@ def test_progress_names_each_step(log: list[tuple[str, str]], query: list[Arrays
     assert lines == ["opening a", "measuring a, block 1 of 2", "measuring a, block 2 of 2"]
 
 
-def test_reopening_opens_for_every_block_and_runs_every_other_round_backwards(
-    log: list[tuple[str, str]], query: list[Arrays]
-) -> None:
+def test_reopening_opens_for_every_block_and_changes_the_order(log: list[tuple[str, str]], query: list[Arrays]) -> None:
     result = _short([_candidate("a", log), _candidate("b", log)], query, blocks=3, reopen=True)
     assert _turns(log) == ["a", "b", "a", "b"]  # a b, b a, a b
     assert [name for event, name in log if event == "open"] == ["a", "b", "b", "a", "a", "b"]
     assert [event for event, _ in log if event != "call"] == ["open", "close"] * 6  # never two at once
     assert [len(each.blocks) for each in result.results] == [3, 3]
     assert result.interleaved
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 12])
+def test_each_has_each_place_once_and_follows_each_other_once(count: int) -> None:
+    rounds = [measure_module._order(count, number) for number in range(count)]
+    every = list(range(count))
+    assert all(sorted(each) == every for each in rounds)
+    assert all(sorted(place) == every for place in zip(*rounds, strict=True))
+    pairs = [pair for each in rounds for pair in pairwise(each)]
+    assert len(set(pairs)) == len(pairs) == count * (count - 1)
 
 
 def test_reopening_leaves_open_what_takes_long_to_open_and_says_so(

@@ -34,11 +34,13 @@ def faster_partitioner(model: ov.Model, target: Target, given: OpenVinoOptions) 
     trials = (given, given.model_copy(update={"partitioner": other}))
     ratios: list[float] = []
     start = time.perf_counter()
-    while not ratios or (len(ratios) < _ROUNDS and time.perf_counter() - start < _SECONDS):
+    while len(ratios) < _ROUNDS and (not ratios or time.perf_counter() - start < _SECONDS):
         order = trials if len(ratios) % 2 == 0 else trials[::-1]
         taken = {options.partitioner: _seconds(model, target, options) for options in order}
         ratios.append(taken[other] / taken[given.partitioner])
-    return other if statistics.median(ratios) <= _WORTHWHILE and max(ratios) < 1.0 else None
+        if ratios[-1] >= 1.0:
+            return None
+    return other if statistics.median(ratios) <= _WORTHWHILE else None
 
 
 def _seconds(model: ov.Model, target: Target, given: OpenVinoOptions) -> float:
