@@ -280,7 +280,16 @@ def arrays(query: tuple[Tensor, ...]) -> tuple[Array, ...]:
     return tuple(map(as_array, query))
 
 
-def candidate(name: str, made: Lowering) -> Candidate:
+def candidate(name: str, made: Lowering, instead_of: str = "") -> Candidate:
     """A lowering as what is measured."""
     quantized = "int8" in made.precision or "int4" in made.precision
-    return Candidate(name, made.precision, quantized, made.load, made.bytes)
+    return Candidate(name, made.precision, quantized, made.load, made.bytes, instead_of=instead_of)
+
+
+def candidates(lowerings: Mapping[str, Lowering]) -> list[Candidate]:
+    """Lowerings, by name, as what is measured: those with other options instead of the one without."""
+    plain = {(each.backend.name, each.passes): name for name, each in lowerings.items() if not each.options}
+    return [
+        candidate(name, each, plain.get((each.backend.name, each.passes), "") if each.options else "")
+        for name, each in lowerings.items()
+    ]

@@ -13,7 +13,7 @@ from optc.bench.baselines import baselines
 from optc.bench.choice import Outcome, choose
 from optc.bench.measure import measure as measure_candidates
 from optc.bench.results import Measurement
-from optc.contest import Contest, TemporaryFolder, arrays, candidate
+from optc.contest import Contest, TemporaryFolder, arrays, candidates
 from optc.evaluation import evaluation_mode
 from optc.lowering.backend import Backend
 from optc.lowering.lowering import Lowering
@@ -100,11 +100,10 @@ def _measure(
     with_baselines: bool,
 ) -> Measurement:
     """Latency of what was lowered and, if wanted, of the device's baselines, in turns."""
-    candidates = baselines(model, inputs, target) if with_baselines else []
-    candidates += [candidate(name, made) for name, made in lowerings.items()]
+    measured = [*(baselines(model, inputs, target) if with_baselines else []), *candidates(lowerings)]
     with run.step("Measuring with MLPerf LoadGen") as step, evaluation_mode(model):
         measurement = measure_candidates(
-            candidates, [arrays(inputs)], target, optimized=tuple(lowerings), progress=step.update
+            measured, [arrays(inputs)], target, optimized=tuple(lowerings), progress=step.update
         )
         step.done(", ".join(result.name for result in measurement.results if result.error is None))
     return measurement

@@ -44,7 +44,8 @@ class Outcome:
 def choose(
     lowerings: Mapping[str, Lowering], left: Sequence[Outcome], measured: Measurement | None
 ) -> tuple[Lowering, tuple[Outcome, ...]]:
-    """Keep the fastest lowering, see :func:`fastest`; ties within the noise go to it as well, and say so.
+    """Keep the fastest lowering, see :func:`fastest`; ties within the noise go to it as well, and say so. Of ways to run
+    one lowering a tie goes to that without further options.
 
     Args:
         lowerings: by the name of their candidate in ``measured``; at least one.
@@ -68,7 +69,8 @@ def choose(
         reasons = "; ".join(f"{result.name}: {result.error}" for result in results)
         raise BackendError(f"everything that was lowered failed when measured: {reasons}")
     ranked = sorted(results, key=lambda result: (result is not best, _p50(result)))
-    outcomes = [_outcome(result, lowerings[result.name], best, measured.interleaved) for result in ranked]
+    lowest = min(map(_p50, results))
+    outcomes = [_outcome(result, lowerings[result.name], best, lowest, measured.interleaved) for result in ranked]
     return lowerings[best.name], (*outcomes, *left)
 
 
@@ -76,11 +78,13 @@ def _p50(result: CandidateResult) -> float:
     return result.percentiles.p50_ns if result.percentiles and result.error is None else float("inf")
 
 
-def _outcome(result: CandidateResult, lowering: Lowering, best: CandidateResult, interleaved: bool) -> Outcome:
+def _outcome(
+    result: CandidateResult, lowering: Lowering, best: CandidateResult, lowest: float, interleaved: bool
+) -> Outcome:
     return Outcome(
         backend=lowering.backend.name,
         chosen=result is best,
-        reason=_reason(result, best, interleaved),
+        reason=_reason(result, best, lowest, interleaved),
         precision=result.precision,
         p50_ms=result.percentiles.p50_ns / 1e6 if result.percentiles else None,
         file_bytes=lowering.bytes,
@@ -90,11 +94,11 @@ def _outcome(result: CandidateResult, lowering: Lowering, best: CandidateResult,
     )
 
 
-def _reason(result: CandidateResult, best: CandidateResult, interleaved: bool) -> str:
+def _reason(result: CandidateResult, best: CandidateResult, lowest: float, interleaved: bool) -> str:
     if result.error is not None:
         return f"failed when measured: {result.error}"
     if result is best:
-        return "lowest median latency"
+        return "lowest median latency" if _p50(best) <= lowest else "no other is shown to be faster"
     ratio = statistics.ratio_of_medians(result.latencies_ns, best.latencies_ns, interleaved=interleaved)
     numbers = f"{ratio.value:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}] the latency of the one kept"
     return numbers if ratio.outcome == "slower" else f"{numbers}: no difference shown"

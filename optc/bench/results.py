@@ -31,6 +31,7 @@ class Candidate:
         bytes: memory its weights take while open, besides what is held anyway.
         inputs: queries to draw from, one array per model input each; empty for those given to the measurement.
         specialised: whether it is compiled for the batch size of ``inputs`` when it is opened.
+        instead_of: the candidate that this is another way to run; that one stays unless this is shown to be faster.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Candidate:
     bytes: int = 0
     inputs: tuple[tuple[Array, ...], ...] = ()
     specialised: bool = False
+    instead_of: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class CandidateResult:
         spread: how far the blocks' medians lie apart, as a share of their median; ``None`` likewise.
         error: why it did not open or failed; ``None`` if all went well.
         warnings: what to know before believing the numbers.
+        instead_of: as of the candidate.
     """
 
     name: str
@@ -75,6 +78,7 @@ class CandidateResult:
     spread: float | None
     error: str | None
     warnings: tuple[str, ...]
+    instead_of: str = ""
 
     @classmethod
     def of(
@@ -101,6 +105,7 @@ class CandidateResult:
             spread=spread,
             error=error,
             warnings=(*_warnings(blocks, spread), *warnings),
+            instead_of=candidate.instead_of,
         )
 
     @property
@@ -195,13 +200,23 @@ def conclude(
 def fastest(results: Sequence[CandidateResult], interleaved: bool) -> CandidateResult | None:
     """The one with the lowest median latency, unless another is shown to be faster in the blocks that both have.
 
-    Some are measured for more blocks than others, in which the machine may have been slower. ``None`` if none was
-    measured without an error.
+    Some are measured for more blocks than others, in which the machine may have been slower. What is another way to run
+    one of them counts only if it is shown to be faster than that: of several that tie, one always seems to be. ``None``
+    if none was measured without an error.
     """
     complete = [result for result in results if result.percentiles is not None and result.error is None]
+    named = {result.name: result for result in complete}
+    complete = [each for each in complete if _is_worth_its_options(each, named.get(each.instead_of), interleaved)]
     best = min(complete, key=lambda result: result.percentiles.p50_ns if result.percentiles else math.inf, default=None)
     for other in complete:
         if best is not None and interleaved and len(other.blocks) != len(best.blocks):
             ratio = statistics.ratio_of_medians(other.latencies_ns, best.latencies_ns, interleaved=True)
             best = other if ratio.outcome == "faster" else best
     return best
+
+
+def _is_worth_its_options(result: CandidateResult, plain: CandidateResult | None, interleaved: bool) -> bool:
+    if plain is None:
+        return True
+    ratio = statistics.ratio_of_medians(result.latencies_ns, plain.latencies_ns, interleaved=interleaved)
+    return ratio.outcome == "faster"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ from optc import Backend, Lowered, Program, Runner, Target
 from optc.bench.choice import Outcome, choose, rows
 from optc.bench.measure import measure
 from optc.bench.results import Candidate
+from optc.contest import candidates
 from optc.errors import BackendError
 from optc.lowering.lowering import Lowering
 
@@ -99,3 +103,29 @@ def test_the_only_one_is_kept_without_a_measurement(made: dict[str, Lowering]) -
     assert kept is made["fast"]
     assert [(outcome.backend, outcome.chosen) for outcome in outcomes] == [("fast", True), ("refuses", False)]
     assert outcomes[1].reason == "no kernel for Roll"
+
+
+@pytest.mark.parametrize(("seconds", "kept"), [(0.0098, "plain"), (0.006, "with options")])
+def test_other_options_are_kept_only_where_they_are_shown_to_be_faster(
+    seconds: float, kept: str, tmp_path: Path
+) -> None:
+    """Sleeps that vary by a fifth from block to block."""
+    (tmp_path / "model").write_bytes(b"12345")
+    target = Target(threads=1)
+    plain = Lowering(SleepBackend("plain", 0.01), Lowered(("model",)), tmp_path, target, "sleep", "float32", 1.5)
+    other = replace(plain, options={"streams": 2})
+    made = {"plain": plain, "with options": other}
+
+    def varying(usual: float, sign: int) -> Callable[[], Runner]:
+        number = itertools.count()
+        return lambda: Sleeper(usual * (1 + 0.1 * sign * (-1) ** next(number)))
+
+    opened = (varying(0.01, 1), varying(seconds, -1))
+    measured = [replace(each, open=open_) for each, open_ in zip(candidates(made), opened, strict=True)]
+    assert [each.instead_of for each in measured] == ["", "plain"]
+    query = [(np.zeros((1, 2), np.float32),)]
+    result = measure(measured, query, target, optimized=tuple(made), blocks=4, block_seconds=0.05, reopen=True)
+    assert result.optimized == kept
+    found, outcomes = choose(made, [], result)
+    assert found is made[kept]
+    assert outcomes[0].chosen
