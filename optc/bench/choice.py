@@ -44,8 +44,9 @@ class Outcome:
 def choose(
     lowerings: Mapping[str, Lowering], left: Sequence[Outcome], measured: Measurement | None
 ) -> tuple[Lowering, tuple[Outcome, ...]]:
-    """Keep the fastest lowering, see :func:`fastest`; ties within the noise go to it as well, and say so. Of ways to run
-    one lowering a tie goes to that without further options.
+    """Keep the fastest lowering, see :func:`fastest`; ties within the noise go to it as well, and say so.
+
+    Of several ways to run one lowering a tie goes to that without further options.
 
     Args:
         lowerings: by the name of their candidate in ``measured``; at least one.
