@@ -24,7 +24,7 @@ MAX_QUERIES = 10_000
 """Most queries in a block, so that a model of microseconds does not fill the manifest."""
 FAR = {2: 1.5, 3: 1.25}
 """By a number of blocks how many times the fastest one's median an optimized candidate may have taken in each of them
-at most to get more: they would only narrow the interval of a loser."""
+at most to get more: where it is shown to be slower, they would only narrow the interval of a loser."""
 SETTLING_BLOCKS, SETTLING_SECONDS = 10, 12.0
 """Most further blocks for optimized candidates that are not told apart from the fastest one, and most time for them."""
 NEAR, NEAR_BLOCKS = 1.1, 3
@@ -286,31 +286,40 @@ def _order(count: int, number: int) -> list[int]:
 def _contest(states: Sequence[_State], near: float) -> list[_State]:
     """The fastest state, and those whose latency is below ``near`` times its, or not shown to differ from it."""
 
-    def latencies(state: _State) -> list[tuple[int, ...]]:
-        return [block.latencies_ns for block in state.blocks]
-
     def is_in(state: _State) -> bool:
-        ratio = statistics.ratio_of_medians(latencies(state), latencies(best), interleaved=True)
+        ratio = _ratio(state, best)
         return ratio.outcome == "no difference" or ratio.value < near
 
-    best = min(states, key=lambda state: statistics.percentiles(latencies(state)).p50_ns)
+    best = _fastest(states)
     return [state for state in states if state is best or is_in(state)]
 
 
 def _far_behind(states: Sequence[_State]) -> list[_State]:
-    """Those that have had their blocks, by :data:`FAR`."""
-    medians = {
-        state: [plain.median(block.latencies_ns) for block in state.blocks]
-        for state in states
-        if state.runner is not None
-    }
-    best = min(medians.values(), key=plain.median, default=[])
+    """Those that have had their blocks, by :data:`FAR`, and are shown to be slower than the fastest."""
+    open_states = [state for state in states if state.runner is not None]
 
-    def is_far(own: list[float]) -> bool:
-        ratios = [mine / theirs for mine, theirs in zip(own, best, strict=False)]
-        return any(len(ratios) >= blocks and min(ratios) > far for blocks, far in FAR.items())
+    def is_far(state: _State) -> bool:
+        pairs = zip(state.blocks, best.blocks, strict=False)
+        ratios = [plain.median(own.latencies_ns) / plain.median(its.latencies_ns) for own, its in pairs]
+        far = any(len(ratios) >= blocks and min(ratios) > limit for blocks, limit in FAR.items())
+        return far and _ratio(state, best).outcome == "slower"
 
-    return [state for state, own in medians.items() if is_far(own)]
+    if not open_states:
+        return []
+    best = _fastest(open_states)
+    return [state for state in open_states if is_far(state)]
+
+
+def _fastest(states: Sequence[_State]) -> _State:
+    return min(states, key=lambda state: statistics.percentiles(_latencies(state)).p50_ns)
+
+
+def _ratio(state: _State, other: _State) -> statistics.Ratio:
+    return statistics.ratio_of_medians(_latencies(state), _latencies(other), interleaved=True)
+
+
+def _latencies(state: _State) -> list[tuple[int, ...]]:
+    return [block.latencies_ns for block in state.blocks]
 
 
 def _uncertainty(state: _State) -> float:

@@ -56,11 +56,11 @@ def test_the_other_one_is_taken_where_it_is_clearly_faster(
     other = {"AUTO": "static", "STATIC": "auto"}[own]
     asked: list[str] = []
 
-    def seconds(model: ov.Model, target: optc.Target, given: OpenVinoOptions) -> float:
+    def trial(model: ov.Model, target: optc.Target, given: OpenVinoOptions) -> tuple[str, float]:
         asked.append(given.partitioner)
-        return gain if given.partitioner == other else 1.0
+        return own, gain if given.partitioner == other else 1.0
 
-    monkeypatch.setattr(partitioner_module, "_seconds", seconds)
+    monkeypatch.setattr(partitioner_module, "_trial", trial)
     assert faster_partitioner(model, TARGET, OpenVinoOptions()) == (other if found else None)
     rounds = 3 if gain < 1 else 1
     assert asked == ["default", other, other, "default", "default", other][: 2 * rounds], "which is first takes turns"
@@ -68,10 +68,15 @@ def test_the_other_one_is_taken_where_it_is_clearly_faster(
 
 def test_a_slow_model_is_run_less(model: ov.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[str] = []
+
+    def trial(model: ov.Model, target: optc.Target, given: OpenVinoOptions) -> tuple[str, float]:
+        runs.append(given.partitioner)
+        return "STATIC", 0.5 if given.partitioner == "auto" else 1.0
+
     monkeypatch.setattr(partitioner_module, "_SECONDS", 0.0)
-    monkeypatch.setattr(partitioner_module, "_seconds", lambda model, target, given: runs.append("") or 1.0)
-    assert faster_partitioner(model, TARGET, OpenVinoOptions()) is None
-    assert len(runs) == 2
+    monkeypatch.setattr(partitioner_module, "_trial", trial)
+    assert faster_partitioner(model, TARGET, OpenVinoOptions()) == "auto"
+    assert runs == ["default", "auto"]
 
 
 def test_both_are_really_run(model: ov.Model) -> None:

@@ -84,11 +84,22 @@ def test_the_further_behind_the_fewer_blocks() -> None:
     candidates = [
         Candidate("fast", "", True, lambda: Sleeping(lambda: 0.02)),
         Candidate("behind", "", True, lambda: Sleeping(lambda: 0.0275)),
-        Candidate("far behind", "", True, lambda: Sleeping(lambda: 0.04)),
+        Candidate("far behind", "", True, lambda: Sleeping(lambda: 0.08)),
     ]
     measured = Counter[str]()
     settled(candidates, ("fast", "behind", "far behind"), Counter(), measured, blocks=5)
     assert measured == {"fast": 5, "behind": 3, "far behind": 2}
+
+
+def test_what_is_far_behind_and_not_told_apart_goes_on() -> None:
+    measured = Counter[str]()
+    seconds = (0.07, 0.035)
+    candidates = [
+        Candidate("fast", "", True, lambda: Sleeping(lambda: 0.02)),
+        Candidate("unsteady", "", True, lambda: Sleeping(lambda: seconds[(measured["unsteady"] + 1) % 2])),
+    ]
+    settled(candidates, ("fast", "unsteady"), Counter(), measured, blocks=4)
+    assert measured["unsteady"] > min(FAR), "3.5 and 1.75 times: two blocks leave the interval beyond 1"
 
 
 def test_what_is_near_the_fastest_is_opened_anew() -> None:
