@@ -21,8 +21,8 @@ _BINS = 60
 _LOG_FROM = 4.0
 """From which ratio between the slowest and the fastest candidate on an axis of latencies is logarithmic."""
 _FEW_DECADES = 1000.0
-_NEAR = 10.0
-"""Points of print between marks whose numbers would cover each other."""
+_NEAR = 12.0
+"""Points of print between marks whose numbers would cover each other; a list of numbers is as much wider."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def latency_chart(candidates: Sequence[Latencies]) -> Chart:
                 short(mark[0]), (mark[0], row - 0.56), (3, -3), textcoords="offset points", va="center", fontsize=9
             )
             across = axes.get_yaxis_transform()
-            axes.annotate(shortened(each.name, 60), (0, row - 0.8), (3, 0), across, "offset points", fontsize=9)
+            axes.annotate(shortened(each.name, 60), (0, row - 0.68), (3, 0), across, "offset points", fontsize=9)
         axes.set_yticks(range(len(candidates)), [""] * len(candidates))
         axes.set_ylim(len(candidates) - 0.8, -1.0)
         axes.grid(visible=False, axis="y")
@@ -180,7 +180,7 @@ def _mark(point: Point) -> Line2D:
 def _number(axes: Axes, points: Sequence[Point], heights: Sequence[float], numbers: Mapping[Point, int]) -> None:
     """The points' numbers at their upper right, those of points that nearly coincide in one list.
 
-    Call it when the figure has all its parts and the axes their final limits.
+    Call it when the figure has all its parts and the axes their final limits; the points come in order of latency.
     """
     figure_ = axes.get_figure(root=True)
     assert figure_ is not None
@@ -189,7 +189,9 @@ def _number(axes: Axes, points: Sequence[Point], heights: Sequence[float], numbe
     for each, height in zip(points, heights, strict=True):
         place = (each.milliseconds, height)
         x, y = axes.transData.transform(place) * 72 / figure_.dpi
-        near = next((group for group in groups if abs(group[0] - x) < _NEAR and abs(group[1] - y) < _NEAR), None)
+        near = next(
+            (each for each in groups if 0 <= x - each[0] < _NEAR * len(each[3]) and abs(each[1] - y) < _NEAR), None
+        )
         if near is None:
             near = (x, y, place, [])
             groups.append(near)

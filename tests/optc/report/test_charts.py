@@ -29,6 +29,12 @@ def test_points_are_numbered_by_latency_and_those_that_coincide_share_a_list() -
     assert found.count("3") == 1, "its accuracy is not known"
 
 
+def test_a_list_takes_in_what_it_would_cover() -> None:
+    milliseconds = (3.2, 3.42, 3.5, 20.0)
+    found = texts(pareto_chart([Point(str(each), each, 6.5) for each in milliseconds]).svg)
+    assert "1, 2, 3" in found
+
+
 def test_points_that_lie_apart_are_numbered_each() -> None:
     found = texts(pareto_chart([Point("small", 5.0, 5.0), Point("large", 5.0, 50.0)]).svg)
     assert {"1", "2"} <= set(found)
