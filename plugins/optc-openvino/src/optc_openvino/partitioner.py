@@ -21,8 +21,8 @@ def faster_partitioner(model: ov.Model, target: Target, given: OpenVinoOptions) 
     """The partitioner that OpenVINO does not choose by itself, if a query takes less time with it.
 
     OpenVINO goes by rules for a model as a whole. Equal parts for all threads cost least to hand out, but a layer is
-    divided in blocks of rows, and those of few rows, as a ViT's 197, do not share out evenly. Both are compiled and run in
-    turns, as the target runs them.
+    divided in blocks of rows, and those of few rows, as a ViT's 197, do not share out evenly. Both are compiled and run
+    in turns, as the target runs them.
 
     Raises:
         BackendError: OpenVINO cannot compile or run it.
