@@ -25,8 +25,11 @@ MAX_QUERIES = 10_000
 FAR = {2: 1.5, 3: 1.25}
 """By a number of blocks how many times the fastest one's median an optimized candidate may have taken in each of them
 at most to get more: where it is shown to be slower, they would only narrow the interval of a loser."""
-SETTLING_BLOCKS, SETTLING_SECONDS = 10, 12.0
+SETTLING_BLOCKS, SETTLING_SECONDS = 12, 20.0
 """Most further blocks for optimized candidates that are not told apart from the fastest one, and most time for them."""
+WAYS_BLOCKS = 1
+"""Further blocks that all ways to run one lowering get. Beyond them the fastest other way goes on against the one without
+options: it replaces that only if shown to be faster, which on a noisy machine takes many blocks of the two."""
 NEAR, NEAR_BLOCKS = 1.1, 3
 """Optimized candidates that took at most this many times the fastest one's median get this many further blocks even if
 told apart: each block is of another opening then, and what tells them apart may be how one of them lay in memory."""
@@ -67,8 +70,8 @@ def measure(
 
     Where several are ``optimized`` and take turns, those far behind the fastest of them get only the blocks that
     :data:`FAR` says, and those not told apart from it up to :data:`SETTLING_BLOCKS` further rounds, until their order
-    is settled or the time is up. For those rounds they are opened anew, and the ones :data:`NEAR` the fastest take part
-    in the first few.
+    is settled or the time is up. For those rounds they are opened anew, for each one or for as many as take as long as
+    that does, and the ones :data:`NEAR` the fastest take part in the first few. Of several ways to run one of them only the fastest goes on against it after :data:`WAYS_BLOCKS`.
 
     Args:
         inputs: queries to draw from, one array per model input each, for candidates without inputs of their own.
@@ -244,17 +247,28 @@ class _Plan:
     def settle(self, states: Sequence[_State]) -> None:
         """Further rounds over the fastest state and those that nothing tells from it yet, each opened anew."""
         deadline = min(self.deadline, time.perf_counter() + SETTLING_SECONDS)
-        for number in range(1, SETTLING_BLOCKS + 1):
-            open_states = [state for state in states if state.runner is not None]
-            near = NEAR if number <= NEAR_BLOCKS else 1.0
-            contest = _contest(open_states, near) if len(open_states) > 1 else []
+        contest = [state for state in states if state.runner is not None]
+        number = 0
+        while number < SETTLING_BLOCKS:
+            contest = _contest(contest, NEAR if number < NEAR_BLOCKS else 1.0)
+            contest = contest if number < WAYS_BLOCKS else _one_way_each(contest)
             if len(contest) < 2 or time.perf_counter() > deadline:
                 return
-            for state in contest if number % 2 else contest[::-1]:
-                if state.open_seconds <= REOPEN_SECONDS:
-                    state.close()
-                    state.open(self.progress)
-                self._round([state], f"further block {number}, the order is not settled")
+            for _ in range(self._open_anew(contest)):
+                number += 1
+                turn = contest if number % 2 else contest[::-1]
+                self._round(turn, f"further block {number}, the order is not settled")
+            contest = [state for state in contest if state.error is None]
+
+    def _open_anew(self, states: Sequence[_State]) -> int:
+        """Close and open the states again, and say how many rounds that is worth: as many as take as long."""
+        seconds = 0.0
+        for state in states:
+            if state.open_seconds <= REOPEN_SECONDS:
+                state.close()
+                state.open(self.progress)
+                seconds = max(seconds, state.open_seconds)
+        return max(1, round(seconds / self.block_seconds))
 
     def _round(self, states: Sequence[_State], what: str) -> None:
         for state in states:
@@ -290,8 +304,19 @@ def _contest(states: Sequence[_State], near: float) -> list[_State]:
         ratio = _ratio(state, best)
         return ratio.outcome == "no difference" or ratio.value < near
 
+    if len(states) < 2:
+        return list(states)
     best = _fastest(states)
     return [state for state in states if state is best or is_in(state)]
+
+
+def _one_way_each(states: Sequence[_State]) -> list[_State]:
+    """The states without all but the fastest of those that are other ways to run the same candidate."""
+    ways: dict[str, list[_State]] = {}
+    for state in states:
+        ways.setdefault(state.candidate.instead_of, []).append(state)
+    kept = [_fastest(each) for each in ways.values()]
+    return [state for state in states if not state.candidate.instead_of or state in kept]
 
 
 def _far_behind(states: Sequence[_State]) -> list[_State]:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
 from optc import Runner, Target
-from optc.bench.measure import FAR, NEAR_BLOCKS, SETTLING_BLOCKS, measure
+from optc.bench.measure import FAR, NEAR_BLOCKS, SETTLING_BLOCKS, WAYS_BLOCKS, measure
 from optc.bench.results import Candidate, Measurement
 
 Arrays = tuple[np.ndarray, ...]
+TIED = ((1, 3), (3, 1))
+"""Milliseconds in one block and in the next, of two that nothing tells apart."""
 
 
 class Sleeping(Runner):
@@ -124,6 +127,42 @@ def test_what_is_near_the_fastest_is_opened_anew() -> None:
     assert p50["unlucky"] < p50["lucky"] < p50["far"]
     assert opened["unlucky"] >= 1 + NEAR_BLOCKS
     assert opened["far"] == opened["baseline"] == 1
+
+
+def unsteady(name: str, milliseconds: tuple[float, float], measured: Counter[str], instead_of: str = "") -> Candidate:
+    """As long as one number in one block, as the other in the next."""
+    return Candidate(
+        name, "", True, lambda: Sleeping(lambda: milliseconds[measured[name] % 2] / 1000), instead_of=instead_of
+    )
+
+
+def test_only_the_fastest_of_the_other_ways_goes_on_against_the_one_without_options() -> None:
+    opened, measured = Counter[str](), Counter[str]()
+    candidates = [
+        unsteady("plain", (10, 13), measured),
+        unsteady("fast way", (13, 9), measured, "plain"),
+        unsteady("slow way", (12, 10), measured, "plain"),
+    ]
+    settled(candidates, ("plain", "fast way", "slow way"), opened, measured)
+    assert opened == {"plain": 1 + SETTLING_BLOCKS, "fast way": 1 + SETTLING_BLOCKS, "slow way": 1 + WAYS_BLOCKS}
+
+
+def test_what_is_slow_to_open_gets_several_blocks_each_time() -> None:
+    opened, measured = Counter[str](), Counter[str]()
+
+    def slow_to_open(candidate: Candidate) -> Candidate:
+        def open_() -> Runner:
+            time.sleep(0.4)
+            return candidate.open()
+
+        return replace(candidate, open=open_)
+
+    names = ("first", "second")
+    candidates = [slow_to_open(unsteady(name, numbers, measured)) for name, numbers in zip(names, TIED, strict=True)]
+    settled(candidates, names, opened, measured)
+    for name in names:
+        assert measured[name] >= 4 + SETTLING_BLOCKS
+        assert 2 <= opened[name] - 1 <= SETTLING_BLOCKS // 3, "its blocks of 0.1 s take as long as opening it"
 
 
 def test_settling_ends_with_the_time() -> None:
