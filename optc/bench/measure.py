@@ -28,7 +28,7 @@ at most to get more: where it is shown to be slower, they would only narrow the 
 SETTLING_BLOCKS, SETTLING_SECONDS = 12, 20.0
 """Most further blocks for optimized candidates that are not told apart from the fastest one, and most time for them."""
 WAYS_BLOCKS = 1
-"""Further blocks that all ways to run one lowering get. Beyond them the fastest other way goes on against the one without
+"""Further blocks that all ways to run one lowering get. Beyond them the fastest goes on against the one without
 options: it replaces that only if shown to be faster, which on a noisy machine takes many blocks of the two."""
 NEAR, NEAR_BLOCKS = 1.1, 3
 """Optimized candidates that took at most this many times the fastest one's median get this many further blocks even if
@@ -71,7 +71,8 @@ def measure(
     Where several are ``optimized`` and take turns, those far behind the fastest of them get only the blocks that
     :data:`FAR` says, and those not told apart from it up to :data:`SETTLING_BLOCKS` further rounds, until their order
     is settled or the time is up. For those rounds they are opened anew, for each one or for as many as take as long as
-    that does, and the ones :data:`NEAR` the fastest take part in the first few. Of several ways to run one of them only the fastest goes on against it after :data:`WAYS_BLOCKS`.
+    that does, and the ones :data:`NEAR` the fastest take part in the first few. Of several ways to run one of them only
+    the fastest goes on against it after :data:`WAYS_BLOCKS`.
 
     Args:
         inputs: queries to draw from, one array per model input each, for candidates without inputs of their own.
