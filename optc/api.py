@@ -29,7 +29,7 @@ from optc.machine import isa, total_memory
 from optc.ops.costs import node_costs
 from optc.passmanager.alternatives import Alternatives, did
 from optc.passmanager.compare import compare
-from optc.passmanager.contract import Calibration, Change, Instrument, Pass, PassContext
+from optc.passmanager.contract import Calibration, Change, Instrument, Latency, Pass, PassContext
 from optc.passmanager.instruments import Statistics, Timing, Verify
 from optc.passmanager.manager import PassManager
 from optc.program import ModelInfo, Program
@@ -312,5 +312,5 @@ def _representative(ranges: Calibration | None, captured: Program) -> list[tuple
 _VERIFICATION_IMAGES = 8
 
 
-def _latency_on(backend: Backend, target: Target) -> Callable[[Sequence[Program]], list[float]]:
-    return lambda programs: latencies(programs, backend, target)
+def _latency_on(backend: Backend, target: Target) -> Latency:
+    return lambda programs, seconds=0.0: latencies(programs, backend, target, seconds)

@@ -21,14 +21,18 @@ from optc.target import Target
 ROUNDS = 8
 HOPELESS = 2.0
 """How many times the fastest program's latency another may have in the first round to be measured again."""
+CLOSE = 1.2
+"""How many times the fastest program's latency another may have after all rounds to be measured further."""
 _ROUND_SECONDS = 0.01
 
 
-def latencies(programs: Sequence[Program], backend: Backend, target: Target) -> list[float]:
+def latencies(programs: Sequence[Program], backend: Backend, target: Target, seconds: float = 0.0) -> list[float]:
     """Seconds of a query on each program's example inputs: the least of several rounds' medians, taken in turns.
 
     A program that takes over :data:`HOPELESS` times the fastest one's in the first round has that round alone. The
-    others are opened anew half-way: how a model happens to lie in memory changes its latency.
+    others are opened anew after half of the rounds: how a model happens to lie in memory changes its latency. Those
+    :data:`CLOSE` to the fastest go on like that for the ``seconds``: a machine may be slow for longer than the rounds
+    take.
 
     Where the batch may vary, a query has the target's. The program is lowered as it is all the same: runtimes fuse
     otherwise where they know the batch. Nodes without ``meta["val"]``, as passes leave them while they work, get it.
@@ -44,8 +48,9 @@ def latencies(programs: Sequence[Program], backend: Backend, target: Target) -> 
             with kept(failed, backend, str(index)):
                 rivals[index] = _lowered(backend, program, target, Path(folder, str(index)))
         found = [math.inf if index in rivals else math.nan for index in range(len(programs))]
-        for number in range(ROUNDS):
-            if number in (0, ROUNDS // 2):
+        number, end = 0, math.inf
+        while number < ROUNDS or (len(rivals) > 1 and time.perf_counter() < end):
+            if number % (ROUNDS // 2) == 0:
                 stack.close()
                 runners: dict[int, Runner] = {}
             for index, load in rivals.items():
@@ -55,7 +60,11 @@ def latencies(programs: Sequence[Program], backend: Backend, target: Target) -> 
                     found[index] = min(found[index], _median(runners[index], _query(programs[index], target)))
                 if str(index) in failed:
                     found[index] = math.nan
-            limit = HOPELESS * min((found[index] for index in rivals if not math.isnan(found[index])), default=0.0)
+            number += 1
+            if number == ROUNDS:
+                end = time.perf_counter() + seconds
+            least = min((found[index] for index in rivals if not math.isnan(found[index])), default=0.0)
+            limit = (HOPELESS if number < ROUNDS else CLOSE) * least
             rivals = {index: load for index, load in rivals.items() if found[index] <= limit}
         return found
 

@@ -68,6 +68,26 @@ def silence(seconds: float) -> float:
     return 0.7 * seconds
 
 
+def local_store(world: int, seconds: float) -> TCPStore:
+    """A store on a free port that only this machine reaches: one that PyTorch opens itself listens at every address.
+
+    Args:
+        seconds: how long to wait for what is asked of it.
+    """
+    host = "127.0.0.1"
+    listening = socket.create_server((host, 0))
+    port = listening.getsockname()[1]
+    return TCPStore(
+        host,
+        port,
+        world,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=seconds),
+        master_listen_fd=listening.detach(),
+    )
+
+
 class LocalRanks:
     """One process a stage, each with a connection to this one. The store that they meet at is this process's.
 
@@ -82,9 +102,7 @@ class LocalRanks:
         self._timeout = timeout()
         self._logs = tempfile.TemporaryDirectory(prefix="optc-pipeline-")
         world = len(targets)
-        self._store = TCPStore(
-            "127.0.0.1", 0, world, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=self._timeout)
-        )
+        self._store = local_store(world, self._timeout)
         self.connections: list[Channel] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         self._closing, self._ended = threading.Event(), threading.Event()

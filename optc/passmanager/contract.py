@@ -122,6 +122,18 @@ class Instrument:
         """Called when ``pass_`` has run and its contract holds; a returned value is kept in ``record.notes[name]``."""
 
 
+class Latency(Protocol):
+    """Measures programs on a backend."""
+
+    def __call__(self, programs: Sequence[Program], seconds: float = 0.0) -> list[float]:
+        """Seconds that a query takes with each program, quickly found; NaN for what the backend cannot run.
+
+        Args:
+            seconds: how long to go on where the fastest are close.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class PassContext:
     """What a pass may know besides the program.
@@ -136,8 +148,7 @@ class PassContext:
         isa: instruction sets of the target's CPU that decide how int8 and bf16 run, as Linux spells them (``avx2``,
             ``avx512_vnni``, ``amx_int8`` …); this machine's unless said otherwise, ``None`` where nobody knows.
         note: called with a line that the user must see before the work goes on; kept in the report.
-        latency: by backend, measures programs on it: median seconds of a query each, NaN for what it cannot run. Empty
-            where nobody measures.
+        latency: by backend, measures programs on it. Empty where nobody measures.
         node_times: measures a program's nodes in eager PyTorch, given the device (``"cpu"`` or ``"cuda"``), threads and
             images: median seconds of each by name, zero for what takes none. ``None`` where nobody measures.
         memory: bytes that the target's CPU processes may take together; ``None`` where nobody knows.
@@ -150,7 +161,7 @@ class PassContext:
     budget: Budget | None = None
     isa: tuple[str, ...] | None = field(default_factory=isa)
     note: Callable[[str], None] = lambda text: None
-    latency: Mapping[str, Callable[[Sequence[Program]], list[float]]] = field(default_factory=dict)
+    latency: Mapping[str, Latency] = field(default_factory=dict)
     node_times: Callable[[Program, str, int, int], Mapping[str, float]] | None = None
     memory: int | None = None
 

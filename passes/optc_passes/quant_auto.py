@@ -21,8 +21,9 @@ from optc_passes.quant_plan import Layer
 _TRIES = 12
 """Most times the budget of noise is tightened, by half each, where the sum of the layers' noise was too optimistic."""
 
-Latency = Callable[[Sequence[Program]], list[float]]
-_measured: WeakKeyDictionary[Latency, dict[str, dict[str, float]]] = WeakKeyDictionary()
+_SETTLING_SECONDS = 3.0
+"""How long whole models of about the same latency are measured on: one of them is kept."""
+_measured: WeakKeyDictionary[Callable[..., list[float]], dict[str, dict[str, float]]] = WeakKeyDictionary()
 """Seconds by what measures, kind of layer and format: a second trial of the same run measures nothing again."""
 
 
@@ -108,7 +109,7 @@ def whole_seconds(wholes: Mapping[str, Program], backend: str, context: PassCont
     What layers take by themselves leaves out the conversions between them.
     """
     context.progress(f"measuring {len(wholes)} whole models on {backend}")
-    return dict(zip(wholes, context.latency[backend](list(wholes.values())), strict=True))
+    return dict(zip(wholes, context.latency[backend](list(wholes.values()), _SETTLING_SECONDS), strict=True))
 
 
 def in_words(seconds: Mapping[str, float], backend: str) -> str:

@@ -120,7 +120,7 @@ def test_what_is_fastest_as_a_whole_is_kept(seconds: tuple[float, ...], form: st
     program = optc.capture(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).eval(), (torch.randn(2, 64),))
     wholes: list[int] = []
 
-    def latency(programs: Sequence[optc.Program]) -> list[float]:
+    def latency(programs: Sequence[optc.Program], seconds_more: float = 0.0) -> list[float]:
         """Each layer is fastest in its last format by itself; whole models take what they are said to."""
         if programs[0].operator_count() == 1:
             return [1.0 / (1 + rank) for rank in range(len(programs))]
@@ -154,7 +154,7 @@ def test_int8_that_is_faster_as_a_whole_alone_is_kept(above_db: float) -> None:
     batches = [(torch.randn(8, 64),)]
     measured: list[list[int]] = []
 
-    def latency(programs: Sequence[optc.Program]) -> list[float]:
+    def latency(programs: Sequence[optc.Program], seconds_more: float = 0.0) -> list[float]:
         """By itself each layer is fastest in float; of whole models the more they are quantized the faster."""
         if programs[0].operator_count() == 1:
             return [1.0 + rank for rank in range(len(programs))]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -115,3 +117,42 @@ def test_rivals_are_opened_twice_and_all_closed() -> None:
     assert backend.opened in (checked + 4, checked + 3), "again half-way, unless one was hopeless by then"
     assert backend.most == 2
     assert backend.open == 0
+
+
+class Sleeping(Watched):
+    """Takes as many milliseconds as the model has outputs, and counts the queries of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = Counter[int]()
+
+    def lower(self, program: Program, target: Target, folder: Path) -> Lowered:
+        outputs = program.graph.output_node().args[0][0].meta["val"].shape[-1]  # type: ignore[index, union-attr]
+        (folder / str(outputs)).touch()
+        return super().lower(program, target, folder)
+
+    def load(self, folder: Path, files: tuple[str, ...], target: Target) -> Runner:
+        runner, queries = super().load(folder, files, target), self.queries
+        outputs = next(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+
+        class Slept(Runner):
+            provider, precision = runner.provider, runner.precision
+
+            def close(self) -> None:
+                runner.close()
+
+            def __call__(self, *inputs: Array) -> tuple[Array, ...]:
+                queries[outputs] += 1
+                time.sleep(outputs / 1000)
+                return runner(*inputs)
+
+        return Slept()
+
+
+def test_what_is_close_to_the_fastest_goes_on_for_the_time_given() -> None:
+    quick, long = Sleeping(), Sleeping()
+    programs = [captured(outputs) for outputs in (20, 21, 30)]
+    latencies(programs, quick, Target(threads=1))
+    latencies(programs, long, Target(threads=1), seconds=2.0)
+    assert quick.queries[20] == quick.queries[21] == quick.queries[30] == long.queries[30]
+    assert min(long.queries[20], long.queries[21]) > 1.5 * quick.queries[20]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from optc.errors import ArtifactError, BackendError
 from optc.lowering.artifact import load_artifact, write_artifact
 from optc.lowering.pipeline import PipelineBackend, staged
 from optc.lowering.pipeline_file import PipelineFile, read_pipeline
+from optc.lowering.pipeline_ranks import local_store
 from optc.lowering.pipeline_runner import PipelineRunner, stage_targets
 from optc.program import Program, complete_meta
 from optc.rewrite import add_constant
@@ -92,6 +94,13 @@ def test_stages_are_artifacts_of_their_own_with_their_own_weights(made: Made) ->
     handed_on = first(x)
     assert [list(each.shape[1:]) for each in handed_on] == [list(w.shape[1:]) for w in description.stages[0].sends]
     np.testing.assert_allclose(second(*handed_on)[0], made.program.run(torch.zeros(2, 3, 32, 32))[0], atol=1e-5)
+
+
+def test_the_store_is_reached_from_this_machine_alone() -> None:
+    store = local_store(1, 5.0)
+    socket.create_connection(("127.0.0.1", store.port), timeout=5.0).close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", store.port), timeout=5.0).close()
 
 
 def test_wrong_inputs_are_refused_and_the_next_query_is_answered(made: Made, runner: PipelineRunner) -> None:
