@@ -32,7 +32,7 @@ WAYS_BLOCKS = 1
 options: it replaces that only if shown to be faster, which on a noisy machine takes many blocks of the two."""
 NEAR, NEAR_BLOCKS = 1.1, 3
 """Optimized candidates that took at most this many times the fastest one's median get this many further blocks even if
-told apart: each block is of another opening then, and what tells them apart may be how one of them lay in memory."""
+told apart: they are opened anew for those, and what tells them apart may be how one of them lay in memory."""
 STRETCH = 5
 """How much longer than asked for a block may take to hold as many queries as asked for."""
 STEADYING_BLOCKS = 20
@@ -249,16 +249,17 @@ class _Plan:
         """Further rounds over the fastest state and those that nothing tells from it yet, each opened anew."""
         deadline = min(self.deadline, time.perf_counter() + SETTLING_SECONDS)
         contest = [state for state in states if state.runner is not None]
-        number = 0
-        while number < SETTLING_BLOCKS:
+        number = opened_anew_after = 0
+        while number < SETTLING_BLOCKS and time.perf_counter() <= deadline:
             contest = _contest(contest, NEAR if number < NEAR_BLOCKS else 1.0)
             contest = contest if number < WAYS_BLOCKS else _one_way_each(contest)
-            if len(contest) < 2 or time.perf_counter() > deadline:
+            if len(contest) < 2:
                 return
-            for _ in range(self._open_anew(contest)):
-                number += 1
-                turn = contest if number % 2 else contest[::-1]
-                self._round(turn, f"further block {number}, the order is not settled")
+            if number == opened_anew_after:
+                opened_anew_after += self._open_anew(contest)
+            number += 1
+            turn = contest if number % 2 else contest[::-1]
+            self._round(turn, f"further block {number}, the order is not settled")
             contest = [state for state in contest if state.error is None]
 
     def _open_anew(self, states: Sequence[_State]) -> int:

@@ -161,7 +161,7 @@ def test_what_is_slow_to_open_gets_several_blocks_each_time() -> None:
     candidates = [slow_to_open(unsteady(name, numbers, measured)) for name, numbers in zip(names, TIED, strict=True)]
     settled(candidates, names, opened, measured)
     for name in names:
-        assert measured[name] >= 4 + SETTLING_BLOCKS
+        assert measured[name] == 4 + SETTLING_BLOCKS
         assert 2 <= opened[name] - 1 <= SETTLING_BLOCKS // 3, "its blocks of 0.1 s take as long as opening it"
 
 
