@@ -129,19 +129,23 @@ def test_what_is_near_the_fastest_is_opened_anew() -> None:
     assert opened["far"] == opened["baseline"] == 1
 
 
-def unsteady(name: str, milliseconds: tuple[float, float], measured: Counter[str], instead_of: str = "") -> Candidate:
-    """As long as one number in one block, as the other in the next."""
+def unsteady(name: str, milliseconds: tuple[float, ...], measured: Counter[str], instead_of: str = "") -> Candidate:
+    """As long as the second number in its first block, as the next one in the next, and so on in turn."""
     return Candidate(
-        name, "", True, lambda: Sleeping(lambda: milliseconds[measured[name] % 2] / 1000), instead_of=instead_of
+        name,
+        "",
+        True,
+        lambda: Sleeping(lambda: milliseconds[measured[name] % len(milliseconds)] / 1000),
+        instead_of=instead_of,
     )
 
 
 def test_only_the_fastest_of_the_other_ways_goes_on_against_the_one_without_options() -> None:
     opened, measured = Counter[str](), Counter[str]()
     candidates = [
-        unsteady("plain", (10, 13), measured),
-        unsteady("fast way", (13, 9), measured, "plain"),
-        unsteady("slow way", (12, 10), measured, "plain"),
+        unsteady("plain", (11, 11, 11), measured),
+        unsteady("fast way", (18, 8, 8), measured, "plain"),
+        unsteady("slow way", (10, 12, 12), measured, "plain"),
     ]
     settled(candidates, ("plain", "fast way", "slow way"), opened, measured)
     assert opened == {"plain": 1 + SETTLING_BLOCKS, "fast way": 1 + SETTLING_BLOCKS, "slow way": 1 + WAYS_BLOCKS}
