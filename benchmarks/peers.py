@@ -227,13 +227,13 @@ def summary(rows: Sequence[Mapping[str, Any]], wanted: int) -> Result:
     mean = _geometric_mean(values)
     missed = [name for name, ratio in ratios.items() if not ratio or ratio["value"] > limits[name]]
     older = [row for row in rows if not row.get("keeps_freed_memory")]
-    unsure = [name for name, ratio in ratios.items() if ratio and ratio["low"] < 1 < ratio["high"]]
+    slower = [name for name, ratio in ratios.items() if ratio and ratio["low"] > 1]
+    unsure = [name for name, ratio in ratios.items() if ratio and ratio["low"] <= 1 <= ratio["high"]]
     finding = f"geometric mean {mean:.3f} over {len(values)} rows of {len(set(pairs))} of {wanted} models and batches"
     finding += f", {len(missed)} missed"
     if missed:
-        finding += f" ({', '.join(missed)})"
-    if unsure:
-        finding += f"; the interval contains 1 on {', '.join(unsure)}"
+        finding += f" ({', '.join(f'{name}: {ratio_text(ratios[name])}' for name in missed)})"
+    finding += f"; shown to be slower on {', '.join(slower) or 'none'}, the interval contains 1 on {len(unsure)}"
     return Result(
         claim=(
             f"optc's median latency over the best peer's is at most {LIMIT:.1f} on every row,"

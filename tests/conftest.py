@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 
 # A job started in the background of a shell may ignore SIGINT, and its children with it; tests send it to theirs.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -29,6 +30,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Choices among backends are remembered in the user's cache; tests have one of their own."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Where code that is compiled for seconds is not the point: no ``inductor``, and torch.compile runs eagerly."""
+    import torch._dynamo
+
+    from optc.lowering.inductor import InductorBackend
+
+    monkeypatch.setattr(InductorBackend, "unavailable", lambda target: "it is left out of this test")
+    with torch._dynamo.config.patch(disable=True):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -96,6 +96,7 @@ def test_auto_keeps_the_fastest_backend_and_says_why(net: Net, tmp_path: Path) -
     torch.testing.assert_close(torch.from_numpy(runner(inputs.numpy())[0]), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_a_choice_is_measured_once_for_a_model_and_a_machine(
     net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

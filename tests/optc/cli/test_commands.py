@@ -210,6 +210,7 @@ def test_too_few_calibration_images_are_refused_where_ranges_are_needed(folder: 
     assert optc(*SMALL, "--data", str(pictures), "--passes", "fold-batch-norm", "-q").returncode == 0
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_a_batch_is_optimized_for_and_measured(folder: Path, optc: Run) -> None:
     done = optc("optimize", "mine:small", "--passes", "fuse", *ORT, "--batch", "3", "--report", "r.md", "-o", "out")
     assert done.returncode == 0, done.stderr
@@ -228,6 +229,7 @@ def test_a_batch_that_the_model_does_not_take_is_one_line(folder: Path, optc: Ru
     assert not (folder / "out").exists()
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_an_exported_file_is_measured_against_its_baselines(folder: Path, optc: Run) -> None:
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 5)).eval()
     torch.export.save(torch.export.export(model, (torch.randn(1, 3, 8, 8),)), folder / "mine.pt2")
@@ -238,6 +240,7 @@ def test_an_exported_file_is_measured_against_its_baselines(folder: Path, optc: 
     assert errors["optc"] is None
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_profile_measures_an_artifact_beside_its_model(folder: Path, optc: Run) -> None:
     optc("optimize", "mine:small", "--passes", "fuse", *ORT, "--no-measure", "-o", "out")
     done = optc("profile", "out", "mine:small", "--against", "none", "--json")
