@@ -22,7 +22,7 @@ from common import RESULTS, Result, publish, say
 
 import optc
 from optc.bench.baselines import baselines
-from optc.bench.measure import measure
+from optc.bench.measure import measure, one_line
 from optc.bench.results import Candidate
 from optc.data.calibration import DatasetCalibration
 from optc.frontend.load import LoadedModel, load_model
@@ -204,8 +204,8 @@ def _lowered(
                 programs.clear()  # no two copies of a large model's weights at once
                 programs[passes] = build_passes(passes, None)(captured, context).program
             made[what] = lower(backend, programs[passes], target, folder / str(number))
-        except optc.OptcError as error:
-            problems[what] = f"failed: {error}"
+        except Exception as error:  # the others are measured all the same
+            problems[what] = f"failed: {one_line(error)}"
     return made, problems
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -154,6 +155,7 @@ def optimize(
     asked = Alternatives.of(passes, pass_options)
     chosen, refused = backends(backend, target)
 
+    original, (model, inputs) = model, _on_cpu(model, inputs)
     with run.step("Capturing the graph") as step:
         captured = capture(model, inputs, info=info)
         model_bytes = captured.constant_bytes()
@@ -170,10 +172,10 @@ def optimize(
         with run.step("Running the captured model on verification inputs"):
             watchers.append(Verify(captured, batches, Path.cwd()))
     metric = metric_of(evaluate, captured, batches if max_drop is not None else None)
-    before = before_of(run, metric, model, captured)
+    before = before_of(run, metric, original, captured)
     search = metric_of(validate, captured, None) or metric
     quick = [each for each in chosen if not has_own_process(each)]
-    quick = [each for each in quick if not each.simulates_quantization] or quick
+    quick = [each for each in quick if not each.simulates_quantization(target)] or quick
     measures = {each.name: _latency_on(each, target) for each in quick}
     flags = isa() if target.device == "cpu" else None
     context = PassContext(
@@ -251,6 +253,13 @@ def optimize(
         notes=tuple(dict.fromkeys((*program.info.notes, *run.notes, *lowered.notes))),
     )
     return optimized
+
+
+def _on_cpu(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """A copy of a model that is on a GPU, and of its inputs: passes work and are verified on the CPU."""
+    if all(tensor.device.type == "cpu" for tensor in inputs):
+        return model, inputs
+    return copy.deepcopy(model).cpu(), tuple(tensor.cpu() for tensor in inputs)
 
 
 _MORE_DB = 3.0

@@ -44,6 +44,7 @@ class Batches:
         for number, batch in enumerate(self._batches, 1):
             tensors = (batch,) if isinstance(batch, Tensor) else tuple(batch)
             self._check(tensors, f"{self._what} batch {number} of '{self.description}'")
+            tensors = tuple(tensor.to(example.device) for tensor, example in zip(tensors, self._examples, strict=True))
             if self._size is None:
                 yield tensors
             else:

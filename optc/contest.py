@@ -116,7 +116,7 @@ class Contest:
         refused: Refused = []
         failed: dict[str, str] = {}
         with self._run.step(f"Running {made.title} with other options") as step:
-            with kept(failed, made.backend, made.title):
+            with kept(failed, made.backend.name, made.backend.origin, key=made.title):
                 offered = made.backend.variants(made.lowered, made.target, made.folder)
                 found, refused = variants(made, offered, program, arrays(self._inputs)) if offered else ([], [])
             self.left += [Outcome(made.backend.name, False, reason, passes=made.passes) for reason in failed.values()]
@@ -130,10 +130,10 @@ class Contest:
     def _enter(self, passes: str, program: Program, apt: Sequence[Backend], folder: Path) -> BackendError | None:
         """Lower one program; to backends that compute its quantized layers in float only where no other takes it."""
         failure: BackendError | None = None
-        groups = _by_arithmetic(program, apt)
+        groups = _by_arithmetic(program, apt, self._target)
         for number, group in enumerate(groups):
             try:
-                promising = self._first and not _measured_on(program)
+                promising = self._first and not measured_on(program)
                 lower = self._lower_where_promising if promising else self._lower
                 if not lower(passes, program, group, folder):
                     continue
@@ -205,7 +205,8 @@ class Contest:
             return list(others)
         found = []
         for each in others:
-            first = self._first.get(each.name, self._first[led.backend.name] if each.simulates_quantization else 0.0)
+            unknown = self._first[led.backend.name] if each.simulates_quantization(self._target) else 0.0
+            first = self._first.get(each.name, unknown)
             expected = own / best * first / self._first[led.backend.name]
             if expected <= (WORTH_COMPILING if has_own_process(each) else WORTHWHILE):
                 found.append(each)
@@ -219,7 +220,7 @@ class Contest:
 
     def _apt(self, passes: str, program: Program, chosen: Sequence[Backend]) -> Sequence[Backend]:
         """Not those that compile for seconds if the program's formats are those that were fastest on others."""
-        measured = _measured_on(program)
+        measured = measured_on(program)
         apt = [each for each in chosen if each.name in measured or not has_own_process(each)]
         if not measured or not apt:
             return chosen
@@ -233,7 +234,8 @@ class Contest:
             p50 = self._look(self.lowerings, step.update)
             best = min(p50)
             self._first = {each.backend.name: taken for each, taken in zip(self.lowerings, p50, strict=True)}
-            worthwhile = [each for each in chosen if self._first.get(each.name, 0.0) <= WORTHWHILE * best]
+            behind = {name for name, taken in self._first.items() if WORTHWHILE * best < taken < math.inf}
+            worthwhile = [each for each in chosen if each.name not in behind]
             step.done(f"{', '.join(others)} on {', '.join(each.name for each in worthwhile)}")
         self._best = self.lowerings[p50.index(best)]
         first, rest = self._best.passes, SEPARATOR.join(others)
@@ -262,15 +264,15 @@ class Contest:
         return p50
 
 
-def _by_arithmetic(program: Program, chosen: Sequence[Backend]) -> list[list[Backend]]:
+def _by_arithmetic(program: Program, chosen: Sequence[Backend], target: Target) -> list[list[Backend]]:
     """The backends in groups: those that compute the program in its own types first."""
     quantized = is_quantized(program)
-    own = [each for each in chosen if not (quantized and each.simulates_quantization)]
+    own = [each for each in chosen if not (quantized and each.simulates_quantization(target))]
     return [group for group in (own, [each for each in chosen if each not in own]) if group]
 
 
-def _measured_on(program: Program) -> set[str]:
-    """The backends that the formats of a program's layers were measured on."""
+def measured_on(program: Program) -> set[str]:
+    """The backends that a program's formats were measured on: another time they may come out otherwise."""
     accounts = [record.notes.get("account") for record in program.history]
     return {row["backend"] for rows in accounts if is_account(rows) for row in rows or ()} - {""}
 

@@ -13,11 +13,13 @@ from optc.bench.baselines import baselines
 from optc.bench.choice import Outcome, choose
 from optc.bench.measure import measure as measure_candidates
 from optc.bench.results import Measurement
-from optc.contest import Contest, TemporaryFolder, arrays, candidates
+from optc.contest import Contest, TemporaryFolder, arrays, candidates, measured_on
+from optc.errors import BackendError
 from optc.evaluation import evaluation_mode
 from optc.lowering.backend import Backend
 from optc.lowering.lowering import Lowering
 from optc.passmanager.alternatives import Made
+from optc.program import Program
 from optc.progress import Run
 from optc.target import Target
 
@@ -60,17 +62,14 @@ def select(
     programs = made.programs
     remembered = None
     if (automatic and len(chosen) > 1) or len(programs) > 1:
-        remembered = choice_cache.file_of(programs, target, chosen)
+        steady = {passes: None if measured_on(program) else program for passes, program in programs.items()}
+        remembered = choice_cache.file_of(steady if any(steady.values()) else programs, target, chosen)
     known = choice_cache.recall(remembered) if remembered else None
-    if known:
-        first = known.outcomes[0]
-        chosen, programs = (
-            [each for each in chosen if each.name == first.backend],
-            {first.passes: programs[first.passes]},
-        )
-        target = target.with_options(first.backend, first.options) if first.options else target
-    contest = Contest(run, inputs, target, with_variants=automatic and not known)
-    contest.enter(programs, chosen)
+    contest = _recalled(run, inputs, programs, chosen, target, known.outcomes[0]) if known else None
+    if contest is None:
+        known = None
+        contest = Contest(run, inputs, target, with_variants=automatic)
+        contest.enter(programs, chosen)
     names = contest.names(several=automatic)
     measurement = _measure(run, model, inputs, names, target, measure) if measure or len(names) > 1 else None
     kept, outcomes, notes = next(iter(names.values())), tuple[Outcome, ...](), tuple[str, ...]()
@@ -84,11 +83,31 @@ def select(
             *(Outcome("", False, reason, passes=passes) for passes, reason in made.dropped.items()),
         ]
         kept, outcomes = choose(names, left, measurement)
-        if remembered and measurement is not None:
+        complete = measurement is not None and not any(measurement[name].error for name in names)
+        if remembered and complete:  # what failed may run another time
             choice_cache.remember(remembered, outcomes)
     for folder in {each.folder for each in contest.lowerings} - {kept.folder}:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
     return Selection(kept, outcomes, measurement, notes, contest.folder)
+
+
+def _recalled(
+    run: Run,
+    inputs: tuple[Tensor, ...],
+    programs: Mapping[str, Program],
+    chosen: list[Backend],
+    target: Target,
+    kept: Outcome,
+) -> Contest | None:
+    """What was kept before, lowered again; ``None`` where it cannot be, so that all are to be measured again."""
+    target = target.with_options(kept.backend, kept.options) if kept.options else target
+    contest = Contest(run, inputs, target)
+    try:
+        contest.enter({kept.passes: programs[kept.passes]}, [each for each in chosen if each.name == kept.backend])
+    except (BackendError, LookupError) as error:
+        run.note(f"what was kept before cannot be made again ({error}): everything is measured anew")
+        return None
+    return contest
 
 
 def _measure(

@@ -102,6 +102,8 @@ def _reason(result: CandidateResult, best: CandidateResult, lowest: float, inter
         return "lowest median latency" if _p50(best) <= lowest else "no other is shown to be faster"
     ratio = statistics.ratio_of_medians(result.latencies_ns, best.latencies_ns, interleaved=interleaved)
     numbers = f"{ratio.value:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}] the latency of the one kept"
+    if result.nonfinite_queries and not best.nonfinite_queries:
+        return f"{result.nonfinite_queries} queries returned NaN or infinity ({numbers})"
     return numbers if ratio.outcome == "slower" else f"{numbers}: no difference shown"
 
 

@@ -32,13 +32,16 @@ def folder() -> Path:
     return cache_folder("choices")
 
 
-def file_of(programs: Mapping[str, Program], target: Target, backends: Sequence[Backend]) -> Path:
+def file_of(programs: Mapping[str, Program | None], target: Target, backends: Sequence[Backend]) -> Path:
     """The file of a choice: named by a hash of the programs with their weights, by the lists of passes that made them,
     the target, the machine and the versions of everything the choice may depend on, plugins included.
+
+    Args:
+        programs: ``None`` for one that comes out otherwise each time though from the same model; not all of them.
     """
-    first = next(iter(programs.values()))
+    first = next(program for program in programs.values() if program is not None)
     parts = {
-        "programs": {passes: program.fingerprint(contents=True) for passes, program in programs.items()},
+        "programs": {passes: program and program.fingerprint(contents=True) for passes, program in programs.items()},
         "inputs": [[str(t.dtype), *t.shape[first.dynamic_batch :]] for t in first.example_inputs],
         "target": asdict(target),
         "backends": sorted(backend.name for backend in backends),
@@ -60,7 +63,8 @@ def recall(file: Path) -> Choice | None:
 
 def remember(file: Path, outcomes: Sequence[Outcome]) -> None:
     """Write a choice, whole or not at all; where the cache cannot be written, it is measured again next time."""
-    write_cache(file, json.dumps({"outcomes": [asdict(each) for each in outcomes], "measured": _now()}, indent=1))
+    document = {"outcomes": [asdict(each) for each in outcomes], "measured": _now()}
+    write_cache(file, json.dumps(document, indent=1, default=str))
 
 
 def _now() -> str:

@@ -45,7 +45,7 @@ def latencies(programs: Sequence[Program], backend: Backend, target: Target, sec
         failed: dict[str, str] = {}
         for index, program in enumerate(programs):
             complete_meta(program)
-            with kept(failed, backend, str(index)):
+            with kept(failed, backend.name, backend.origin, key=str(index)):
                 rivals[index] = _lowered(backend, program, target, Path(folder, str(index)))
         found = [math.inf if index in rivals else math.nan for index in range(len(programs))]
         number, end = 0, math.inf
@@ -54,7 +54,7 @@ def latencies(programs: Sequence[Program], backend: Backend, target: Target, sec
                 stack.close()
                 runners: dict[int, Runner] = {}
             for index, load in rivals.items():
-                with kept(failed, backend, str(index)):
+                with kept(failed, backend.name, backend.origin, key=str(index)):
                     if index not in runners:
                         runners[index] = stack.enter_context(closing(load()))
                     found[index] = min(found[index], _median(runners[index], _query(programs[index], target)))

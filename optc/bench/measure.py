@@ -150,7 +150,10 @@ class _State:
     def close(self) -> None:
         runner, self.runner = self.runner, None
         if runner is not None:
-            runner.close()
+            try:
+                runner.close()
+            except Exception as error:
+                self.error = self.error or f"closing it failed: {one_line(error)}"
         del runner
         gc.collect()
 
@@ -226,13 +229,14 @@ class _Plan:
         start = time.perf_counter()
         self.deadline = start + self.limit_seconds
         rounds = wanted = self.blocks
-        done = 0
+        done, far = 0, list[_State]()
         while done < rounds:
             what = f"block {done + 1} of {rounds}"
             if reopen:
                 self._reopening_round([states[index] for index in _order(len(states), done)], what)
             else:
-                far = _far_behind(contenders) if done >= min(FAR) else []
+                # For good, so that all blocks of the same number are of the same round.
+                far += _far_behind([each for each in contenders if each not in far]) if done >= min(FAR) else []
                 self._round([state for state in states if state not in far], what)
             done += 1
             per_round = (time.perf_counter() - start) / done
@@ -248,7 +252,8 @@ class _Plan:
     def settle(self, states: Sequence[_State]) -> None:
         """Further rounds over the fastest state and those that nothing tells from it yet, each opened anew."""
         deadline = min(self.deadline, time.perf_counter() + SETTLING_SECONDS)
-        contest = [state for state in states if state.runner is not None]
+        most = max((len(state.blocks) for state in states), default=0)
+        contest = [state for state in states if state.runner is not None and len(state.blocks) == most]
         number = opened_anew_after = 0
         while number < SETTLING_BLOCKS and time.perf_counter() <= deadline:
             contest = _contest(contest, NEAR if number < NEAR_BLOCKS else 1.0)
@@ -342,7 +347,9 @@ def _fastest(states: Sequence[_State]) -> _State:
 
 
 def _ratio(state: _State, other: _State) -> statistics.Ratio:
-    return statistics.ratio_of_medians(_latencies(state), _latencies(other), interleaved=True)
+    return statistics.ratio_of_medians(
+        _latencies(state), _latencies(other), interleaved=True, resamples=statistics.FEW_RESAMPLES
+    )
 
 
 def _latencies(state: _State) -> list[tuple[int, ...]]:

@@ -18,6 +18,8 @@ EARLY_STOPPING_QUERIES = 64
 slow model is then "INVALID" in its account although all blocks together have enough."""
 _UNSTEADY = 0.10
 _ENOUGH_BLOCKS = 5
+_BEYOND_DRIFT = 0.97
+"""Ratio below which one of two that were measured minutes apart is faster by more than a machine changes meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,11 @@ class CandidateResult:
         """Raw latencies, block by block."""
         return [block.latencies_ns for block in self.blocks]
 
+    @property
+    def nonfinite_queries(self) -> int:
+        """How many queries returned NaN or infinity."""
+        return sum(block.nonfinite_queries for block in self.blocks)
+
 
 def _warnings(blocks: tuple[Block, ...], spread: float | None) -> list[str]:
     warnings = []
@@ -201,10 +208,11 @@ def fastest(results: Sequence[CandidateResult], interleaved: bool) -> CandidateR
     """The one with the lowest median latency, unless another is shown to be faster in the blocks that both have.
 
     Some are measured for more blocks than others, in which the machine may have been slower. What is another way to run
-    one of them counts only if it is shown to be faster than that: of several that tie, one always seems to be. ``None``
-    if none was measured without an error.
+    one of them counts only if it is shown to be faster than that: of several that tie, one always seems to be. What
+    returned NaN or infinity counts only where all did. ``None`` if none was measured without an error.
     """
     complete = [result for result in results if result.percentiles is not None and result.error is None]
+    complete = [result for result in complete if not result.nonfinite_queries] or complete
     named = {result.name: result for result in complete}
     complete = [each for each in complete if _is_worth_its_options(each, named.get(each.instead_of), interleaved)]
     best = min(complete, key=lambda result: result.percentiles.p50_ns if result.percentiles else math.inf, default=None)
@@ -219,4 +227,4 @@ def _is_worth_its_options(result: CandidateResult, plain: CandidateResult | None
     if plain is None:
         return True
     ratio = statistics.ratio_of_medians(result.latencies_ns, plain.latencies_ns, interleaved=interleaved)
-    return ratio.outcome == "faster"
+    return ratio.high < (1.0 if interleaved else _BEYOND_DRIFT)

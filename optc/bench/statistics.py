@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 CONFIDENCE = 0.95
-_RESAMPLES = 9999
+RESAMPLES, FEW_RESAMPLES = 9999, 1999
+"""For what is told to people, and to decide between further blocks, which those would cost more than they tell."""
 _POINTS_PER_BLOCK = 101
 _SEED = 0
 PERCENTILE_METHOD = "linear interpolation between order statistics, over all blocks' queries pooled"
@@ -60,7 +61,9 @@ def percentiles(blocks: Sequence[ArrayLike]) -> Percentiles:
     return Percentiles(float(p50), float(p90), float(p99), pooled.size)
 
 
-def ratio_of_medians(first: Sequence[ArrayLike], second: Sequence[ArrayLike], *, interleaved: bool) -> Ratio:
+def ratio_of_medians(
+    first: Sequence[ArrayLike], second: Sequence[ArrayLike], *, interleaved: bool, resamples: int = RESAMPLES
+) -> Ratio:
     """Ratio of the pooled median latencies of two candidates, ``first / second``.
 
     Queries within a block share the machine's state of that moment, so whole blocks are resampled, not queries
@@ -101,7 +104,7 @@ def ratio_of_medians(first: Sequence[ArrayLike], second: Sequence[ArrayLike], *,
         statistic,
         paired=interleaved,
         vectorized=True,
-        n_resamples=_RESAMPLES,
+        n_resamples=resamples,
         batch=1000,
         confidence_level=_expanded_level(min(len(a), len(b))),
         method="percentile",

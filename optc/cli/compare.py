@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,9 @@ LIMIT_SECONDS = 120.0
 @click.option(
     "--weights", default="pretrained", show_default=True, help="For model names: pretrained, random or a file."
 )
+@click.option(
+    "--batch", type=click.IntRange(1), help="Images in a query.  [default: what the first artifact is optimized for]"
+)
 @click.option("--force", is_flag=True, help="Compare runs of different machines, threads or versions all the same.")
 @limit_options
 @target_options
@@ -44,6 +47,7 @@ LIMIT_SECONDS = 120.0
 def command(
     targets: tuple[str, ...],
     weights: str,
+    batch: int | None,
     force: bool,
     cpu_affinity: str | None,
     memory_limit: str | None,
@@ -61,7 +65,7 @@ def command(
     \b
     Examples:
       optc compare resnet50-int8 resnet50-fused
-      optc compare alexnet-int8 alexnet
+      optc compare alexnet-int8 alexnet --batch 16
       optc compare monday.json friday.json
     """  # noqa: D301  (click takes a real backspace for "do not wrap")
     from optc.bench.limits import limited, parse_bytes, parse_cpus
@@ -71,7 +75,7 @@ def command(
     progress = progress_for(verbose, quiet)
     with limited(cpus=cpus):
         with progress.step("Importing PyTorch"):
-            from optc.cli.targets import subjects
+            from optc.cli.targets import queries_of, subjects
             from optc.report.comparison import comparison_table
             from optc.report.report import jsonable
             from optc.target import Target, available_threads
@@ -83,6 +87,7 @@ def command(
                 for name in targets
                 for each in ([_run(name)] if _is_run(name) else subjects([name], weights, target, progress))
             ]
+            target = replace(target, batch=batch or _batch(given))
             document = _compare(given, target, force, progress)
     found, compared, notes = document["targets"], document["comparisons"], document["notes"]
     if as_json:
@@ -90,6 +95,8 @@ def command(
         print_json(jsonable({**document, **plain}))
         return
     console = Console(highlight=False)
+    if target.batch > 1:
+        console.print(Text(f"Latency of {queries_of(target.batch)}", style="bold"))
     console.print(comparison_table(found, compared))
     warnings = [f"{each.target}: {warning}" for each in found for warning in each.result.warnings]
     for line in dict.fromkeys((*notes, *warnings)):
@@ -117,9 +124,33 @@ def _compare(given: Sequence[Run | Subject], target: Target, force: bool, progre
         contender(each.name, each.results, saved=True) if isinstance(each, Run) else next(measured) for each in given
     ]
     compared = comparisons(found)
+    notes += _other_batches(given, target.batch)
     if any(not each.interleaved for each in compared):
         notes.append("measured at different times: what changed on the machine in between is in the ratio as well")
     return {"surroundings": here, "targets": found, "comparisons": compared, "notes": notes}
+
+
+def _batch(given: Sequence[Run | Subject]) -> int:
+    """Images in a query: of the first saved run or artifact."""
+    from optc.bench.run import Run
+
+    known = (
+        int(each.surroundings.get("batch", 1)) if isinstance(each, Run) else each.batch
+        for each in given
+        if isinstance(each, Run) or each.is_artifact
+    )
+    return next(known, 1)
+
+
+def _other_batches(given: Sequence[Run | Subject], batch: int) -> list[str]:
+    """What was optimized for queries of another size than it is measured with."""
+    from optc.bench.run import Run
+    from optc.cli.targets import queries_of
+
+    others = [each for each in given if not isinstance(each, Run) and each.is_artifact and each.batch != batch]
+    return [
+        f"{each.name} is optimized for {queries_of(each.batch)}, not for {queries_of(batch)} as here" for each in others
+    ]
 
 
 def _run(name: str) -> Run:

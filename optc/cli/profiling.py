@@ -138,6 +138,14 @@ def profile(subjects: list[Subject], request: Request, progress: Progress) -> Pr
             progress=step.update,
         )
     found = Profile(subjects, measurement, surroundings(target, in_force()), overhead=overhead)
+    from optc.cli.targets import queries_of
+
+    found.notes += [
+        f"{each.name} is optimized for {queries_of(each.batch)}, those of SingleStream have one image:"
+        f" 'optc compare --batch {each.batch}' measures others"
+        for each in subjects
+        if in_blocks and each.batch != target.batch
+    ]
     with torch_threads(target.threads):
         _scenarios(found, request, submission, progress)
     if request.against != NONE and in_blocks:

@@ -30,6 +30,7 @@ class Subject:
         accuracy: top-1 as its manifest has it, 0 to 1; ``None`` if unknown.
         preprocessing: how its images are made.
         is_artifact: whether it is one, not a model.
+        batch: images in the queries that it was optimized for; 1 for a model.
         look_inside: profiles its layers and weighs its memory; told of each step.
     """
 
@@ -40,6 +41,7 @@ class Subject:
     accuracy: float | None
     preprocessing: Preprocessing
     is_artifact: bool
+    batch: int
     look_inside: Callable[[Callable[[str], None]], Inside]
 
 
@@ -60,6 +62,11 @@ def subjects(names: Sequence[str], weights: str, target: Target, progress: Progr
     return found
 
 
+def queries_of(batch: int) -> str:
+    """What a query of that many images is called."""
+    return f"queries of {batch} image{'s' if batch > 1 else ''}"
+
+
 def _artifact(folder: Path, target: Target) -> Subject:
     from optc.bench.inside import look_inside
     from optc.bench.results import Candidate
@@ -72,9 +79,9 @@ def _artifact(folder: Path, target: Target) -> Subject:
     quantized = "int8" in artifact.precision or "int4" in artifact.precision
 
     def candidates(batch: int) -> list[Candidate]:
-        queries = (artifact.example_query(batch),)
+        queries, of_batch = (artifact.example_query(batch),), replace(target, batch=batch)
         return [
-            Candidate(name, artifact.precision, quantized, lambda: artifact.runner(target), artifact.bytes, queries)
+            Candidate(name, artifact.precision, quantized, lambda: artifact.runner(of_batch), artifact.bytes, queries)
         ]
 
     model_bytes = manifest.report.get("model_bytes")
@@ -87,6 +94,7 @@ def _artifact(folder: Path, target: Target) -> Subject:
         accuracy=accuracy.get("after"),
         preprocessing=_preprocessing(manifest.model["preprocessing"]),
         is_artifact=True,
+        batch=manifest.target.get("batch", 1),
         look_inside=lambda told: look_inside(artifact, None, (), target, told),
     )
 
@@ -115,6 +123,7 @@ def _model(name: str, weights: str, target: Target, progress: Progress) -> Subje
         accuracy=None,
         preprocessing=loaded.info.preprocessing,
         is_artifact=False,
+        batch=1,
         look_inside=lambda told: look_inside(None, loaded.module, loaded.example_inputs, target, told),
     )
 

@@ -87,13 +87,11 @@ class Backend(ABC):
 
     Attributes:
         automatic: whether ``--backend auto`` may choose it.
-        simulates_quantization: whether it computes quantized layers in float, so that no format of them saves time.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     automatic: ClassVar[bool] = True
-    simulates_quantization: ClassVar[bool] = False
     Options: ClassVar[type[BackendOptions]] = BackendOptions
     origin: str = "this module"
 
@@ -113,6 +111,11 @@ class Backend(ABC):
     def unavailable(cls, target: Target) -> str | None:
         """Why the backend cannot run here (one line with the mend), or ``None`` if it can."""
         return None
+
+    @classmethod
+    def simulates_quantization(cls, target: Target) -> bool:
+        """Whether quantized layers are computed in float there, so that no format of them saves time."""
+        return False
 
     def supports(self, node: fx.Node) -> str | None:
         """``None`` if the backend can lower ``node``, else the reason in plain words."""

@@ -48,7 +48,6 @@ class EagerBackend(Backend):
 
     name = "eager"
     summary = "PyTorch eager with fused kernels: oneDNN on CPU, cuDNN on GPU."
-    simulates_quantization = True
     Options = TorchOptions
 
     @classmethod
@@ -59,6 +58,11 @@ class EagerBackend(Backend):
         if target.device == "cuda":
             return "this PyTorch sees no GPU: install a CUDA build of torch and NVIDIA's driver"
         return f"the eager backend runs on cpu or cuda, not on '{target.device}'"
+
+    @classmethod
+    def simulates_quantization(cls, target: Target) -> bool:
+        """PyTorch has no kernels of explicit quantization."""
+        return True
 
     def supports(self, node: fx.Node) -> str | None:
         """Why the graph file cannot hold ``node``, or ``None``."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._C._autograd import DeviceType
 from torch._ops import OpOverload
 from torch.autograd import profiler
 
@@ -29,8 +30,10 @@ def kernel_times(module: fx.GraphModule, inputs: Sequence[Tensor]) -> list[Kerne
     device = "cuda" if on_gpu else None
     with torch.inference_mode(), profiler.profile(use_kineto=True, use_device=device, acc_events=True) as recorded:
         calls = repeat_query(lambda: interpreter.run(*inputs))
+    # On a GPU each range is there once more, as what its kernels took.
+    events = [event for event in recorded.function_events or () if event.device_type == DeviceType.CPU]
     ranges = sorted(
-        (event for event in recorded.function_events or () if event.name.startswith(_PREFIX)),
+        (event for event in events if event.name.startswith(_PREFIX)),
         key=lambda event: event.time_range.start,
     )
     times = medians(

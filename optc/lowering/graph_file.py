@@ -143,6 +143,8 @@ def read_graph(folder: Path, batch: int, device: str = "cpu") -> Program:
         document = json.loads((folder / GRAPH).read_text(encoding="utf-8"))
         if document["format"] != "optc graph" or document["version"] > VERSION:
             raise BackendError(f"'{folder / GRAPH}' was written by a newer optc", "upgrade optc")
+        if device == "cuda":  # which safetensors takes for the first GPU, PyTorch for the current one
+            device = f"cuda:{torch.cuda.current_device()}"
         tensors = safetensors.torch.load_file(folder / WEIGHTS, device=device)
         for name in document.get("channels_last", ()):
             tensors[name] = tensors[name].permute(0, 3, 1, 2)

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,11 @@ class InductorBackend(Backend):
             if CUDA_HOME is None:
                 return "compiling for a GPU needs CUDA's headers: install the CUDA toolkit and set CUDA_HOME"
         return None
+
+    @classmethod
+    def simulates_quantization(cls, target: Target) -> bool:
+        """It has int8 kernels on the CPU alone."""
+        return target.device != "cpu"
 
     def supports(self, node: fx.Node) -> str | None:
         """Why ``node`` cannot be handed to the compiling process, or ``None``."""
@@ -264,6 +269,9 @@ def _compiling(folder: Path, target: Target) -> Iterator[subprocess.Popen[bytes]
     finally:
         if process.poll() is None:
             _stop(process)
+        elif process.returncode:
+            with suppress(ProcessLookupError):  # compilers that it left behind
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def _result(process: subprocess.Popen[bytes], folder: Path) -> dict[str, Any]:

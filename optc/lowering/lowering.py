@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,15 +88,12 @@ def backends(name: str, target: Target) -> tuple[list[Backend], dict[str, str]]:
     found: list[Backend] = []
     refused: dict[str, str] = {}
     for each in registry().all("backend"):
-        try:
+        with kept(refused, each, registry().get("backend", each).plugin):
             cls = registry().load("backend", each)
-            reason = cls.unavailable(target)
-        except OptcError as error:
-            reason = str(error)
-        if reason:
-            refused[each] = reason
-        elif cls.automatic:
-            found.append(cls())
+            if reason := cls.unavailable(target):
+                refused[each] = reason
+            elif cls.automatic:
+                found.append(cls())
     if not found:
         reasons = "; ".join(f"{each}: {reason}" for each, reason in refused.items())
         raise OptcError(f"no backend can run here: {reasons}")
@@ -104,19 +101,21 @@ def backends(name: str, target: Target) -> tuple[list[Backend], dict[str, str]]:
 
 
 def _ready(name: str, target: Target) -> Backend:
-    cls = registry().load("backend", name)
-    reason = cls.unavailable(target)
-    if reason:
-        raise OptcError(f"backend '{name}' cannot run here: {reason}")
-    backend: Backend = cls()
+    with kept({}, name, registry().get("backend", name).plugin, alone=True):
+        cls = registry().load("backend", name)
+        reason = cls.unavailable(target)
+        if reason:
+            raise OptcError(f"backend '{name}' cannot run here: {reason}")
+        backend: Backend = cls()
     return backend
 
 
 def lower(backend: Backend, program: Program, target: Target, folder: Path) -> Lowering:
-    """Lower to one backend into ``folder`` (made here) and load the result once.
+    """Lower to one backend into ``folder`` (made here), load the result once, and compare it with the graph where the
+    backend has not.
 
     Raises:
-        BackendError: the backend cannot lower the program or load what it wrote.
+        BackendError: the backend cannot lower the program or load what it wrote, or that computes something else.
     """
     with _begun(backend, program, target, folder) as finish:
         return finish()
@@ -129,10 +128,14 @@ def _begun(backend: Backend, program: Program, target: Target, folder: Path) -> 
     with backend.started(program, target, folder) as finish:
 
         def rest() -> Lowering:
+            from optc.lowering.agreement import check_agreement  # imports torch
+
             lowered = finish()
-            runner = backend.load(folder, lowered.files, target)
-            provider, precision = runner.provider, runner.precision
-            runner.close()
+            with closing(backend.load(folder, lowered.files, target)) as runner:
+                provider, precision = runner.provider, runner.precision
+                if "check" not in lowered.details:
+                    check = check_agreement(backend.name, program, runner).details()
+                    lowered = replace(lowered, details={**lowered.details, "check": check})
             return Lowering(backend, lowered, folder, target, provider, precision, time.perf_counter() - start)
 
         yield rest
@@ -163,14 +166,14 @@ def lower_all(
         begun: dict[str, Callable[[], Lowering]] = {}
         if program.constant_bytes() <= _SIDE_BY_SIDE_SHARE * available_memory():
             for backend in filter(has_own_process, chosen):
-                with kept(refused, backend, backend.name, alone):
+                with kept(refused, backend.name, backend.origin, alone):
                     context = _begun(backend, program, target, folder / backend.name)
                     begun[backend.name] = stack.enter_context(context)
         for backend in sorted(chosen, key=has_own_process):
             if backend.name in refused:
                 continue
             progress(f"lowering to {backend.name}")
-            with kept(refused, backend, backend.name, alone):
+            with kept(refused, backend.name, backend.origin, alone):
                 finish = begun.get(backend.name)
                 done.append(finish() if finish else lower(backend, program, target, folder / backend.name))
     if not done and needed:
@@ -185,17 +188,24 @@ def has_own_process(backend: Backend) -> bool:
 
 
 @contextmanager
-def kept(refused: dict[str, str], backend: Backend, name: str, alone: bool = False) -> Iterator[None]:
-    """Keep a backend's refusal as a reason under ``name``, unless it was the only one asked for."""
+def kept(
+    refused: dict[str, str], name: str, origin: str, alone: bool = False, key: str | None = None
+) -> Iterator[None]:
+    """Keep a backend's refusal as a reason under ``key``, its name by default, unless it was the only one asked for.
+
+    Args:
+        name, origin: of the backend; what goes wrong inside it has both.
+    """
+    key = name if key is None else key
     try:
         yield
     except OptcError as error:
         if alone:
             raise
-        refused[name] = str(error)
+        refused[key] = str(error)
     except Exception as error:
         text = next(iter(str(error).strip().splitlines()), "")
-        what = f"backend '{backend.name}' (from {backend.origin}) raised {type(error).__name__}: {text}"
+        what = f"backend '{name}' (from {origin}) raised {type(error).__name__}: {text}"
         if alone:
             raise BackendError(what, "run with -v for the traceback") from error
-        refused[name] = what
+        refused[key] = what

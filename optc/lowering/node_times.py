@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import statistics
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from torch import Tensor, fx
 
 from optc.lowering.backend import Array
 from optc.lowering.eager import EagerRunner
+from optc.lowering.graph_file import read_graph, write_graph
 from optc.lowering.kernel_times import WARM_UP, KernelTime, repeat_query
 from optc.program import Program
 from optc.target import Target
@@ -88,6 +91,10 @@ def _described(node: fx.Node) -> Any:
 
 
 def _opened(program: Program, target: Target) -> EagerRunner:
+    if target.device != "cpu":  # moving a module there takes the parameters along that it shares with the caller's
+        with tempfile.TemporaryDirectory(prefix="optc-nodes-") as folder:
+            write_graph(program, Path(folder))
+            return EagerRunner(read_graph(Path(folder), max(1, target.batch), target.device), target)
     copy = program.fork()
     for node in copy.graph.nodes:
         node.meta.pop("replaces", None)  # from here on it tells what packing replaced

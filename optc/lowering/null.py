@@ -37,7 +37,8 @@ class NullBackend(Backend):
                 sizes[0] = None
             shapes.append(sizes)
         (folder / SHAPES).write_text(json.dumps(shapes), encoding="utf-8")
-        return Lowered((SHAPES,), {"no_run_script": "there is nothing to run"})
+        check = {"against": "nothing: no model runs"}
+        return Lowered((SHAPES,), {"no_run_script": "there is nothing to run", "check": check})
 
     def load(self, folder: Path, files: tuple[str, ...], target: Target) -> Runner:
         """Read the shapes.

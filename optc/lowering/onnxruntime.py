@@ -77,8 +77,13 @@ class OnnxRuntimeBackend(Backend):
                 differ from the graph's.
         """
         from optc.lowering.onnxruntime_layers import deviations
+        from optc.lowering.tensorrt_quant import float_biases
 
-        files, details = self.export(program, folder / MODEL_FILE)
+        written = program
+        if target.device == "cuda":  # its DequantizeLinear takes no int32
+            written = program.fork()
+            float_biases(written)
+        files, details = self.export(written, folder / MODEL_FILE)
         runner = self.load(folder, files, target)
         details["providers"] = provider_counts(runner.kernels)
         details["fallback"] = runner.fallback

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -16,6 +20,7 @@ from optc.target import Target
 
 OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
 """By provider. float32 in the graph is float32: the CUDA provider's default is TF32, with 10 bits of 23."""
+ON_CUDA = frozenset(("CUDAExecutionProvider", "TensorrtExecutionProvider"))
 _ERRORS_ONLY = 3
 LEVELS = {
     "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
@@ -76,10 +81,11 @@ def open_session(
         BackendError: ONNX Runtime refuses the file, or the first provider does not start and the target does not allow
             another in its place.
     """
+    preload(providers)
+    device = _current_device()
+    given = [(name, OPTIONS.get(name, {}) | (device if name in ON_CUDA else {})) for name in providers]
     try:
-        session = ort.InferenceSession(
-            str(path), options, providers=[(name, OPTIONS.get(name, {})) for name in providers], enable_fallback=0
-        )
+        session = ort.InferenceSession(str(path), options, providers=given, enable_fallback=0)
     except Exception as error:
         raise _no_kernel(path, providers[0], error) or BackendError(
             f"onnxruntime refuses {path.name}: {first_line(error)}"
@@ -90,6 +96,24 @@ def open_session(
             "see 'optc doctor' for what is missing, or use the device 'cpu'",
         )
     return session
+
+
+def preload(providers: Sequence[str]) -> None:
+    """Load what providers on a GPU need where it was installed with pip: ONNX Runtime looks for it elsewhere only."""
+    if ON_CUDA.isdisjoint(providers):
+        return
+    if hasattr(ort, "preload_dlls"):  # since 1.21
+        with contextlib.redirect_stdout(io.StringIO()):  # what cannot be loaded shows when the session is opened
+            ort.preload_dlls()
+    if "TensorrtExecutionProvider" in providers:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("tensorrt")
+
+
+def _current_device() -> dict[str, str]:
+    """PyTorch's current GPU as an option of a provider; nothing where PyTorch is not in use: the first one then."""
+    torch = sys.modules.get("torch")
+    return {"device_id": str(torch.cuda.current_device())} if torch and torch.cuda.is_available() else {}
 
 
 def _no_kernel(path: Path, provider: str, error: Exception) -> BackendError | None:

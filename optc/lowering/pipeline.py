@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,7 +67,8 @@ class PipelineBackend(Backend):
         """
         description, layers, files = self._lower_stages(program, target, folder)
         loaded = (write_pipeline(folder, description), *files)
-        runner = self.load(folder, loaded, target)
+        with _no_tf32() if target.device == "cuda" else nullcontext():
+            runner = self.load(folder, loaded, target)
         try:
             rows = description.rows or max(1, target.batch // description.microbatches)
             check = _check(program, runner, description.microbatches, rows)
@@ -213,6 +216,22 @@ def _lower_stage(
         predicted=dict(predicted),
     )
     return entry, {"stage": stage.index, **lowered.details}
+
+
+@contextmanager
+def _no_tf32() -> Iterator[None]:
+    """Processes started meanwhile compute float32 as such, as the graph does that they are compared with.
+
+    A variable of NVIDIA's libraries, which read it when they are loaded.
+    """
+    name, before = "NVIDIA_TF32_OVERRIDE", os.environ.get("NVIDIA_TF32_OVERRIDE")
+    os.environ[name] = "0"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 def _check(program: Program, run: Runner, parts: int, rows: int) -> dict[str, Any]:

@@ -42,6 +42,8 @@ def load() -> "torch._C._aoti.AOTIModelPackageLoader":
         )
     if made["device"] == "cuda" and not torch.cuda.is_available():
         sys.exit(f"{MODEL.name} was compiled for a GPU, and this PyTorch sees none")
+    if made["device"] == "cuda" and tuple(made["capability"]) != (here := torch.cuda.get_device_capability()):
+        sys.exit(f"{MODEL.name} was compiled for compute capability {made['capability']}, this GPU has {list(here)}")
     if missing := missing_instructions():
         sys.exit(f"{MODEL.name} was compiled for a CPU with {', '.join(missing)}: optimize the model again here")
     if KEEP_MEMORY and made["device"] == "cpu" and sys.platform == "linux":

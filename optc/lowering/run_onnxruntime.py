@@ -1,5 +1,6 @@
 """Runs this model with onnxruntime and numpy alone: ``python run.py [input.npy ...]``, or ``from run import load``."""
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -23,6 +24,10 @@ def load(threads: int = 0) -> onnxruntime.InferenceSession:
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if SPIN_US else "0")
     if SPIN_US:
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
+    if PROVIDERS[0][0] != "CPUExecutionProvider" and hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()  # CUDA and cuDNN where they were installed with pip
+    if PROVIDERS[0][0] == "TensorrtExecutionProvider" and importlib.util.find_spec("tensorrt"):
+        importlib.import_module("tensorrt")  # loads its library
     model = Path(__file__).resolve().with_name("model.onnx")
     session = onnxruntime.InferenceSession(str(model), options, providers=PROVIDERS, enable_fallback=0)
     if session.get_providers()[0] != PROVIDERS[0][0]:

@@ -8,7 +8,7 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, suppress
 from ctypes.util import find_library
 from pathlib import Path
 from typing import Any
@@ -94,8 +94,9 @@ class TensorRtBackend(Backend):
         form = tensorrt_form(program)
         layers = layer_types(form)
         quantized = is_quantized(form)
-        if quantized:
-            quantize_op()  # before torch_tensorrt is imported, which registers its converter only if it finds modelopt
+        # Before torch_tensorrt is first imported, which registers its converter only if it finds modelopt.
+        with nullcontext() if quantized else suppress(BackendError):
+            quantize_op()
         with ExitStack() as stack:
             scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="optc-tensorrt-", dir=folder))
             if quantized:

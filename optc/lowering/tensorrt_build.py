@@ -60,14 +60,20 @@ def dry_run(exported: ExportedProgram, program: Program, target: Target) -> tupl
     Returns:
         ``{"layer", "reason"}`` for each operator outside an engine (one that was decomposed only once for each reason),
         and the number of engines.
+
+    Raises:
+        BackendError: Torch-TensorRT fails.
     """
     from torch_tensorrt import dynamo
     from torch_tensorrt.dynamo.conversion._ConverterRegistry import DYNAMO_CONVERTERS
 
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints its own report
-        partitioned = dynamo.compile(
-            exported, inputs=_inputs(program, target), dryrun=True, require_full_compilation=False, **SETTINGS
-        )
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its own report
+            partitioned = dynamo.compile(
+                exported, inputs=_inputs(program, target), dryrun=True, require_full_compilation=False, **SETTINGS
+            )
+    except Exception as error:
+        raise BackendError(f"Torch-TensorRT cannot partition the model: {_first_line(error)}") from error
 
     def reason(node: fx.Node) -> str:
         if node.target not in DYNAMO_CONVERTERS:

@@ -48,7 +48,7 @@ def tensorrt_form(program: Program) -> Program:
     """
     form = decompose(program)
     global_pools_as_means(form)
-    _float_biases(form)
+    float_biases(form)
     _sizes_of_floats(form)
     refused = [
         f"{label(node)}: {reason}"
@@ -162,7 +162,7 @@ def _amax(program: Program, node: fx.Node) -> Tensor:
     return scales.detach().double().mul(127).float().view(-1, *[1] * (rank - 1))
 
 
-def _float_biases(program: Program) -> None:
+def float_biases(program: Program) -> None:
     """Evaluate each dequantization of an int32 constant, in place."""
     for node in calls(program, *DEQUANTIZERS):
         values: dict[fx.Node, Any] = {operand: constant_of(program, operand) for operand in node.all_input_nodes}

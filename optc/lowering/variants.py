@@ -52,7 +52,7 @@ def variants(
         target = made.target.with_options(made.backend.name, options)
         other = replace(made, lowered=lowered, target=target, options=options)
         reasons: dict[str, str] = {}
-        with kept(reasons, made.backend, other.title), closing(other.load()) as runner:
+        with kept(reasons, made.backend.name, made.backend.origin, key=other.title), closing(other.load()) as runner:
             least = LEAST_QUANTIZED_DB if bound == QUANTIZED_DB else bound
             compare_outputs(other.title, names, outputs, runner(*distinct), least)
             seconds = made.seconds + time.perf_counter() - start

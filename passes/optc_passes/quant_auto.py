@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor, fx
 
 from optc import PassContext, Program
+from optc.rewrite import argument, shape
 from optc_passes.hardware import emulates_half
 from optc_passes.quant_account import Entry, Pair
 from optc_passes.quant_budget import MIN_SQNR_DB, over_budget
@@ -61,13 +62,14 @@ def measure_layers(
 ) -> dict[str, dict[Pair, float]]:
     """Seconds that each layer takes by itself in each of its formats, by backend. Those of a kind are measured once.
 
-    A format that a backend cannot run for one layer is not tried for others of the same operator. Backends that cannot
-    run some layer in float are left out.
+    A format that a backend cannot run for one layer is not tried for others of the same operator, depthwise ones apart.
+    Backends that cannot run some layer in float are left out, and noted.
     """
     seconds: dict[str, dict[Pair, float]] = {backend: {} for backend in context.latency}
     refused: set[tuple[str, object, str]] = set()
     for number, layer in enumerate(layers.plan.layers, 1):
-        name, kind, operator = layer.node.name, f"{_kind(layer)}, blocks of {layers.block}", layer.node.target
+        name, kind = layer.node.name, f"{_kind(layer)}, blocks of {layers.block}"
+        operator = layer.node.target, shape(argument(layer.node, "weight"))[1] == 1
         programs: dict[str, Program] = {}  # one for all backends, which then share its export
         for backend in list(seconds):
             measured = _measured.setdefault(context.latency[backend], {})
@@ -81,6 +83,7 @@ def measure_layers(
                 refused |= {(backend, operator, form) for form, each in measured[kind].items() if math.isnan(each)}
             if math.isnan(measured[kind][FLOAT]):
                 del seconds[backend]
+                context.note(f"{backend} cannot run layer {name} by itself in float: no formats are chosen for it")
             else:
                 seconds[backend] |= {(name, form): taken for form, taken in measured[kind].items()}
     return seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -112,3 +113,14 @@ def test_a_choice_is_measured_once_for_a_model_and_a_machine(
     assert "Measuring with MLPerf LoadGen" in first.seconds.keys() - second.seconds.keys()
     (note,) = set(second.notes) - set(first.notes)
     assert Path(note.rpartition("delete ")[2]).is_file()
+
+
+@pytest.mark.gpu
+def test_a_model_on_a_gpu_stays_there_and_a_copy_is_optimized(net: Net) -> None:
+    moved = copy.deepcopy(net).cuda()
+    inputs = torch.randn(1, 3, 16, 16, device="cuda")
+    batches = [torch.randn(4, 3, 16, 16, device=device) for device in ("cpu", "cuda")]
+    made = optc.optimize(moved, inputs, "fuse,quant", calibration=batches, measure=False, **ORT)
+    assert {parameter.device.type for parameter in moved.parameters()} == {"cuda"}
+    moved.eval()
+    torch.testing.assert_close(made(inputs)["scores"], moved(inputs)["scores"].detach().cpu(), rtol=0.1, atol=0.1)

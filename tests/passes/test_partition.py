@@ -237,6 +237,13 @@ def test_nodes_are_timed_in_the_eager_backend(vit: Program) -> None:
     assert len({found[node.name] for node in first}) == 1  # they do the same
 
 
+@pytest.mark.gpu
+def test_timing_nodes_on_a_gpu_moves_nothing_there(vit: Program) -> None:
+    found = node_times(Fuse()(vit).program, "cuda", 1, 1)
+    assert sum(found.values()) > 0
+    assert {tensor.device.type for _, tensor in vit.constants()} == {"cpu"}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -45,6 +45,14 @@ def test_the_same_model_has_the_same_file_and_another_has_not() -> None:
     assert file not in others
 
 
+def test_a_program_that_comes_out_otherwise_each_time_counts_by_its_passes() -> None:
+    found, _ = backends(AUTO, TARGET)
+    file = file_of({"int8": program(), "measured": None}, TARGET, found)
+    assert file == file_of({"int8": program(), "measured": None}, TARGET, found)
+    assert file != file_of({"int8": program()}, TARGET, found)
+    assert file != file_of({"int8": program(seed=1), "measured": None}, TARGET, found)
+
+
 def test_models_of_one_batch_size_have_a_file_for_each() -> None:
     found, _ = backends(AUTO, TARGET)
     files = {}

@@ -182,6 +182,18 @@ def test_nan_outputs_are_warned_of(log: list[tuple[str, str]], query: list[Array
     assert f"{total} of {total} queries returned NaN or infinity" in result["nan"].warnings
 
 
+def test_a_runner_that_cannot_be_closed_ends_nothing(log: list[tuple[str, str]], query: list[Arrays]) -> None:
+    class Stuck(_Watched):
+        def close(self) -> None:
+            raise OSError("in use")
+
+    stuck = Candidate("stuck", "", False, lambda: Stuck("stuck", _work(1), log))
+    result = _short([stuck, _candidate("b", log)], query)
+    assert result["stuck"].error == "closing it failed: OSError: in use"
+    assert result["b"].error is None
+    assert ("close", "b") in log
+
+
 def test_one_after_another_on_request_and_where_memory_is_short(
     log: list[tuple[str, str]], query: list[Arrays]
 ) -> None:

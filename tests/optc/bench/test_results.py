@@ -31,3 +31,18 @@ def test_more_blocks_on_a_slower_machine_make_no_loser() -> None:
         assert fastest(results, interleaved=False) is loser, "no blocks of the same time"
     assert fastest([replace(winner, error="broken"), loser], interleaved=True) is loser
     assert fastest([replace(loser, error="broken")], interleaved=True) is None
+
+
+def test_what_returns_nan_is_kept_only_where_all_do() -> None:
+    quick, slow = result("quick", [1.0] * 5), result("slow", [2.0] * 5)
+    broken = replace(quick, blocks=tuple(replace(block, nonfinite_queries=1) for block in quick.blocks))
+    assert broken.nonfinite_queries == 5
+    assert fastest([broken, slow], interleaved=True) is slow
+    assert fastest([broken], interleaved=True) is broken
+
+
+def test_other_options_have_to_gain_more_than_a_machine_drifts_where_blocks_took_no_turns() -> None:
+    plain = result("plain", [1.0, 1.001, 0.999] * 3)
+    other = replace(result("other", [0.98, 0.981, 0.979] * 3), instead_of="plain")
+    assert fastest([plain, other], interleaved=True) is other
+    assert fastest([plain, other], interleaved=False) is plain

@@ -17,6 +17,12 @@ from optc.cli import compare
 from optc.lowering.artifact import load_artifact
 
 Command = Callable[..., Any]
+LINEAR = """
+import torch
+
+def linear():
+    return torch.nn.Linear(8, 4), (torch.randn(1, 8),)
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -109,3 +115,28 @@ def test_bad_input_is_one_line(
     assert done.returncode == 2
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_artifacts_are_compared_with_the_queries_they_are_optimized_for(
+    artifacts: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "linear_model.py").write_text(LINEAR)
+    monkeypatch.chdir(tmp_path)
+    options = ("--passes", "fuse", "--backend", "onnxruntime", "--no-measure", "-q", "--batch", "3", "-o", "of-three")
+    assert command("optimize", "linear_model:linear", *options).returncode == 0
+    plain = str(artifacts / "plain")
+
+    done = command("compare", "of-three", plain, "linear_model:linear", "-q")
+    assert done.returncode == 0, done.stderr
+    words = " ".join(done.stdout.split())
+    assert words.startswith("Latency of queries of 3 images")
+    assert f"{plain} is optimized for queries of 1 image, not for queries of 3 images as here" in words
+
+    done = command("compare", "of-three", plain, "--batch", "1", "--json", "-q")
+    document = json.loads(done.stdout)
+    assert document["surroundings"]["batch"] == 1
+    assert document["notes"] == ["of-three is optimized for queries of 3 images, not for queries of 1 image as here"]
+
+    done = command("profile", "of-three", "--against", "none", "--json", "-q")
+    (note,) = json.loads(done.stdout)["notes"]
+    assert "those of SingleStream have one image: 'optc compare --batch 3' measures others" in note

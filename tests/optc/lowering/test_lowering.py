@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -104,3 +106,53 @@ def test_none_need_take_a_program(program: Program, tmp_path: Path) -> None:
     assert done == []
     assert list(refused) == ["refuses"]
     assert "aten.relu.default has no form here" in refused["refuses"]
+
+
+class Wrong(EagerBackend):
+    """Computes something else and does not compare it with the graph."""
+
+    name = "wrong"
+    shift = 1.0
+
+    def lower(self, program: Program, target: Target, folder: Path) -> Lowered:
+        lowered = super().lower(program, target, folder)
+        return Lowered(lowered.files, {"no_run_script": lowered.details["no_run_script"]})
+
+    def load(self, folder: Path, files: tuple[str, ...], target: Target) -> Runner:
+        runner, shift = super().load(folder, files, target), self.shift
+
+        class Shifted(Runner):
+            provider, precision = runner.provider, runner.precision
+
+            def __call__(self, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
+                return tuple(output + np.float32(shift) for output in runner(*inputs))
+
+        return Shifted()
+
+
+class Unchecked(Wrong):
+    """Computes the same, and does not compare it either."""
+
+    name = "unchecked"
+    shift = 0.0
+
+
+def test_what_a_backend_does_not_compare_with_the_graph_is_compared(program: Program, tmp_path: Path) -> None:
+    chosen: list[Backend] = [Wrong(), Unchecked()]
+    (made,), refused = lower_all(chosen, program, Target(threads=1), tmp_path, lambda text: None)
+    assert made.backend.name == "unchecked"
+    assert made.lowered.details["check"]["against"] == "the optimized graph on the example inputs"
+    assert refused["wrong"].startswith("wrong computes output 'output' differently from the optimized graph: SQNR ")
+
+
+def test_a_bug_while_asking_whether_a_backend_runs_here_names_its_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unavailable(target: Target) -> str | None:
+        raise ZeroDivisionError("no devices")
+
+    monkeypatch.setattr(EagerBackend, "unavailable", unavailable)
+    said = "backend 'eager' (from optc.builtin) raised ZeroDivisionError: no devices"
+    found, refused = backends(AUTO, Target())
+    assert "eager" not in {backend.name for backend in found}
+    assert refused["eager"] == said
+    with pytest.raises(BackendError, match=re.escape(said)):
+        backends("eager", Target())

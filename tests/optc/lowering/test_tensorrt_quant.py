@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from optc import PassContext, Program, Target, capture
 from optc.errors import BackendError
 from optc.lowering.tensorrt import layer_types
-from optc.lowering.tensorrt_quant import plain_kernels, quantize_op, quantize_ops, tensorrt_form
+from optc.lowering.tensorrt_quant import float_biases, plain_kernels, quantize_op, quantize_ops, tensorrt_form
 from optc.passmanager.manager import build_passes
 from optc.rewrite import constant_of, is_quantized, set_argument
 
@@ -83,6 +83,15 @@ def test_the_form_computes_the_same_and_leaves_the_program_alone(name: str, requ
     assert dequantizers
     assert {constant_of(form, node.args[0]).dtype for node in dequantizers} == {torch.int8}  # type: ignore[union-attr]
     assert all("optc::" not in str(getattr(node.target, "_schema", "")) for node in form.graph.nodes)
+
+
+def test_float_biases_are_those_that_integers_stood_for(cnn8: Program) -> None:
+    floats = cnn8.fork()
+    float_biases(floats)
+    assert torch.int32 in {tensor.dtype for _, tensor in cnn8.constants()}
+    assert torch.int32 not in {tensor.dtype for _, tensor in floats.constants()}
+    assert is_quantized(floats)
+    assert close(floats, cnn8)
 
 
 def test_sizes_are_asked_of_floats(block8: Program) -> None:

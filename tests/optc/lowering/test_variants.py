@@ -153,3 +153,28 @@ def test_the_fastest_way_is_kept_and_remembered(
     for found in (first, again):
         assert found.kept.target.options["offering"] == {"level": 1, "pause": 0.0}
         assert found.kept.load().given.pause == 0.0
+
+
+def test_where_what_was_kept_cannot_be_made_again_all_are_measured_anew(
+    program: optc.Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def selected(run: Run) -> Any:
+        made = Made({"": program}, {})
+        chosen = [Offering(), Slow()]
+        return select(run, nn.Linear(8, 8), (X,), made, chosen, {}, TARGET, automatic=True, measure=False)
+
+    assert selected(Run(Progress())).kept.backend.name == "offering"
+
+    def lower(self: Offering, program: optc.Program, target: optc.Target, folder: Path) -> optc.Lowered:
+        if type(self) is Offering:
+            raise optc.BackendError("no memory left")
+        return EagerBackend.lower(self, program, target, folder)
+
+    monkeypatch.setattr(Offering, "lower", lower)
+    run = Run(Progress())
+    again = selected(run)
+    assert again.kept.backend.name == "slow"
+    assert run.notes == ["what was kept before cannot be made again (no memory left): everything is measured anew"]
+    assert {each.backend: each.reason for each in again.outcomes if not each.chosen} == {"offering": "no memory left"}

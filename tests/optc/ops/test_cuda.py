@@ -28,8 +28,8 @@ def arguments(row: Composite, dtype: torch.dtype, device: str, bias: bool = True
 @pytest.mark.parametrize("bias", [True, False])
 def test_equals_the_decomposition(row: Composite, dtype: torch.dtype, bias: bool) -> None:
     args = arguments(row, dtype, "cuda", bias)
-    assert cuda.refusal(row, args) is None
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        assert cuda.refusal(row, args) is None
         got, want = OPERATORS[row.name](*args), row.decomposition(*args)
     tolerance = 1e-4 if dtype is torch.float32 else 2e-2
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)

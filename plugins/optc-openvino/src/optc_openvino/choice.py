@@ -34,7 +34,9 @@ _OTHERS: Mapping[str, tuple[Preferred, ...]] = {
 """By the instructions that OpenVINO's own choice uses, what to try beside it: of a row, the first that a layer has."""
 _LEAST_CONVOLUTIONS = 0.1
 """Share of a model's layers that are convolutions from which on it is worth compiling several times."""
-_ROUNDS, _ROUND_SECONDS, _LEAST_QUERIES = 3, 0.5, 2
+_ROUNDS, _ROUND_SECONDS, _LEAST_QUERIES, _SECONDS = 3, 0.5, 2, 12.0
+"""How often each is compiled and run at most, how long and how often all of them each time, and after how long no other
+round begins, once there were two."""
 _WORTHWHILE, _RESOLUTION = 0.97, 1.0
 """Of the time of OpenVINO's own choice, what another may take at most; and how many microseconds it has to save."""
 
@@ -57,12 +59,15 @@ def choose_kernels(path: Path, target: Target, given: OpenVinoOptions) -> dict[s
     convolutions = {name for name, kind in types.items() if kind in CONVOLUTIONS}
     if len(convolutions) < max(2, _LEAST_CONVOLUTIONS * sum(kind in LAYERS for kind in types.values())):
         return {}
+    start = time.perf_counter()
     trials = [_Trial(path, (), convolutions, target, given)]
     isa = next((isa for isa in _OTHERS if any(isa in kernel for kernel in trials[0].kernels.values())), None)
     if isa is None:
         return {}
     samples: dict[str, dict[Preferred, list[float]]] = {name: defaultdict(list) for name in convolutions}
     for number in range(_ROUNDS):
+        if number > 1 and time.perf_counter() - start > _SECONDS:
+            break
         trials = [] if number else trials
         for preferred in ((), *_OTHERS[isa])[len(trials) :]:
             trials.append(_Trial(path, preferred, convolutions, target, given))
