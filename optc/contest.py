@@ -74,6 +74,8 @@ class Contest:
         """Nanoseconds that the first program takes, by backend."""
         self._best: Lowering | None = None
         """The fastest that was looked at."""
+        self._behind: dict[str, float] = {}
+        """How many times the fastest one's latency it had then."""
         self._looked: dict[str, float] = {}
         """Nanoseconds that a lowering took when last looked at, by its title."""
 
@@ -93,9 +95,23 @@ class Contest:
                 chosen = self._worthwhile(chosen, [each for each in programs if each != passes])
         if not self.lowerings and failure is not None:
             raise failure
+        self._leave_losers()
         if self._with_variants:
             for each in self._near_the_fastest():
                 self._enter_variants(each, programs[each.passes])
+
+    def _leave_losers(self) -> None:
+        """Leave out what was far behind when looked at: measuring it takes longer than all others. Two are compared."""
+        losers = [each for each in self.lowerings if WORTHWHILE < self._behind.get(each.title, 1.0) < math.inf]
+        for each in sorted(losers, key=lambda each: -self._behind[each.title])[: max(0, len(self.lowerings) - 2)]:
+            reason = f"{self._behind[each.title]:.1f} times the lowest latency in a short look: not measured further"
+            taken = self._looked[each.title] / 1e6
+            outcome = Outcome(
+                each.backend.name, False, reason, each.precision, taken, each.bytes, each.seconds, each.passes
+            )
+            self.left.append(outcome)
+            self.lowerings.remove(each)
+            shutil.rmtree(each.folder, ignore_errors=True)
 
     def _near_the_fastest(self) -> list[Lowering]:
         """What other options may make the fastest, of backends that offer any."""
@@ -260,7 +276,9 @@ class Contest:
             each.percentiles.p50_ns if each.percentiles and not each.error else math.inf
             for each in (found[candidate.name] for candidate in candidates)
         ]
-        self._looked.update(zip([each.title for each in lowerings], p50, strict=True))
+        titles = [each.title for each in lowerings]
+        self._looked.update(zip(titles, p50, strict=True))
+        self._behind.update(zip(titles, [taken / min(p50) for taken in p50], strict=True))
         return p50
 
 

@@ -30,6 +30,7 @@ PACKAGES = (
     "onnxruntime-gpu",
     "openvino",
     "torch-tensorrt",
+    "tensorrt",
     "mlcommons-loadgen",
     "numpy",
     "scipy",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
+from importlib.metadata import Distribution
 from typing import Any
 
 from optc import machine
@@ -20,6 +22,7 @@ def surroundings(target: Target, limits: Mapping[str, Any] | None = None) -> dic
     """
     here = machine.machine()
     points = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
+    plugins = {point.dist.name: point.dist for point in points if point.dist}
     return {
         "cpu": here.cpu,
         "isa": list(here.isa) if here.isa is not None else None,
@@ -28,13 +31,20 @@ def surroundings(target: Target, limits: Mapping[str, Any] | None = None) -> dic
         "gpus": list(here.gpus),
         "system": here.system,
         "python": here.python,
-        "packages": here.packages,
-        "plugins": sorted({f"{point.dist.name} {point.dist.version}" for point in points if point.dist}),
+        "packages": here.packages | machine.versions(_required(plugins.values())),
+        "plugins": sorted(f"{name} {dist.version}" for name, dist in plugins.items()),
         "device": target.device,
         "threads": target.threads,
         "batch": target.batch,
         **(limits or {}),
     }
+
+
+def _required(plugins: Iterable[Distribution]) -> list[str]:
+    """The packages that plugins need, such as their runtimes; what this project needs is known by name."""
+    own = importlib.metadata.distribution("optc").name
+    needed = (text for dist in plugins if dist.name != own for text in dist.requires or () if "extra ==" not in text)
+    return sorted({match[0] for text in needed if (match := re.match(r"[\w.-]+", text))})
 
 
 def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:

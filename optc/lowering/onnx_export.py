@@ -25,8 +25,9 @@ from optc.lowering.onnx_registry import registry_kept
 from optc.ops import COMPOSITES, decompose, global_pools_as_means
 from optc.program import Program
 
-OPSET = 23
-"""The first opset with an Attention operator, which onnxruntime runs as one kernel."""
+OPSET, LEAST_OPSET = 23, 21
+"""The first opset with an Attention operator, which onnxruntime runs as one kernel; and the first with 4-bit weights
+and scales for blocks of them."""
 EXTERNAL_DATA_BYTES = 512 << 20
 """Weights beyond this go to a file of their own. Protobuf's limit is 2 GiB, but a single file is built and parsed in
 memory, which costs the size of the weights twice over."""
@@ -46,7 +47,7 @@ def export_onnx(
 
     Args:
         path: the ``.onnx`` file to write.
-        opset: version of the ONNX operator set, at least 21.
+        opset: version of the ONNX operator set, at least :data:`LEAST_OPSET`.
         external_data_bytes: weights beyond this many bytes are written beside it as ``<path>.data``.
 
     Returns:

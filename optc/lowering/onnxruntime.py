@@ -83,8 +83,7 @@ class OnnxRuntimeBackend(Backend):
         if target.device == "cuda":  # its DequantizeLinear takes no int32
             written = program.fork()
             float_biases(written)
-        files, details = self.export(written, folder / MODEL_FILE)
-        runner = self.load(folder, files, target)
+        files, details, runner = self._exported(written, target, folder)
         details["providers"] = provider_counts(runner.kernels)
         details["fallback"] = runner.fallback
         details |= deviations(program, folder / MODEL_FILE, runner.kernels)
@@ -92,7 +91,36 @@ class OnnxRuntimeBackend(Backend):
         runner.close()
         return Lowered(files, details, run_script=_run_script(self.providers(target.device), self.options(target)))
 
-    def export(self, program: Program, path: Path) -> tuple[tuple[str, ...], dict[str, Any]]:
+    def _exported(
+        self, program: Program, target: Target, folder: Path
+    ) -> tuple[tuple[str, ...], dict[str, Any], OnnxRuntimeRunner]:
+        """The files in the first opset in which every node runs where it is asked to, details, and a session on them.
+
+        Raises:
+            BackendError: there is none; says what is wrong with the first.
+        """
+        first: BackendError | None = None
+        for opset in self.opsets(target.device):
+            try:
+                files, details = self.export(program, folder / MODEL_FILE, opset)
+                return files, details, self.load(folder, files, target)
+            except BackendError as error:
+                first = first or error
+        assert first is not None
+        raise first
+
+    @classmethod
+    def opsets(cls, device: str) -> Sequence[int]:
+        """The versions of the ONNX operator set to try, in order.
+
+        Kernels of the CUDA provider are registered for the versions that an operator had then: those of MaxPool,
+        QuantizeLinear and others were behind for years (``docs/OperatorKernels.md`` of ONNX Runtime).
+        """
+        from optc.lowering.onnx_export import LEAST_OPSET, OPSET
+
+        return (OPSET, LEAST_OPSET) if device == "cuda" else (OPSET,)
+
+    def export(self, program: Program, path: Path, opset: int) -> tuple[tuple[str, ...], dict[str, Any]]:
         """Write the ONNX file; returns the names of all files and details.
 
         Raises:
@@ -100,7 +128,7 @@ class OnnxRuntimeBackend(Backend):
         """
         from optc.lowering.onnx_export import export_onnx
 
-        return export_onnx(program, path)
+        return export_onnx(program, path, opset)
 
     def load(self, folder: Path, files: tuple[str, ...], target: Target) -> OnnxRuntimeRunner:
         """Load the file into a session.

@@ -29,7 +29,14 @@ class OnnxRuntimeTensorRtBackend(OnnxRuntimeBackend):
         """TensorRT's, then CUDA's; none on other devices."""
         return ("TensorrtExecutionProvider", *PROVIDERS["cuda"]) if device == "cuda" else ()
 
-    def export(self, program: Program, path: Path) -> tuple[tuple[str, ...], dict[str, Any]]:
+    @classmethod
+    def opsets(cls, device: str) -> Sequence[int]:
+        """The one that TensorRT's parser is given."""
+        from optc.lowering.tensorrt_onnx import OPSET
+
+        return (OPSET,)
+
+    def export(self, program: Program, path: Path, opset: int) -> tuple[tuple[str, ...], dict[str, Any]]:
         """Write the ONNX file by TensorRT's rules of quantization.
 
         Raises:

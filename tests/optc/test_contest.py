@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -75,10 +76,16 @@ def test_further_programs_go_to_the_fastest_backend_first() -> None:
     }
     race = contest(None)
     race.enter(programs, [EagerBackend(), OnnxRuntimeBackend()])
+    looked = [each for each in race.left if each.p50_ms is not None]
     lowered = [(made.passes, made.backend.name) for made in race.lowerings]
+    lowered += [(each.passes, each.backend) for each in looked]
     backends = {name for passes, name in lowered if passes == "small"}
     assert backends == {"eager", "onnxruntime"}
     assert len([name for passes, name in lowered if passes == "large"]) == 1, "60 times as slow there as the best"
+    (loser,) = [each for each in looked if each.passes == "large"]
+    assert re.fullmatch(r"\d+\.\d times the lowest latency in a short look: not measured further", loser.reason)
+    assert loser.file_bytes > 60 * 512 * 512 * 4
+    assert not list(race.folder.path.glob("1/*/*")), "its files are gone"
 
 
 class Refusing(OnnxRuntimeBackend):

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import onnx
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from optc import Program, Target, capture
 from optc.errors import BackendError
 from optc.lowering import onnxruntime as backend_module
-from optc.lowering.onnxruntime import OnnxRuntimeBackend
+from optc.lowering.onnx_export import LEAST_OPSET
+from optc.lowering.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeRunner
 from optc.plugins.registry import registry
 
 Quantize = Callable[[Program], Program]
@@ -88,9 +90,9 @@ def test_a_file_that_computes_something_else_is_refused(
 
     export = onnx_export.export_onnx
 
-    def damage(program: Program, path: Path) -> object:
+    def damage(program: Program, path: Path, opset: int) -> object:
         """What a broken exporter would do: one weight differs."""
-        result = export(program, path)
+        result = export(program, path, opset)
         model = onnx.load(path)
         weight = next(t for t in model.graph.initializer if len(t.dims) == 4)
         array = numpy_helper.to_array(weight).copy()
@@ -200,3 +202,32 @@ def test_loading_needs_no_torch() -> None:
 
     code = f"import sys, {backend_module.__name__}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+class Picky(OnnxRuntimeBackend):
+    """Has kernels for the oldest opset alone, as the CUDA provider has for some operators."""
+
+    fits: ClassVar[int] = LEAST_OPSET
+
+    @classmethod
+    def opsets(cls, device: str) -> Sequence[int]:
+        return OnnxRuntimeBackend.opsets("cuda")
+
+    def load(self, folder: Path, files: tuple[str, ...], target: Target) -> OnnxRuntimeRunner:
+        (found,) = (each.version for each in onnx.load(folder / files[0]).opset_import if not each.domain)
+        if found != self.fits:
+            raise BackendError(f"no kernels in opset {found}")
+        return super().load(folder, files, target)
+
+
+def test_an_older_opset_is_written_where_the_newest_has_no_kernels(
+    block: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "older").mkdir()
+    lowered = Picky().lower(block, Target(threads=1), tmp_path / "older")
+    assert lowered.details["opset"] == LEAST_OPSET
+    assert lowered.details["check"]["sqnr_db"] > 100
+    assert "Attention" not in lowered.details["operators"]
+    monkeypatch.setattr(Picky, "fits", 0)
+    with pytest.raises(BackendError, match="no kernels in opset 23"):
+        Picky().lower(block, Target(threads=1), tmp_path)
