@@ -30,9 +30,9 @@ from optc.target import Target
 
 OPTIMIZED = "optc"
 """What the optimized model is called among the measured candidates."""
-WORTHWHILE, WORTH_COMPILING = 2.0, 1.15
+WORTHWHILE, WORTH_COMPILING = 2.0, 0.95
 """How many times the lowest latency so far a further program may be expected to take on a backend to be lowered to it,
-and to one that compiles for seconds."""
+and to one that compiles for half a minute: that has to promise a gain."""
 WORTH_OTHER_OPTIONS = 1.25
 """How many times the lowest latency a lowering may take for the backend's other options to be tried on it."""
 WORTH_ANOTHER_LOOK = 1.5
@@ -227,7 +227,7 @@ class Contest:
             if expected <= (WORTH_COMPILING if has_own_process(each) else WORTHWHILE):
                 found.append(each)
                 continue
-            times = f"{expected:.1f} times the latency of {self._best.passes} on {self._best.backend.name}"
+            times = f"{expected:.2f} times the latency of {self._best.passes} on {self._best.backend.name}"
             reason = f"not tried: expected to have {times}, going by {led.backend.name}"
             self.left.append(Outcome(each.name, False, reason, passes=led.passes))
         if own < best:
