@@ -18,6 +18,7 @@ from optc.errors import BackendError
 from optc.evaluation import evaluation_mode
 from optc.lowering.backend import Backend
 from optc.lowering.lowering import Lowering
+from optc.lowering.variants import offers_variants
 from optc.passmanager.alternatives import Made
 from optc.program import Program
 from optc.progress import Run
@@ -48,7 +49,8 @@ def select(
 ) -> Selection:
     """Lower every program to every backend in question, measure, keep one.
 
-    Where there are several of both, those are left out that cannot win: :mod:`optc.contest`.
+    Where there are several of both, those are left out that cannot win: :mod:`optc.contest`. The ways that a backend
+    offers to run what it wrote are measured where anything is.
 
     Args:
         inputs: one query's.
@@ -61,14 +63,15 @@ def select(
     """
     programs = made.programs
     remembered = None
-    if (automatic and len(chosen) > 1) or len(programs) > 1:
+    with_variants = (automatic or measure) and any(map(offers_variants, chosen))
+    if (automatic and len(chosen) > 1) or len(programs) > 1 or with_variants:
         steady = {passes: None if measured_on(program) else program for passes, program in programs.items()}
         remembered = choice_cache.file_of(steady if any(steady.values()) else programs, target, chosen)
     known = choice_cache.recall(remembered) if remembered else None
     contest = _recalled(run, inputs, programs, chosen, target, known.outcomes[0]) if known else None
     if contest is None:
         known = None
-        contest = Contest(run, inputs, target, with_variants=automatic)
+        contest = Contest(run, inputs, target, with_variants)
         contest.enter(programs, chosen)
     names = contest.names(several=automatic)
     measurement = _measure(run, model, inputs, names, target, measure) if measure or len(names) > 1 else None
@@ -76,7 +79,7 @@ def select(
     if known:
         outcomes = known.outcomes
         notes = (f"chosen by the measurement of {known.measured}; to measure again, delete {remembered}",)
-    elif automatic or len(made.programs) + len(made.dropped) > 1:
+    elif automatic or contest.left or max(len(names), len(made.programs) + len(made.dropped)) > 1:
         left = [
             *contest.left,
             *(Outcome(backend, False, reason) for backend, reason in refused.items()),

@@ -178,3 +178,26 @@ def test_where_what_was_kept_cannot_be_made_again_all_are_measured_anew(
     assert again.kept.backend.name == "slow"
     assert run.notes == ["what was kept before cannot be made again (no memory left): everything is measured anew"]
     assert {each.backend: each.reason for each in again.outcomes if not each.chosen} == {"offering": "no memory left"}
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_the_ways_of_a_backend_that_is_asked_for_are_measured_with_the_baselines(
+    program: optc.Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def selected(measure: bool) -> Any:
+        made = Made({"": program}, {})
+        model = nn.Linear(8, 8)
+        return select(Run(Progress()), model, (X,), made, [Offering()], {}, TARGET, automatic=False, measure=measure)
+
+    found = selected(measure=True)
+    assert found.kept.options == {"pause": 0.0}
+    assert found.measurement.optimized == "optc pause=0.0"
+    assert found.measurement.baseline == "eager-fp32"
+    assert [each.title for each in found.outcomes][:2] == ["offering pause=0.0", "offering"]
+    assert selected(measure=False).kept.options == {}, "nothing is measured"
+    again = selected(measure=True)
+    assert again.kept.target.options["offering"]["pause"] == 0.0
+    assert "chosen by the measurement of" in again.notes[0]
+    assert again.measurement.optimized == "optc"
