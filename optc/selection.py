@@ -14,7 +14,7 @@ from optc.bench.choice import Outcome, choose
 from optc.bench.measure import measure as measure_candidates
 from optc.bench.results import Measurement
 from optc.contest import Contest, TemporaryFolder, arrays, candidates, measured_on
-from optc.errors import BackendError
+from optc.errors import OptcError
 from optc.evaluation import evaluation_mode
 from optc.lowering.backend import Backend
 from optc.lowering.lowering import Lowering
@@ -107,7 +107,7 @@ def _recalled(
     contest = Contest(run, inputs, target)
     try:
         contest.enter({kept.passes: programs[kept.passes]}, [each for each in chosen if each.name == kept.backend])
-    except (BackendError, LookupError) as error:
+    except (OptcError, LookupError) as error:
         run.note(f"what was kept before cannot be made again ({error}): everything is measured anew")
         return None
     return contest
