@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from optc.api import Optimized as Optimized
     from optc.api import optimize as optimize
+    from optc.bench.cache import cache_file as cache_file
     from optc.bench.cache import cache_folder as cache_folder
+    from optc.bench.cache import write_cache as write_cache
     from optc.budget import Budget as Budget
     from optc.budget import Metric as Metric
     from optc.data.dataset import Dataset as Dataset
@@ -56,7 +58,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "optc.api": ("Optimized", "optimize"),
-    "optc.bench.cache": ("cache_folder",),
+    "optc.bench.cache": ("cache_file", "cache_folder", "write_cache"),
     "optc.lowering.artifact": ("load",),
     "optc.budget": ("Budget", "Metric"),
     "optc.data.dataset": ("Dataset", "Split"),

@@ -122,7 +122,7 @@ def optimize(
         example_inputs: one tensor per positional argument of ``model``, batch first.
         passes: names as in ``"fuse,quant"``, or a list of names and :class:`Pass` objects. Of several lists, as in
             ``"fuse,quant | fuse,bf16"``, each is run and the fastest result kept; ``"auto"`` stands for those that are
-            worth trying: float, bf16, int8, and int8 with bf16 between.
+            worth trying: int8, a format for each layer, int8 with bf16 between, bf16, and float.
         pass_options: by pass name, its options.
         backend: name of the runtime to lower to, or ``"auto"``: lower to every one that runs here and takes the model,
             and keep the fastest. What was measured before on this machine with these versions is not measured again.
@@ -163,6 +163,7 @@ def optimize(
     if target.batch not in (1, fixed_batch(captured) or target.batch):
         taken = f"the model takes a batch of {fixed_batch(captured)} only, not of {target.batch}"
         raise CaptureError(taken, "export it with that batch, or with the batch dynamic")
+    target = replace(target, batch=fixed_batch(captured) or target.batch)
     inputs = at_batch(inputs, captured, target.batch)
     watchers: list[Instrument] = [Timing(), Statistics()]
     ranges = as_calibration(calibration, captured)

@@ -35,6 +35,8 @@ WORTHWHILE, WORTH_COMPILING = 2.0, 0.95
 and to one that compiles for half a minute: that has to promise a gain."""
 WORTH_OTHER_OPTIONS = 1.25
 """How many times the lowest latency a lowering may take for the backend's other options to be tried on it."""
+WORTH_THEM_TOO = 1.1
+"""How many times the latency of a backend's fastest another of its lowerings may take for that: they gain alike."""
 WORTH_ANOTHER_LOOK = 1.5
 """How many times the lowest latency a lowering may have taken when looked at to be looked at once more for that."""
 LOOK_BLOCKS, LOOK_SECONDS = 2, 0.1
@@ -74,10 +76,8 @@ class Contest:
         """Nanoseconds that the first program takes, by backend."""
         self._best: Lowering | None = None
         """The fastest that was looked at."""
-        self._behind: dict[str, float] = {}
-        """How many times the fastest one's latency it had then."""
         self._looked: dict[str, float] = {}
-        """Nanoseconds that a lowering took when last looked at, by its title."""
+        """Nanoseconds that a lowering took at least when looked at, by its title: a disturbed look says nothing."""
 
     def enter(self, programs: Mapping[str, Program], chosen: Sequence[Backend]) -> None:
         """Lower the programs.
@@ -102,9 +102,11 @@ class Contest:
 
     def _leave_losers(self) -> None:
         """Leave out what was far behind when looked at: measuring it takes longer than all others. Two are compared."""
-        losers = [each for each in self.lowerings if WORTHWHILE < self._behind.get(each.title, 1.0) < math.inf]
-        for each in sorted(losers, key=lambda each: -self._behind[each.title])[: max(0, len(self.lowerings) - 2)]:
-            reason = f"{self._behind[each.title]:.1f} times the lowest latency in a short look: not measured further"
+        lowest = min(self._looked.values(), default=math.inf)
+        behind = {title: taken / lowest for title, taken in self._looked.items() if math.isfinite(taken)}
+        losers = [each for each in self.lowerings if behind.get(each.title, 1.0) > WORTHWHILE]
+        for each in sorted(losers, key=lambda each: -behind[each.title])[: max(0, len(self.lowerings) - 2)]:
+            reason = f"{behind[each.title]:.1f} times the lowest latency in a short look: not measured further"
             taken = self._looked[each.title] / 1e6
             outcome = Outcome(
                 each.backend.name, False, reason, each.precision, taken, each.bytes, each.seconds, each.passes
@@ -123,7 +125,14 @@ class Contest:
         with self._run.step("Looking for what other options are worth trying on") as step:
             leads = [each for each in ([self._best] if self._best else self.lowerings) if each not in able]
             p50 = self._look([*able, *leads], step.update)
-            near = [each for each, taken in zip(able, p50, strict=False) if taken <= WORTH_OTHER_OPTIONS * min(p50)]
+            least: dict[str, float] = {}
+            for each, taken in zip(able, p50, strict=False):
+                least[each.backend.name] = min(taken, least.get(each.backend.name, math.inf))
+            near = [
+                each
+                for each, taken in zip(able, p50, strict=False)
+                if taken <= min(WORTH_OTHER_OPTIONS * min(p50), WORTH_THEM_TOO * least[each.backend.name])
+            ]
             step.done(", ".join(each.title for each in near) or "nothing is near the fastest")
         return near
 
@@ -276,9 +285,8 @@ class Contest:
             each.percentiles.p50_ns if each.percentiles and not each.error else math.inf
             for each in (found[candidate.name] for candidate in candidates)
         ]
-        titles = [each.title for each in lowerings]
-        self._looked.update(zip(titles, p50, strict=True))
-        self._behind.update(zip(titles, [taken / min(p50) for taken in p50], strict=True))
+        for each, taken in zip(lowerings, p50, strict=True):
+            self._looked[each.title] = min(taken, self._looked.get(each.title, math.inf))
         return p50
 
 

@@ -63,7 +63,7 @@ def select(
     """
     programs = made.programs
     remembered = None
-    with_variants = (automatic or measure) and any(map(offers_variants, chosen))
+    with_variants = (automatic or measure or len(programs) > 1) and any(map(offers_variants, chosen))
     if (automatic and len(chosen) > 1) or len(programs) > 1 or with_variants:
         steady = {passes: None if measured_on(program) else program for passes, program in programs.items()}
         remembered = choice_cache.file_of(steady if any(steady.values()) else programs, target, chosen)
@@ -79,16 +79,18 @@ def select(
     if known:
         outcomes = known.outcomes
         notes = (f"chosen by the measurement of {known.measured}; to measure again, delete {remembered}",)
-    elif automatic or contest.left or max(len(names), len(made.programs) + len(made.dropped)) > 1:
+    else:
         left = [
             *contest.left,
             *(Outcome(backend, False, reason) for backend, reason in refused.items()),
             *(Outcome("", False, reason, passes=passes) for passes, reason in made.dropped.items()),
         ]
         kept, outcomes = choose(names, left, measurement)
-        complete = measurement is not None and not any(measurement[name].error for name in names)
-        if remembered and complete:  # what failed may run another time
+        failed = any(measurement[name].error for name in names) if measurement else contest.left
+        if remembered and not failed:  # what failed may run another time
             choice_cache.remember(remembered, outcomes)
+    if not automatic and len(outcomes) == 1:
+        outcomes = ()  # there was nothing to choose
     for folder in {each.folder for each in contest.lowerings} - {kept.folder}:
         shutil.rmtree(folder, ignore_errors=True)
     return Selection(kept, outcomes, measurement, notes, contest.folder)

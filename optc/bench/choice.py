@@ -104,6 +104,8 @@ def _reason(result: CandidateResult, best: CandidateResult, lowest: float, inter
     numbers = f"{ratio.value:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}] the latency of the one kept"
     if result.nonfinite_queries and not best.nonfinite_queries:
         return f"{result.nonfinite_queries} queries returned NaN or infinity ({numbers})"
+    if ratio.outcome == "faster":
+        return f"{numbers}, but not shown to be faster than without its options"
     return numbers if ratio.outcome == "slower" else f"{numbers}: no difference shown"
 
 

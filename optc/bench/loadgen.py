@@ -20,6 +20,8 @@ from optc.bench.summary import LoadGenSummary, read_summary
 from optc.errors import MeasurementError
 from optc.lowering.backend import Array, Runner
 
+_ONE_AT_A_TIME = threading.Lock()
+
 
 @dataclass(frozen=True)
 class SingleStreamRun:
@@ -170,7 +172,10 @@ class SystemUnderTest(Protocol):
 
 
 def start_test(sut: SystemUnderTest, settings: Any, samples: int, folder: Path) -> None:
-    """Run a test of LoadGen's over ``samples`` samples that are in memory; its logs are in ``folder`` afterwards."""
+    """Run a test of LoadGen's over ``samples`` samples that are in memory; its logs are in ``folder`` afterwards.
+
+    One at a time: another thread's waits, as LoadGen has one logger and ends the process if that is started twice.
+    """
     mlperf_loadgen = library()
     logs = mlperf_loadgen.LogSettings()
     logs.log_output.outdir = str(folder)
@@ -179,7 +184,7 @@ def start_test(sut: SystemUnderTest, settings: Any, samples: int, folder: Path) 
     system = mlperf_loadgen.ConstructFastSUT(sut.issue, sut.flush)
     queries = mlperf_loadgen.ConstructQSL(samples, samples, _nothing, _nothing)
     try:
-        with _deferred_interrupt(sut):
+        with _ONE_AT_A_TIME, _deferred_interrupt(sut):
             # By default LoadGen reads audit.config from the working directory, whoever put it there.
             mlperf_loadgen.StartTestWithLogSettings(system, queries, settings, logs, str(folder / "audit.config"))
     finally:

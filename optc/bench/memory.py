@@ -51,7 +51,7 @@ def artifact_memory(artifact: Artifact, target: Target) -> Memory:
     Raises:
         MeasurementError: the process failed; has its last line.
     """
-    manifest = artifact.manifest
+    manifest, target = artifact.manifest, artifact.target(target)
     inputs = [[[target.batch if size is None else size for size in e.shape], e.dtype] for e in manifest.inputs]
     return _measured(manifest.backend, artifact.folder, manifest.load, inputs, target, artifact.bytes)
 

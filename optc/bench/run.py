@@ -16,7 +16,9 @@ from optc.bench.summary import LoadGenSummary
 from optc.errors import MeasurementError
 
 FORMAT, FORMAT_VERSION = "optc profile", 1
-_HINT = "give a file that 'optc profile --json' or 'optc profile -o' wrote"
+RUN_FILE = "profile.json"
+"""What a run is called in the folder that ``optc profile -o`` writes."""
+_HINT = "give the folder that 'optc profile -o' wrote, or what 'optc profile --json' printed, as a .json file"
 
 
 @dataclass(frozen=True)

@@ -59,8 +59,9 @@ def command(
 ) -> None:
     """Compare the latency of TARGETS with that of the first.
 
-    A target is an artifact folder, a folder of such, a model, or a run that 'optc profile' saved. Artifacts and models
-    are measured now, in blocks that take turns. Of a model, and of a run with several candidates, the fastest counts.
+    A target is an artifact folder, a folder of such, a model, or a saved run: the folder that 'optc profile -o' wrote,
+    or what 'optc profile --json' printed, as a .json file. Artifacts and models are measured now, in blocks that take
+    turns. Of a model, and of a run with several candidates, the fastest counts.
 
     \b
     Examples:
@@ -82,11 +83,10 @@ def command(
 
         target = Target(threads=threads or available_threads(), allow_fallback=allow_fallback)
         with limited(memory_bytes=memory):
-            given = [
-                each
-                for name in targets
-                for each in ([_run(name)] if _is_run(name) else subjects([name], weights, target, progress))
-            ]
+            given: list[Run | Subject] = []
+            for name in targets:
+                saved = _saved(name)
+                given += subjects([name], weights, target, progress) if saved is None else [saved]
             target = replace(target, batch=batch or _batch(given))
             document = _compare(given, target, force, progress)
     found, compared, notes = document["targets"], document["comparisons"], document["notes"]
@@ -153,14 +153,14 @@ def _other_batches(given: Sequence[Run | Subject], batch: int) -> list[str]:
     ]
 
 
-def _run(name: str) -> Run:
-    from optc.bench.run import read_run
+def _saved(name: str) -> Run | None:
+    """The run that a name stands for: its file, or the folder with it; ``None`` for a target to be measured."""
+    from optc.bench.run import RUN_FILE, read_run
 
-    return read_run(Path(name))
-
-
-def _is_run(name: str) -> bool:
-    return name.endswith(".json") and Path(name).is_file()
+    path = Path(name)
+    if (path / RUN_FILE).is_file():
+        return replace(read_run(path / RUN_FILE), name=name)
+    return read_run(path) if name.endswith(".json") and path.is_file() else None
 
 
 def _measured(subjects: list[Subject], target: Target, progress: Progress) -> list[Contender]:

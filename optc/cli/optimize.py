@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     "--passes",
     default="fuse,quant",
     show_default=True,
-    help="Passes to run, in order, comma-separated, with options as in 'fuse,quant<observer=mse>'. Of several lists,"
-    " separated by '|', the fastest is kept; auto stands for int8, a format for each layer, int8 with bf16 between,"
-    " bf16 and float.",
+    help="Passes to run, in order, comma-separated, with options as in 'fuse,quant<observer=mse;formats=auto>'. Of"
+    " several lists, separated by '|', the fastest is kept; auto stands for int8, a format for each layer, int8 with"
+    " bf16 between, bf16 and float.",
 )
 @click.option(
     "-O", "assignments", multiple=True, metavar="NAME.OPTION=VALUE", help="Set an option of a pass or backend."
@@ -55,7 +55,12 @@ if TYPE_CHECKING:
     show_default=True,
     help="Runtime to lower to (see 'optc backends'); auto: the fastest measured of all that run here.",
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Artifact folder to write; must not exist.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Artifact folder to write; must not exist.  [default: MODEL-optimized, numbered if that exists]",
+)
 @device_option
 @target_options
 @click.option(

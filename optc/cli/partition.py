@@ -88,7 +88,7 @@ def command(
     """Cut MODEL into stages that run one after the other on devices of their own.
 
     The slowest stage, what it hands on included, is as fast as it can be. With -o each stage is lowered and all are
-    saved as one artifact for optc profile, optc compare and python -m optc.distributed.
+    saved as one artifact for optc profile, optc compare and torchrun -m optc.distributed.
 
     \b
     Examples:

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from optc.cli.profiling import Profile
     from optc.target import Target
 
-PROFILE_FILE = "profile.json"
-
 
 @click.command("profile")
 @click.argument("targets", nargs=-1, required=True)
@@ -104,6 +102,7 @@ def command(
       optc profile alexnet-int8 --data digits --scenario Offline -o runs/alexnet
     """  # noqa: D301  (click takes a real backspace for "do not wrap")
     from optc.bench.limits import limited, parse_bytes, parse_cpus
+    from optc.bench.run import RUN_FILE
 
     if output is not None and output.exists():
         raise MeasurementError(f"output folder '{output}' exists", "choose another -o or remove it")
@@ -156,7 +155,7 @@ def command(
         inside = {"inside": {name: asdict(each) for name, each in insides.items()}} if insides else {}
         document = jsonable({**found.to_dict(), **inside})
         if folder is not None:
-            (folder / PROFILE_FILE).write_text(json.dumps(document, indent=1), encoding="utf-8")
+            (folder / RUN_FILE).write_text(json.dumps(document, indent=1), encoding="utf-8")
     if report is not None:
         from optc.report.measured import measured_document
         from optc.report.write import write_report

@@ -37,12 +37,16 @@ class Lowered:
             none, and then ``details["no_run_script"]`` may say why.
         required_isa: instruction sets that the files were compiled for, as Linux spells them; a CPU that lacks one is
             refused.
+        provider, precision: of a runner over the files for the target, where :meth:`Backend.lower` opened one;
+            otherwise one is opened to see.
     """
 
     files: tuple[str, ...]
     details: Mapping[str, Any] = field(default_factory=dict)
     run_script: str = ""
     required_isa: tuple[str, ...] = ()
+    provider: str = ""
+    precision: str = ""
 
 
 class Runner(ABC):

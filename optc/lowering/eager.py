@@ -92,7 +92,7 @@ class EagerBackend(Backend):
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # the graph runs on the CPU
             details["check"] = check_agreement(self.name, program, runner).details()
         runner.close()
-        return Lowered(files, details)
+        return Lowered(files, details, provider=runner.provider, precision=runner.precision)
 
     def load(self, folder: Path, files: tuple[str, ...], target: Target) -> Runner:
         """Read the graph, resolve its operators and lay weights out for the target.

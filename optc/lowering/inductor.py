@@ -118,7 +118,8 @@ class InductorBackend(Backend):
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # the graph runs on the CPU
             details["check"] = check_agreement(self.name, program, runner).details()
         runner.close()
-        return Lowered((PACKAGE,), details, _run_script(self.options(target)), tuple(result["required_isa"]))
+        script, isa = _run_script(self.options(target)), tuple(result["required_isa"])
+        return Lowered((PACKAGE,), details, script, isa, runner.provider, runner.precision)
 
     def load(self, folder: Path, files: tuple[str, ...], target: Target) -> Runner:
         """Load the package's machine code; nothing in it is unpickled.

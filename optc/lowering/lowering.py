@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
@@ -28,7 +29,7 @@ process and an exporter hold several copies of them each."""
 
 @dataclass(frozen=True)
 class Lowering:
-    """A program in one runtime's files, loaded once to see what really runs.
+    """A program in one runtime's files, opened once to see what really runs.
 
     Attributes:
         folder: where the files are.
@@ -93,6 +94,7 @@ def backends(name: str, target: Target) -> tuple[list[Backend], dict[str, str]]:
             if reason := cls.unavailable(target):
                 refused[each] = reason
             elif cls.automatic:
+                cls.simulates_quantization(target)  # asked for later where nothing keeps what goes wrong as a reason
                 found.append(cls())
     if not found:
         reasons = "; ".join(f"{each}: {reason}" for each, reason in refused.items())
@@ -106,6 +108,7 @@ def _ready(name: str, target: Target) -> Backend:
         reason = cls.unavailable(target)
         if reason:
             raise OptcError(f"backend '{name}' cannot run here: {reason}")
+        cls.simulates_quantization(target)
         backend: Backend = cls()
     return backend
 
@@ -128,17 +131,24 @@ def _begun(backend: Backend, program: Program, target: Target, folder: Path) -> 
     with backend.started(program, target, folder) as finish:
 
         def rest() -> Lowering:
-            from optc.lowering.agreement import check_agreement  # imports torch
-
             lowered = finish()
-            with closing(backend.load(folder, lowered.files, target)) as runner:
-                provider, precision = runner.provider, runner.precision
-                if "check" not in lowered.details:
-                    check = check_agreement(backend.name, program, runner).details()
-                    lowered = replace(lowered, details={**lowered.details, "check": check})
-            return Lowering(backend, lowered, folder, target, provider, precision, time.perf_counter() - start)
+            if not (lowered.provider and "check" in lowered.details):
+                lowered = _looked_at(backend, lowered, program, target, folder)
+            seconds = time.perf_counter() - start
+            return Lowering(backend, lowered, folder, target, lowered.provider, lowered.precision, seconds)
 
         yield rest
+
+
+def _looked_at(backend: Backend, lowered: Lowered, program: Program, target: Target, folder: Path) -> Lowered:
+    """What a backend wrote, with what a runner over it tells, compared with the graph where the backend has not."""
+    from optc.lowering.agreement import check_agreement  # imports torch
+
+    with closing(backend.load(folder, lowered.files, target)) as runner:
+        details = dict(lowered.details)
+        if "check" not in details:
+            details["check"] = check_agreement(backend.name, program, runner).details()
+        return replace(lowered, details=details, provider=runner.provider, precision=runner.precision)
 
 
 def lower_all(
@@ -176,6 +186,8 @@ def lower_all(
             with kept(refused, backend.name, backend.origin, alone):
                 finish = begun.get(backend.name)
                 done.append(finish() if finish else lower(backend, program, target, folder / backend.name))
+    for name in refused:  # what they wrote until then may be gigabytes
+        shutil.rmtree(folder / name, ignore_errors=True)
     if not done and needed:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise BackendError(f"no backend takes this model: {reasons}")

@@ -89,7 +89,8 @@ class OnnxRuntimeBackend(Backend):
         details |= deviations(program, folder / MODEL_FILE, runner.kernels)
         details["check"] = self._check(program, runner, folder / MODEL_FILE, target).details()
         runner.close()
-        return Lowered(files, details, run_script=_run_script(self.providers(target.device), self.options(target)))
+        script = _run_script(self.providers(target.device), self.options(target))
+        return Lowered(files, details, script, provider=runner.provider, precision=runner.precision)
 
     def _exported(
         self, program: Program, target: Target, folder: Path

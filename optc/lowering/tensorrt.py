@@ -122,7 +122,8 @@ class TensorRtBackend(Backend):
             "check": check_agreement(self.name, program, runner).details(),
         }
         runner.close()
-        return Lowered((ENGINE, FACTS), details, RUN_SCRIPT.read_text())
+        script, provider, precision = RUN_SCRIPT.read_text(), runner.provider, runner.precision
+        return Lowered((ENGINE, FACTS), details, script, provider=provider, precision=precision)
 
     def load(self, folder: Path, files: tuple[str, ...], target: Target) -> Runner:
         """Deserialize the engine with TensorRT's runtime; nothing is unpickled.

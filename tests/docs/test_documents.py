@@ -9,9 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import click
+import numpy as np
 import pytest
+import torch
 
 import optc
 from optc.cli.main import cli
@@ -151,6 +154,19 @@ def test_the_code_of_a_guide_runs(guide: str, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     assert f"{code.count('def test_')} passed" in done.stdout
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_the_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = blocks(ROOT / "README.md", "python")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["optimized"](torch.zeros(4, 3, 224, 224)).shape == (4, 10)
+    runner = optc.load("my-model-fused")
+    (output,) = runner(np.zeros((2, 3, 224, 224), np.float32))
+    runner.close()
+    assert output.shape == (2, 10)
 
 
 def test_readme_has_the_numbers_of_the_committed_results() -> None:

@@ -96,6 +96,7 @@ def test_a_model_of_one_batch_size_is_measured_with_that() -> None:
     made = optc.optimize(model, torch.randn(3, 2), "fuse", backend="onnxruntime", target=optc.Target(threads=1))
     assert not made.program.dynamic_batch
     assert made.report.measurement is not None
+    assert made.report.measurement.batch == 3, "that is what was measured, asked for or not"
     errors = [each.error for each in made.report.measurement.results if each.error]
     assert [error for error in errors if "emulates bfloat16" not in error] == []
     assert len(made.report.measurement.results) - len(errors) >= 3

@@ -120,13 +120,35 @@ def test_what_was_far_behind_when_looked_at_is_not_looked_at_again(lowerings: di
     race = contest(None)
     race.lowerings = [replace(made, backend=Offering()) for made in lowerings.values()]
     small, large = race.lowerings
-    race._best, race._looked = small, {small.title: 1.0, large.title: 2.0}
+    race._best, race._looked = small, {small.title: 1e12, large.title: 2e12}
     assert race._near_the_fastest() == [small]
-    assert race._looked[small.title] > 1.0
-    assert race._looked[large.title] == 2.0
+    assert race._looked[small.title] < 1e12
+    assert race._looked[large.title] == 2e12
     race._best, race._looked = None, {}
     assert race._near_the_fastest() == [small], "looked at as nothing is known of them"
     assert race._looked[large.title] > race._looked[small.title]
+
+
+def test_a_disturbed_look_leaves_out_nothing(lowerings: dict[str, Lowering]) -> None:
+    race = contest(None)
+    race.lowerings = [*lowerings.values(), replace(lowerings["large"], passes="as large")]
+    race._looked = {made.title: 1.0 + number / 10 for number, made in enumerate(race.lowerings)}
+    disturbed = race._look(race.lowerings, lambda text: None)
+    assert disturbed[1] > 2 * disturbed[0]
+    race._leave_losers()
+    assert race.left == []
+
+
+def test_of_one_backend_other_options_are_tried_on_what_is_as_fast_as_its_fastest(
+    lowerings: dict[str, Lowering], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    race = contest(None)
+    race.lowerings = [replace(lowerings["small"], backend=Offering(), passes=passes) for passes in ("a", "b", "c")]
+    fastest = replace(lowerings["small"], passes="fastest")
+    race.lowerings.append(fastest)
+    race._best = fastest
+    monkeypatch.setattr(race, "_look", lambda lowerings, progress: [1.2, 1.05, 1.1, 1.0])
+    assert [made.passes for made in race._near_the_fastest()] == ["b", "c"]
 
 
 def test_quantized_layers_are_computed_in_float_only_where_no_other_backend_takes_them() -> None:

@@ -77,7 +77,7 @@ def test_the_parts_of_a_projection_take_one_time(vit_int8: optc.Optimized) -> No
     seconds = {time.name: time.seconds for time in layers}
     names = ["node_linear", *(f"node_linear_{number}" for number in range(1, 48))]
     projections, outputs = names[0::4], names[1::4]  # of each block; the second does a third of the first's work
-    assert all(time.name in time.nodes for time in layers if time.name in projections)
+    assert all(time.name in time.nodes for time in layers if time.name in names), "however OpenVINO calls them"
     assert median(map(seconds.__getitem__, projections)) > 1.5 * median(map(seconds.__getitem__, outputs))
 
 

@@ -15,13 +15,18 @@ from torch import nn
 import optc
 from optc_openvino import backend as backend_module
 from optc_openvino.backend import OpenVinoBackend
-from optc_openvino.choice import choose_kernels, write_choice
+from optc_openvino.choice import choose_kernels, recall_kernels, write_choice
 from optc_openvino.execution import kernels
 from optc_openvino.runtime import OpenVinoOptions, compile_model, read
 
 SLOWEST = ("ref_any",)
 """What every convolution has, on every CPU."""
 X = torch.randn(2, 32, 28, 28, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def convolutions() -> nn.Module:
@@ -74,8 +79,7 @@ def test_a_slow_kernel_is_replaced_and_the_rest_of_it_stays(folder: Path, target
     assert not primitives(folder, "mended.xml")[first].startswith("ref")
 
 
-def test_what_is_tried_is_not_cached(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_what_is_tried_is_not_cached(folder: Path, tmp_path: Path) -> None:
     choose_kernels(folder / "model.xml", optc.Target(threads=2), OpenVinoOptions(cache=True))
     assert not list(tmp_path.rglob("*.blob"))
 
@@ -113,6 +117,34 @@ def test_the_choice_goes_with_the_artifact(tmp_path: Path, monkeypatch: pytest.M
     expected = made.program.run(X)[0].numpy()
     for outputs in (runner(X.numpy()), script["run"](compiled, [X.numpy()])):
         np.testing.assert_allclose(outputs[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_kernels_that_were_measured_are_not_measured_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = optc.Target(threads=2, batch=2)
+    first, *_ = primitives(folder, "model.xml")
+    write_choice(folder / "model.xml", {first: SLOWEST}, folder / "slow.xml")
+    (folder / "slow.bin").write_bytes((folder / "model.bin").read_bytes())
+    divided = OpenVinoOptions(streams=2)
+    chosen = choose_kernels(folder / "slow.xml", target, divided)
+    assert recall_kernels(folder / "slow.xml", target) == chosen != {}
+    assert recall_kernels(folder / "slow.xml", optc.Target(threads=1, batch=2)) is None
+    assert recall_kernels(folder / "model.xml", target) is None
+    (remembered,) = (tmp_path / "cache").rglob("*.json")
+    remembered.write_text("[1]")
+    assert recall_kernels(folder / "slow.xml", target) is None
+
+
+def test_asked_for_the_backend_takes_the_kernels_that_were_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = {"a convolution": SLOWEST}
+    monkeypatch.setattr(backend_module, "recall_kernels", lambda path, target: measured)
+    monkeypatch.setattr(backend_module, "choose_kernels", None)
+    target = optc.Target(threads=2, batch=2, options={"openvino": {"kernels": "measured"}})
+    lowered = OpenVinoBackend().lower(optc.capture(convolutions(), (X,)), target, tmp_path)
+    assert lowered.details["kernels"] == {"a convolution": ["ref_any"]}
 
 
 def test_what_is_written_is_compared_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

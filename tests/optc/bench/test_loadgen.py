@@ -189,6 +189,34 @@ def test_runs_in_a_thread_other_than_the_main_one(samples: list[Arrays]) -> None
     assert counts == [70]
 
 
+_AT_ONCE = """
+import threading
+import numpy as np
+from optc import Runner
+from optc.bench.loadgen import single_stream
+
+class Same(Runner):
+    provider = precision = "test"
+    def __call__(self, x):
+        return (x,)
+
+counts = []
+def run():
+    for _ in range(5):
+        counts.append(len(single_stream(Same(), [(np.ones(3, np.float32),)], 500).latencies_ns))
+
+threads = [threading.Thread(target=run) for _ in range(3)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(counts == [500] * 15)
+"""
+
+
+def test_threads_that_measure_at_once_wait_for_each_other() -> None:
+    done = subprocess.run([sys.executable, "-c", _AT_ONCE], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+
+
 _INTERRUPTED = """
 import signal, sys, time
 import numpy as np

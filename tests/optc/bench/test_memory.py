@@ -37,6 +37,10 @@ def test_an_artifact_takes_what_its_runtime_takes_and_a_broken_one_says_why(tmp_
     assert found.what == "eager"
     assert found.files == artifact.bytes
     assert 0 < found.runtime <= found.load_peak
+    artifact.manifest.target["options"] = {"eager": {"keep_memory": "neither"}}
+    with pytest.raises(MeasurementError, match="keep_memory"):
+        artifact_memory(artifact, TARGET)  # with the options that it is run with
+    artifact.manifest.target["options"] = {}
     (artifact.folder / "weights.safetensors").write_bytes(b"")
     with pytest.raises(MeasurementError, match=r"the memory of eager could not be measured: .*cannot read the graph"):
         artifact_memory(artifact, TARGET)

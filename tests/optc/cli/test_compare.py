@@ -72,6 +72,15 @@ def test_saved_runs_compare_without_measuring_and_say_so(run_file: Path, command
     assert "measured at different times" in " ".join(done.stdout.split())
 
 
+def test_the_folder_of_a_run_stands_for_it(run_file: Path, command: Command, tmp_path: Path) -> None:
+    folder = tmp_path / "monday"
+    folder.mkdir()
+    (folder / "profile.json").write_bytes(run_file.read_bytes())
+    done = command("compare", str(folder), str(run_file), "--json", "-q")
+    assert done.returncode == 0, done.stderr
+    assert [each["target"] for each in json.loads(done.stdout)["targets"]] == [str(folder), str(run_file)]
+
+
 def test_a_saved_run_of_other_threads_is_refused_unless_forced(
     run_file: Path, artifacts: Path, command: Command, tmp_path: Path
 ) -> None:

@@ -145,6 +145,46 @@ def test_what_a_backend_does_not_compare_with_the_graph_is_compared(program: Pro
     assert refused["wrong"].startswith("wrong computes output 'output' differently from the optimized graph: SQNR ")
 
 
+class Gives(Refuses):
+    """Writes something, then finds that it cannot."""
+
+    name = "gives"
+
+    def lower(self, program: Program, target: Target, folder: Path) -> Lowered:
+        (folder / "weights.bin").write_bytes(bytes(1000))
+        return super().lower(program, target, folder)
+
+
+class Counts(EagerBackend):
+    """Counts how often its files are opened."""
+
+    name = "counts"
+    opened = 0
+
+    def load(self, folder: Path, files: tuple[str, ...], target: Target) -> Runner:
+        self.opened += 1
+        return super().load(folder, files, target)
+
+
+def test_what_was_written_is_opened_once_and_goes_where_it_came_to_nothing(program: Program, tmp_path: Path) -> None:
+    counts = Counts()
+    (made,), refused = lower_all([counts, Gives()], program, Target(threads=1), tmp_path, lambda text: None)
+    assert counts.opened == 1
+    assert (made.provider, made.precision) == (made.load().provider, made.load().precision)
+    assert list(refused) == ["gives"]
+    assert [path.name for path in tmp_path.iterdir()] == ["counts"]
+
+
+def test_a_plugin_for_an_older_optc_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EagerBackend, "simulates_quantization", True)
+    said = "backend 'eager' (from optc.builtin) raised TypeError: 'bool' object is not callable"
+    found, refused = backends(AUTO, Target())
+    assert "eager" not in {backend.name for backend in found}
+    assert refused["eager"] == said
+    with pytest.raises(BackendError, match=re.escape(said)):
+        backends("eager", Target())
+
+
 def test_a_bug_while_asking_whether_a_backend_runs_here_names_its_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     def unavailable(target: Target) -> str | None:
         raise ZeroDivisionError("no devices")

@@ -196,8 +196,34 @@ def test_the_ways_of_a_backend_that_is_asked_for_are_measured_with_the_baselines
     assert found.measurement.optimized == "optc pause=0.0"
     assert found.measurement.baseline == "eager-fp32"
     assert [each.title for each in found.outcomes][:2] == ["offering pause=0.0", "offering"]
-    assert selected(measure=False).kept.options == {}, "nothing is measured"
+    assert selected(measure=False).kept.options == {}, "nothing is measured, and nothing recalled"
     again = selected(measure=True)
     assert again.kept.target.options["offering"]["pause"] == 0.0
     assert "chosen by the measurement of" in again.notes[0]
     assert again.measurement.optimized == "optc"
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_that_no_other_way_is_faster_is_remembered_too(
+    program: optc.Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def selected() -> Any:
+        made = Made({"": program}, {})
+        return select(Run(Progress()), nn.Linear(8, 8), (X,), made, [Slow()], {}, TARGET, automatic=False, measure=True)
+
+    first, again = selected(), selected()
+    assert first.outcomes == again.outcomes == (), "there was nothing to choose"
+    assert first.notes == ()
+    assert "chosen by the measurement of" in again.notes[0]
+
+
+def test_where_lists_of_passes_are_measured_other_ways_are_too(
+    program: optc.Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made = Made({"a": program, "b": program.fork()}, {})
+    model = nn.Linear(8, 8)
+    found = select(Run(Progress()), model, (X,), made, [Offering()], {}, TARGET, automatic=False, measure=False)
+    assert found.kept.options == {"pause": 0.0}

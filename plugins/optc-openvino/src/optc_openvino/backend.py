@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from optc import Backend, BackendError, KernelTime, Lowered, Runner, Target
 from optc_openvino.attention import spell_out_attention, split_projections
 from optc_openvino.bfloat16 import use_inference_precision
-from optc_openvino.choice import Preferred, choose_kernels, write_choice
+from optc_openvino.choice import Preferred, choose_kernels, recall_kernels, write_choice
 from optc_openvino.execution import not_int8
 from optc_openvino.flatten import flatten_layers
 from optc_openvino.graph import (
@@ -96,26 +96,37 @@ class OpenVinoBackend(Backend):
             "inference_precision": "bfloat16" if own else "as in the graph",
         }
 
-        def checked(model: ov.Model) -> dict[str, Any]:
-            with closing(OpenVinoRunner(model, replace(target, batch=len(program.example_inputs[0])), given)) as runner:
-                return {
+        batch = len(program.example_inputs[0])
+
+        def checked(model: ov.Model) -> tuple[dict[str, Any], str, str]:
+            """Details, and what the runner tells of itself if it is the one that the target asks for."""
+            with closing(OpenVinoRunner(model, replace(target, batch=batch), given)) as runner:
+                found = {
                     "divisible": runner.divisible,
                     "not_int8": not_int8(runner.kernels, quantized_layers(model)),
                     "check": check_agreement("openvino", program, runner).details(),
                 }
+                return (found, runner.provider, runner.precision) if batch == target.batch else (found, "", "")
 
-        details |= checked(model)
+        found, provider, precision = checked(model)
+        details |= found
         if not details["divisible"]:
             given = given.model_copy(update={"streams": 1})
         elif given.streams > 1:
             refuse_dependent_samples(model, target, given)
-        lowered = Lowered(FILES, details, run_script=_run_script(given, FILES[0]))
-        chosen = choose_kernels(folder / FILES[0], target, given) if given.kernels == "measured" else {}
+        lowered = Lowered(
+            FILES, details, run_script=_run_script(given, FILES[0]), provider=provider, precision=precision
+        )
+        chosen: Mapping[str, Preferred] | None = {}
+        if given.kernels == "measured":
+            chosen = recall_kernels(folder / FILES[0], target)
+            if chosen is None:
+                chosen = choose_kernels(folder / FILES[0], target, given)
         if not chosen:
             return lowered
         (made,) = _with_kernels(lowered, chosen, [given], folder)
-        again = checked(read(folder / FILE_OF_KERNELS, folder / FILES[1]))
-        return replace(made, details={**made.details, **again})
+        again, provider, precision = checked(read(folder / FILE_OF_KERNELS, folder / FILES[1]))
+        return replace(made, details={**made.details, **again}, provider=provider, precision=precision)
 
     def variants(self, lowered: Lowered, target: Target, folder: Path) -> list[tuple[dict[str, Any], Lowered]]:
         """A stream for each thread, or as many as divide the batch as well; each with the partitioner and with the

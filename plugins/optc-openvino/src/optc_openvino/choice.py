@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import statistics
 import tempfile
 import time
@@ -10,11 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
-from optc import Target
+from optc import Target, cache_file, cache_folder, write_cache
 from optc_openvino.execution import kernels
 from optc_openvino.graph import LAYERS
 from optc_openvino.parts import compile_and_fill, run_side_by_side
-from optc_openvino.runtime import OpenVinoOptions, read
+from optc_openvino.runtime import VERSION, OpenVinoOptions, core, read
 
 CONVOLUTIONS = frozenset(("Convolution", "GroupConvolution"))
 Preferred = tuple[str, ...]
@@ -77,8 +79,31 @@ def choose_kernels(path: Path, target: Target, given: OpenVinoOptions) -> dict[s
             for name, microseconds in trial.times().items():
                 if _arithmetic(trial.kernels.get(name)) == _arithmetic(own.get(name)):
                     samples[name][trial.preferred].append(microseconds)
-    chosen = {name: _fastest(times) for name, times in samples.items() if times[()]}
-    return {name: preferred for name, preferred in chosen.items() if preferred}
+    fastest = {name: _fastest(times) for name, times in samples.items() if times[()]}
+    chosen = {name: preferred for name, preferred in fastest.items() if preferred}
+    write_cache(_file_of(path, target), json.dumps(chosen))
+    return chosen
+
+
+def recall_kernels(path: Path, target: Target) -> dict[str, Preferred] | None:
+    """What :func:`choose_kernels` last chose for this model on this machine, however the batch was divided then.
+
+    Who asks for the kernels that were measured gets those that were measured with everything else. ``None`` if there
+    are none, or the file cannot be read.
+    """
+    try:
+        found = json.loads(_file_of(path, target).read_text(encoding="utf-8"))
+        return {name: tuple(map(str, preferred)) for name, preferred in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+
+
+def _file_of(path: Path, target: Target) -> Path:
+    """Where a choice of kernels is kept, beside the choices among backends: with them it is forgotten."""
+    cpu = [str(core().get_property("CPU", name)) for name in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")]
+    model = hashlib.sha256(path.read_bytes()).hexdigest()
+    parts = {"kernels": model, "threads": target.threads, "batch": target.batch, "openvino": VERSION, "cpu": cpu}
+    return cache_file(cache_folder("choices"), parts)
 
 
 def write_choice(path: Path, chosen: Mapping[str, Preferred], written: Path) -> None:

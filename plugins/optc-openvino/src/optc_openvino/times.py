@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from optc import KernelTime, Target, repeat_query
 from optc_openvino.execution import kernels
-from optc_openvino.graph import whole
+from optc_openvino.graph import quantized_layers, whole
 from optc_openvino.parts import compile_parts, run_side_by_side, set_parts
 from optc_openvino.runtime import OpenVinoOptions, errors, ov
 
@@ -36,6 +36,7 @@ def kernel_times(
     with errors("openvino cannot run the model"):
         counters = [counter for request in requests for counter in request.get_profiling_info()]
     known = {kernel.name: kernel for kernel in kernels(compiled)}
+    layers = {weights: layer for layer, weights in quantized_layers(model).items()}
     found: dict[str, KernelTime] = {}
     for counter in counters:
         seconds = counter.real_time.total_seconds() / parts
@@ -43,8 +44,12 @@ def kernel_times(
         # What took less than half a microsecond is said not to have been run.
         if kernel is None and (counter.status.name != "EXECUTED" or counter.node_type in ("Input", "Output", "Const")):
             continue
-        name = whole(counter.node_name) if kernel is not None and kernel.is_layer else counter.node_name
         originals = [each.partition("/")[0] for each in kernel.originals if each] if kernel else []
+        name = counter.node_name
+        if kernel is not None and kernel.is_layer:
+            # Where OpenVINO moved a zero point or a scale, the layer is called by that and known by its weights only.
+            name = whole(layers.get(kernel.weights, name))
+            originals += [name.partition("/")[0]] if kernel.weights in layers else []
         kind, operator = kernel.kind if kernel else "", f"{counter.node_type} {counter.exec_type}"
         before = found.get(name, KernelTime(name, operator, 0.0, kind, ()))
         nodes = tuple(dict.fromkeys([*before.nodes, *originals]))
