@@ -46,6 +46,9 @@ _PURE_CALLS = frozenset(
 )
 _EXPRESSION = re.compile(r"[\w\s()*/+\-,<>=!&|~%.]*")
 _SYMBOL = re.compile(r"Symbol\('\w+'(, \w+=(True|False))*\)")
+_NAME = re.compile(r"[\w.]*")
+_NO_NAMES = frozenset(("metadata", "in_spec", "out_spec", "torch_version", "as_string", "as_strings"))
+"""Keys of what is no name: tracebacks, trees of inputs as JSON, versions, and strings that PyTorch quotes."""
 _ATTRIBUTE = re.compile(r"\.\s*[A-Za-z_]|__")
 
 
@@ -71,8 +74,10 @@ def refuse_unsafe(path: Path) -> None:
 
 def _objections(archive: zipfile.ZipFile) -> Iterator[str]:
     names = archive.namelist()
-    if len(set(names)) != len(names):
+    if len({name.casefold() for name in names}) != len(names):
         yield "has two members of one name"
+    if len({name.partition("/")[0] for name in names}) != 1:  # PyTorch would read another than is looked at here
+        yield "has members outside its folder"
     members = {name.partition("/")[2]: name for name in names}
     models = [member for member in members if re.fullmatch(r"models/[^/]+\.json", member)]
     if not models:
@@ -102,21 +107,30 @@ def _payload_objections(config: Any) -> Iterator[str]:
 
 
 def _graph_objections(value: Any) -> Iterator[str]:
-    """Walk a serialized graph: operators, expressions and names wherever they occur."""
-    if isinstance(value, list):
+    """Walk a serialized graph: operators, expressions and names wherever they occur.
+
+    PyTorch pastes names of many kinds into the source of ``forward``, so any text is held to be one that is not known
+    to be something else.
+    """
+    if isinstance(value, str) and not _NAME.fullmatch(value):
+        yield f"names a value {value!r}"
+    elif isinstance(value, list):
         for item in value:
             yield from _graph_objections(item)
     elif isinstance(value, dict):
         for key, item in value.items():
-            if key == "target" and isinstance(item, str) and not _is_known_operator(item):
-                yield f"calls {item!r}"
-            elif key == "expr_str" and not _is_arithmetic(str(item)):
-                yield f"has the shape expression {item!r}"
-            elif key == "name" and isinstance(item, str) and not re.fullmatch(r"[\w.]*", item):
-                yield f"names a value {item!r}"
-            elif key == "range_constraints" and not all(map(_is_arithmetic, item)):
-                yield f"has the shape expressions {list(item)!r}"
-            elif key != "metadata":
+            if key == "target" and isinstance(item, str):
+                if not _is_known_operator(item):
+                    yield f"calls {item!r}"
+            elif key == "expr_str":
+                if not _is_arithmetic(str(item)):
+                    yield f"has the shape expression {item!r}"
+            elif key == "range_constraints":
+                if not all(map(_is_arithmetic, item)):
+                    yield f"has the shape expressions {list(item)!r}"
+                yield from _graph_objections(list(item.values()))
+            elif key not in _NO_NAMES:
+                yield from _graph_objections(key)
                 yield from _graph_objections(item)
 
 

@@ -69,8 +69,8 @@ _REGISTERED_BY = {
     "quantized_decomposed": "torch.ao.quantization.fx._decomposed",
 }
 _REFUSED = {
-    torch.ops.aten.from_file.default: "it reads a file",
-    torch.ops.aten.as_strided.default: "it depends on the strides its input had when the model was captured",
+    torch.ops.aten.from_file: "it reads a file",
+    torch.ops.aten.as_strided: "it depends on the strides its input had when the model was captured",
 }
 _TYPES = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
 
@@ -83,8 +83,8 @@ def refusal(node: fx.Node) -> str | None:
         return None
     if not isinstance(node.target, OpOverload) and node.target not in _FUNCTION_NAMES:
         return f"{getattr(node.target, '__name__', node.target)} is not a PyTorch operator"
-    if node.target in _REFUSED:
-        return _REFUSED[node.target]
+    if isinstance(node.target, OpOverload) and (reason := _objection(node.target)):
+        return reason
     try:
         _encode([node.args, node.kwargs], dict.fromkeys(node.all_input_nodes, 0))
     except TypeError as error:
@@ -247,6 +247,15 @@ def _resolve(target: str) -> Callable[..., Any]:
     function: Any = torch.ops
     for name in match.groups():
         function = getattr(function, name, None)
-    if not isinstance(function, OpOverload) or function in _REFUSED:
+    if not isinstance(function, OpOverload):
         raise BackendError(f"the graph calls {target}, which is not registered", "import the package that provides it")
+    if reason := _objection(function):
+        raise BackendError(f"the graph calls {target}: {reason}", "optimize the model again")
     return function
+
+
+def _objection(operator: OpOverload) -> str | None:
+    """Why an operator has no place in a graph, whose values are tensors that nothing writes to."""
+    if operator._schema.is_mutable:
+        return "it writes to what it is given"
+    return _REFUSED.get(operator.overloadpacket)

@@ -155,6 +155,9 @@ def test_pickles_are_refused_though_torch_would_run_them(
         (size("exec(s0)"), "shape expression"),
         (lambda m: m["range_constraints"].update({"eval(s1)": {"min_val": 2, "max_val": None}}), "shape expressions"),
         (lambda m: first_node(m)["outputs"][0]["as_tensor"].update(name="x=print()\n"), "names a value"),
+        (lambda m: forward_arguments(m).append("y=print()"), r"names a value 'y=print\(\)'"),
+        (lambda m: weights(m)[0]["parameter"].update(parameter_name='w"),print(), ("'), "names a value 'w\""),
+        (lambda m: m["graph_module"].update({"x=print()": 1}), "names a value 'x="),
     ],
 )  # fmt: skip
 def test_graphs_that_reach_beyond_tensors_are_refused(
@@ -163,6 +166,37 @@ def test_graphs_that_reach_beyond_tensors_are_refused(
     path = rewritten(file, tmp_path / "evil.pt2", edit_graph(change))
     with pytest.raises(OptcError, match=reason):
         refuse_unsafe(path)
+
+
+def forward_arguments(model: Any) -> Any:
+    return model["graph_module"]["module_call_graph"][0]["signature"]["forward_arg_names"]
+
+
+def weights(model: Any) -> Any:
+    return [each for each in model["graph_module"]["signature"]["input_specs"] if "parameter" in each]
+
+
+def test_an_older_format_is_not_hidden_beside_a_newer_one(file: Path, tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    torch.save(Evil(tmp_path / "pwned"), buffer)
+    for number, name in enumerate(("serialized_constants.pt", "b/models/model.json")):
+        path = tmp_path / f"{number}.pt2"
+        with zipfile.ZipFile(file) as honest, zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(name, buffer.getvalue())
+            for member in honest.namelist():
+                archive.writestr(member, honest.read(member))
+        with pytest.raises(OptcError, match="has members outside its folder"):
+            load_model(str(path))
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_strings_that_operators_take_are_not_names(tmp_path: Path) -> None:
+    class Attends(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.einsum("bij,bkj->bik", x, x)
+
+    torch.export.save(torch.export.export(Attends(), (torch.randn(2, 3, 4),)), tmp_path / "a.pt2")
+    refuse_unsafe(tmp_path / "a.pt2")
 
 
 def test_machine_code_and_doubled_members_are_refused(file: Path, tmp_path: Path) -> None:

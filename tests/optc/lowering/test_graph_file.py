@@ -171,3 +171,16 @@ def test_composites_are_kept(target: Any, tmp_path: Path) -> None:
     again = round_trip(program, tmp_path)
     assert target in call_targets(again)
     torch.testing.assert_close(again.run(x)[0], program.run(x)[0])
+
+
+@pytest.mark.parametrize("operator", ["aten.from_file.default", "aten.from_file.out", "aten.add_.Tensor"])
+def test_operators_that_read_files_or_write_to_tensors_are_refused(
+    operator: str, block: Program, tmp_path: Path
+) -> None:
+    write_graph(block, tmp_path)
+    text = (tmp_path / GRAPH).read_text()
+    target = next(str(target) for target in call_targets(block) if str(target).startswith("aten."))
+    (tmp_path / GRAPH).write_text(text.replace(f'"{target}"', f'"{operator}"'))
+    assert operator in (tmp_path / GRAPH).read_text()
+    with pytest.raises(BackendError, match=f"the graph calls {operator}: it (reads a file|writes to what it is given)"):
+        read_graph(tmp_path, 2)
