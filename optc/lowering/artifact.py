@@ -20,7 +20,7 @@ from optc.lowering.backend import Array, Backend, Lowered, Runner
 from optc.lowering.manifest import NAME, Manifest, TensorEntry, check_files, file_entry, read_manifest
 from optc.machine import cpu_flags, cpu_name, isa, machine
 from optc.plugins.registry import registry
-from optc.target import Target
+from optc.target import Target, available_threads
 
 if TYPE_CHECKING:
     from optc.program import Program
@@ -56,19 +56,32 @@ class Artifact:
         return backend.load(self.folder, self.manifest.load, self.target(target))
 
     def target(self, given: Target | None = None) -> Target:
-        """What it was made for; or what is given, with the backend's options that it was made for where it has none."""
-        made_for = Target(**self.manifest.target)
-        return replace(given, options={**made_for.options, **given.options}) if given else made_for
+        """What it was made for, with as many threads of those as there are here; or what is given, with the backend's
+        options that it was made for where it has none.
+
+        Raises:
+            ArtifactError: a newer optc made it for something that this one does not know.
+        """
+        try:
+            made_for = Target(**self.manifest.target)
+        except TypeError as error:
+            raise ArtifactError(
+                f"'{self.folder}' was made for a target not known here: {error}", "upgrade optc"
+            ) from error
+        if given is None:
+            return replace(made_for, threads=min(made_for.threads, available_threads()))
+        return replace(given, options={**made_for.options, **given.options})
 
     def example_query(self, batch: int = 1, seed: int = 0) -> tuple[Array, ...]:
         """Seeded normal noise of the inputs' shapes, ``batch`` where the first dimension may vary.
 
-        Integers are not negative, as they may be indices.
+        Integers are not negative, as they may be indices; what numpy has no type for is float32.
         """
         generator = np.random.default_rng(seed)
         shapes = [[batch if size is None else size for size in entry.shape] for entry in self.manifest.inputs]
         noise = [generator.standard_normal(shape) for shape in shapes]
-        types = [np.dtype(entry.dtype) for entry in self.manifest.inputs]
+        numpys = {"bfloat16": "float32"}
+        types = [np.dtype(numpys.get(entry.dtype, entry.dtype)) for entry in self.manifest.inputs]
         return tuple(
             (values if np.issubdtype(dtype, np.floating) else np.abs(values)).astype(dtype)
             for values, dtype in zip(noise, types, strict=True)

@@ -157,7 +157,9 @@ class EagerRunner(Runner):
         if torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
         with torch.inference_mode():
-            tensors = [each.to(self._device, dtype) for each, dtype in zip(inputs, self._dtypes, strict=True)]
+            tensors = [
+                each.to(self._device, dtype).contiguous() for each, dtype in zip(inputs, self._dtypes, strict=True)
+            ]
             outputs: tuple[Tensor, ...] = self._module(*tensors)
         return outputs
 
@@ -176,7 +178,7 @@ class EagerRunner(Runner):
 def _tensor(array: Array, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The array as a tensor, sharing its memory where PyTorch can."""
     if not (array.flags.writeable and array.flags.c_contiguous):
-        array = np.array(array)
+        array = np.array(array, order="C")
     return torch.from_numpy(array).to(device, dtype)
 
 

@@ -208,17 +208,29 @@ class OnnxRuntimeRunner(Runner):
         self.precision = precision(self.kernels)
 
     def __call__(self, *inputs: Array) -> tuple[Array, ...]:
-        """Run one query: arrays in the order of the model's inputs, any batch size where the batch is dynamic."""
+        """Run one query: arrays in the order of the model's inputs, any batch size where the batch is dynamic.
+
+        Raises:
+            BackendError: the runner is closed, or the inputs are not the model's.
+        """
         if self._session is None:
             raise BackendError("this runner is closed", "load the model again")
+        if len(inputs) != len(self._inputs):
+            raise BackendError(f"the model takes {len(self._inputs)} inputs, not {len(inputs)}")
+        try:
+            return self._run(self._session, inputs)
+        except Exception as error:
+            raise BackendError(f"onnxruntime cannot run the model on this: {first_line(error)}") from error
+
+    def _run(self, session: ort.InferenceSession, inputs: Sequence[Array]) -> tuple[Array, ...]:
         if not self._binds:
-            return tuple(self._session.run(None, dict(zip(self._inputs, inputs, strict=True))))
-        binding = self._session.io_binding()  # one for each call: several threads may call
+            return tuple(session.run(None, dict(zip(self._inputs, inputs, strict=True))))
+        binding = session.io_binding()  # one for each call: several threads may call
         for name, array in zip(self._inputs, inputs, strict=True):
             binding.bind_cpu_input(name, array)
-        for output in self._session.get_outputs():
+        for output in session.get_outputs():
             binding.bind_output(output.name)
-        self._session.run_with_iobinding(binding)
+        session.run_with_iobinding(binding)
         return tuple(binding.copy_outputs_to_cpu())
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -200,7 +200,11 @@ def _lower_stage(
     scratch.mkdir()
     try:
         lowered = backend.lower(stage.program, target, scratch)
-        report = {"lowering": dict(lowered.details)}
+        # Its own, not the whole pipeline's: a rank reads no other manifest, and it says what instructions int8 needs.
+        report = {"lowering": dict(lowered.details), "precision": lowered.precision}
+        if not lowered.precision:
+            with closing(backend.load(scratch, lowered.files, target)) as runner:
+                report["precision"] = runner.precision
         write_artifact(folder / name, scratch, lowered, stage.program, backend.name, report, target)
     except BackendError as error:
         raise BackendError(f"stage {stage.index}: {error.message}", error.hint) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -57,6 +58,7 @@ class PipelineRunner(Runner):
     def __init__(self, folder: Path, description: PipelineFile, target: Target) -> None:
         self._description = description
         self._inputs = [entry.wire for entry in description.stages[0].receives]
+        self._one_at_a_time = threading.Lock()  # callers in several threads would mix up their bytes
         self._processes = LocalRanks(folder, stage_targets(description, target))
         try:
             self.ranks = tuple(RankFacts(**self._answer(rank)) for rank in range(len(description.stages)))
@@ -77,9 +79,13 @@ class PipelineRunner(Runner):
         return [RankMemory(memory_bytes("RssAnon", pid), memory_bytes("VmHWM", pid)) for pid in self.pids]
 
     def __call__(self, *inputs: Array) -> tuple[Array, ...]:
+        arrays = self._checked(inputs)
+        with self._one_at_a_time:
+            return self._run(arrays)
+
+    def _run(self, arrays: Sequence[Array]) -> tuple[Array, ...]:
         if self._processes.failure:
             self._processes.raise_failure()
-        arrays = self._checked(inputs)
         batch = len(arrays[0])
         header = {"batch": batch, "microbatches": self._description.parts(batch)}
         try:

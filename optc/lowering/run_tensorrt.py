@@ -68,7 +68,7 @@ def main(files: list[str]) -> None:
         tensors.append(torch.tensor(array, dtype=getattr(torch, value["dtype"]), device="cuda"))
     for index, output in enumerate(run(load(), tensors)):
         print(f"output {index} shape: {tuple(output.shape)}")
-        for row in output.reshape(len(output), -1).float() if files else ():
+        for row in output.reshape(len(output), -1).float() if files and output.ndim else ():
             top = row.topk(min(5, len(row)))
             pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
             print("top 5:", ", ".join(f"{place}: {value:.4f}" for place, value in pairs))

@@ -6,6 +6,7 @@ The engine is the plan as TensorRT serializes it, deserialized by TensorRT and n
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ class TensorRtRunner(Runner):
         self._taken, self._given = taken, given
         self._engine, self._context = engine, context
         self._stream = torch.cuda.Stream()
+        self._one_at_a_time = threading.Lock()  # the context holds the addresses of one query
         self.provider = f"tensorrt {trt.__version__} (strongly typed engine, TF32 off)"
         self.precision = layer_precision(facts["layers"])
 
@@ -64,7 +66,7 @@ class TensorRtRunner(Runner):
         if context is None or engine is None:
             raise BackendError("this runner is closed", "load the model again")
         check_inputs(inputs, self._inputs, self._batches)
-        with torch.cuda.stream(self._stream):
+        with self._one_at_a_time, torch.cuda.stream(self._stream):
             held = [_on_gpu(array, entry["dtype"]) for array, entry in zip(inputs, self._inputs, strict=True)]
             for name, tensor in zip(self._taken, held, strict=True):
                 if not context.set_input_shape(name, tuple(tensor.shape)):

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -218,3 +221,23 @@ def test_an_error_of_openvino_is_cut_to_the_line_that_tells() -> None:
     assert reason(text) == "While validating node 'x': Incorrect weights in bin file!"
     assert reason("plain") == "plain"
     assert reason("") == "no reason given"
+
+
+def test_the_run_script_divides_nothing_that_the_model_does_not_take(tmp_path: Path) -> None:
+    class Turned(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.reshape(2, 8) + x.reshape(2, 8).mean(0)
+
+    made = optc.optimize(Turned(), torch.randn(2, 8), "fuse", backend="openvino", measure=False)
+    artifact = made.save(tmp_path / "made")
+    for rows in (2, 4):
+        np.save(tmp_path / f"{rows}.npy", np.ones((rows, 8), np.float32))
+    command = [sys.executable, "-I", artifact / "run.py"]
+    fits = subprocess.run([*command, tmp_path / "2.npy"], capture_output=True, text=True)
+    assert fits.stdout.startswith("output shape: (2, 8)"), fits.stderr
+    other = subprocess.run([*command, tmp_path / "4.npy"], capture_output=True, text=True)
+    assert other.stderr == "input x has the shape (4, 8), the model takes (2, 8)\n"
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    (artifact / "manifest.json").write_text(json.dumps({**manifest, "required_isa": ["avx512_of_the_future"]}))
+    refused = subprocess.run([*command, tmp_path / "2.npy"], capture_output=True, text=True)
+    assert refused.stderr == "the model was made for a CPU with avx512_of_the_future: optimize it again here\n"

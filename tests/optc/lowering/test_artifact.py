@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -9,10 +10,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import optc
 from optc import Lowered, Program, Target
@@ -315,8 +318,56 @@ def test_integers_of_an_example_query_may_be_indices(tmp_path: Path) -> None:
     assert artifact.runner()(query)[0].shape == (64, 3, 4)
 
 
+@pytest.mark.usefixtures("briefly")
 def test_inputs_in_bfloat16_are_measured_and_run() -> None:
     model, x = torch.nn.Linear(8, 8).bfloat16().eval(), torch.randn(2, 8).bfloat16()
     made = optc.optimize(model, x, "fuse", measure=False)
     assert made.report.backends[0].chosen
     torch.testing.assert_close(made(x), model(x).detach().float(), rtol=1e-2, atol=1e-2)
+
+
+def test_the_run_script_refuses_a_cpu_that_lacks_int8_instructions(saved: Path) -> None:
+    edit(saved, lambda manifest: manifest.update(required_isa=["avx512_of_the_future"]))
+    done = subprocess.run([sys.executable, "-I", saved / "run.py"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "the model was made for a CPU with avx512_of_the_future: optimize it again here\n"
+
+
+class LooksUp(nn.Module):
+    """Integers in, a table's rows and their number out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.table(x).mean(1)
+
+
+def test_the_run_script_takes_the_models_types_and_says_what_does_not_fit(tmp_path: Path) -> None:
+    options: Any = {"backend": "onnxruntime", "measure": False, "target": TARGET}
+    saved = optc.optimize(LooksUp(), torch.randint(0, 7, (2, 5)), "fuse", **options).save(tmp_path / "made")
+    np.save(tmp_path / "fits.npy", np.ones((3, 5), np.int32))
+    np.save(tmp_path / "long.npy", np.ones((3, 6), np.int64))
+    command = [sys.executable, "-I", saved / "run.py"]
+    assert subprocess.run(command, capture_output=True, text=True).stdout == "output shape: (1, 3)\n"
+    fits = subprocess.run([*command, tmp_path / "fits.npy"], capture_output=True, text=True)
+    assert fits.stdout.startswith("output shape: (3, 3)\ntop 5: "), fits.stderr
+    long = subprocess.run([*command, tmp_path / "long.npy"], capture_output=True, text=True)
+    assert long.stderr == "input x has the shape (3, 6), the model takes (3, 5)\n"
+
+
+def test_an_example_query_has_a_type_that_numpy_has(saved: Path) -> None:
+    edit(saved, lambda manifest: manifest["inputs"][0].update(dtype="bfloat16"))
+    assert load_artifact(saved).example_query()[0].dtype == np.float32
+
+
+def test_a_target_of_a_newer_optc_is_one_line(saved: Path) -> None:
+    edit(saved, lambda manifest: manifest["target"].update(sockets=2))
+    with pytest.raises(ArtifactError, match=r"was made for a target not known here: .*sockets"):
+        load_artifact(saved).target()
+
+
+def test_no_more_threads_are_used_than_there_are(saved: Path) -> None:
+    edit(saved, lambda manifest: manifest["target"].update(threads=64))
+    assert load_artifact(saved).target().threads == len(os.sched_getaffinity(0))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import optc
 from optc import Program, Target, capture
 from optc.errors import BackendError
 from optc.lowering.eager import EagerBackend, EagerRunner
@@ -175,3 +176,14 @@ def test_runs_on_cuda(tmp_path: Path) -> None:
     assert runner.provider == "eager cuda (cuDNN)"
     x = torch.randn(2, 3, 8, 8)
     np.testing.assert_allclose(runner(x.numpy())[0], program.run(x)[0], rtol=1e-2, atol=1e-2)
+
+
+def test_a_view_of_an_input_takes_arrays_of_any_layout(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 5, 2)).eval()
+    program = optc.capture(model, (torch.randn(2, 3, 4, 5),))
+    backend = EagerBackend()
+    runner = backend.load(tmp_path, backend.lower(program, Target(threads=1), tmp_path).files, Target(threads=1))
+    images = np.random.default_rng(0).standard_normal((2, 4, 5, 3)).astype(np.float32).transpose(0, 3, 1, 2)
+    expected = model(torch.from_numpy(images.copy())).detach()
+    torch.testing.assert_close(torch.from_numpy(runner(images)[0]), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(runner.run_tensors(torch.from_numpy(images))[0], expected, rtol=1e-4, atol=1e-5)

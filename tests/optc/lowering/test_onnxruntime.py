@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -231,3 +231,12 @@ def test_an_older_opset_is_written_where_the_newest_has_no_kernels(
     monkeypatch.setattr(Picky, "fits", 0)
     with pytest.raises(BackendError, match="no kernels in opset 23"):
         Picky().lower(block, Target(threads=1), tmp_path)
+
+
+@pytest.mark.parametrize("wrong", [(), (np.zeros((1, 4, 16, 16), np.float32),), (np.zeros((1, 3, 16, 16)),)])
+def test_wrong_inputs_get_one_line(wrong: tuple[Any, ...], cnn: Program, tmp_path: Path) -> None:
+    backend = OnnxRuntimeBackend()
+    runner = backend.load(tmp_path, backend.lower(cnn, TARGET, tmp_path).files, TARGET)
+    with pytest.raises(BackendError, match=r"the model takes 1 inputs, not 0|cannot run the model on this: ") as caught:
+        runner(*wrong)
+    assert "\n" not in str(caught.value)

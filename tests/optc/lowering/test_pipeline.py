@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -244,3 +245,17 @@ def test_an_altered_pipeline_is_refused(made: Made, tmp_path: Path) -> None:
     (copy / "pipeline.json").unlink()
     with pytest.raises(ArtifactError, match="is no pipeline: it has no"):
         read_pipeline(copy)
+
+
+def test_callers_in_several_threads_get_their_own_outputs(made: Made, runner: PipelineRunner) -> None:
+    images = torch.randn(6, 4, 3, 32, 32)
+    expected = [made.program.run(each)[0] for each in images]
+    with ThreadPoolExecutor(6) as pool:
+        outputs = list(pool.map(lambda each: runner(each.numpy())[0], images))
+    for got, want in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(torch.from_numpy(got), want, rtol=1e-3, atol=1e-4)
+
+
+def test_each_stage_says_what_it_computes_in(made: Made) -> None:
+    stages = [load_artifact(folder) for folder in sorted(made.path.glob("stage-*"))]
+    assert [stage.precision for stage in stages] == ["float32", "float32"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ from torch import nn
 
 import optc
 from optc.bench.choice import rows
+from optc.bench.measure import measure
 from optc.contest import Contest
 from optc.lowering.backend import Array, Lowered, Runner
 from optc.lowering.eager import EagerBackend
@@ -89,6 +91,12 @@ class Narrow(Offering):
                 return runner(*inputs)
 
         return Limited()
+
+
+@pytest.fixture(autouse=True)
+def _short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pause is told from none in little time."""
+    monkeypatch.setattr("optc.selection.measure_candidates", partial(measure, blocks=3, block_seconds=0.05))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,8 @@
 """Runs this model with openvino and numpy alone: ``python run.py [input.npy ...]``, or ``from run import load``."""
 
+import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -19,15 +21,27 @@ PARTITIONER = "DEFAULT"
 """STATIC: each thread gets an equal part of an operator's work; AUTO: in smaller parts, as it gets free."""
 
 
+def missing_instructions() -> list[str]:
+    """What this CPU lacks of what int8 was checked with: other outputs, not only slower. Only Linux on x86 tells."""
+    manifest, cpu = Path(__file__).resolve().with_name("manifest.json"), Path("/proc/cpuinfo")
+    if not manifest.exists():  # the files were taken out of their folder
+        return []
+    flags = re.search(r"^flags\s*:(.*)$", cpu.read_text(), re.MULTILINE) if cpu.exists() else None
+    required = json.loads(manifest.read_text())["required_isa"]
+    return [each for each in required if each not in flags[1].split()] if flags else []
+
+
 def load(batch: int = 1, threads: int = 0) -> openvino.CompiledModel:
     """The model compiled by openvino for a part of the batch, in the types the file has; 0 threads lets it choose."""
+    if missing := missing_instructions():
+        sys.exit(f"the model was made for a CPU with {', '.join(missing)}: optimize it again here")
     parts = math.gcd(STREAMS, batch)
     core = openvino.Core()
     folder = Path(__file__).resolve().parent
     model = core.read_model(folder / MODEL, folder / "model.bin")
     bf16 = model.has_rt_info(["optc", "inference_precision"])
     bf16 = bf16 and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    options = {"PERFORMANCE_HINT": HINT, "DYNAMIC_QUANTIZATION_GROUP_SIZE": 64}
+    options = {"PERFORMANCE_HINT": HINT, "DYNAMIC_QUANTIZATION_GROUP_SIZE": 64, "ENABLE_CPU_PINNING": False}
     options["INFERENCE_PRECISION_HINT"] = "bf16" if bf16 else "f32"
     if HINT == "LATENCY":
         options["NUM_STREAMS"] = parts
@@ -42,7 +56,7 @@ def load(batch: int = 1, threads: int = 0) -> openvino.CompiledModel:
 
 def run(model: openvino.CompiledModel, arrays: list[np.ndarray]) -> list[np.ndarray]:
     """The outputs for one batch, whose parts run side by side."""
-    count = len(arrays[0]) // model.input(0).shape[0]
+    count = math.gcd(STREAMS, len(arrays[0]))
     if count == 1:
         return list(model(arrays).values())
     requests = [model.create_infer_request() for _ in range(count)]
@@ -63,10 +77,14 @@ def main(files: list[str]) -> None:
     model = load(batch=len(arrays[0]) if arrays else 1)
     if files and len(files) != len(model.inputs):
         sys.exit(f"give one .npy file for each of {', '.join(port.get_any_name() for port in model.inputs)}")
-    arrays = arrays or [np.zeros(port.shape, np.float32) for port in model.inputs]
+    parts = math.gcd(STREAMS, len(arrays[0])) if arrays else 1
+    arrays = arrays or [np.zeros(port.shape, port.get_element_type().to_dtype()) for port in model.inputs]
+    for port, array in zip(model.inputs, arrays, strict=True):
+        if array.shape != (shape := (port.shape[0] * parts, *port.shape[1:])):
+            sys.exit(f"input {port.get_any_name()} has the shape {array.shape}, the model takes {shape}")
     for port, output in zip(model.outputs, run(model, arrays), strict=True):
         print(f"{port.get_any_name()} shape: {output.shape}")
-        for row in output.reshape(len(output), -1) if files else ():
+        for row in output.reshape(len(output), -1) if files and output.ndim else ():
             top = np.argsort(row)[::-1][:5]
             print("top 5:", ", ".join(f"{i}: {row[i]:.4f}" for i in top))
 
