@@ -168,6 +168,11 @@ def optimize(
     watchers: list[Instrument] = [Timing(), Statistics()]
     ranges = as_calibration(calibration, captured)
     batches = list(Batches(verification or _representative(ranges, captured), captured, "verification"))
+    if not batches:
+        batches = [captured.example_inputs]
+        run.note(
+            f"there is no batch of {fixed_batch(captured)} to verify with: outputs are compared on the example inputs"
+        )
     captured = replace(captured, example_inputs=first_samples(batches, captured))
     if verify:
         with run.step("Running the captured model on verification inputs"):

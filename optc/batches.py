@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class Batches:
     """Any iterable of tensors or tuples of tensors as a :class:`~optc.Calibration`.
 
-    Where the program takes one batch size only, batches are cut to it; what is left over at the end of one is not used.
+    Where the program takes one batch size only, they are put together and cut to it; what is left over at the end is
+    not used.
 
     Args:
         what: what the batches are, for errors.
@@ -41,6 +42,7 @@ class Batches:
         return len(self._batches)  # type: ignore[arg-type]  # lists and calibrations have one
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        held: tuple[Tensor, ...] | None = None
         for number, batch in enumerate(self._batches, 1):
             tensors = (batch,) if isinstance(batch, Tensor) else tuple(batch)
             self._check(tensors, f"{self._what} batch {number} of '{self.description}'")
@@ -48,8 +50,10 @@ class Batches:
             if self._size is None:
                 yield tensors
             else:
-                for start in range(0, len(tensors[0]) - self._size + 1, self._size):
-                    yield tuple(tensor[start : start + self._size] for tensor in tensors)
+                held = tensors if held is None else tuple(map(torch.cat, zip(held, tensors, strict=True)))
+                while len(held[0]) >= self._size:
+                    yield tuple(tensor[: self._size] for tensor in held)
+                    held = tuple(tensor[self._size :] for tensor in held)
 
     def _check(self, tensors: tuple[Tensor, ...], what: str) -> None:
         wanted = self._examples

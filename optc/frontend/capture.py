@@ -77,14 +77,29 @@ def capture(
 def program_from_exported(
     exported: ExportedProgram, inputs: tuple[Tensor, ...], dynamic_batch: bool, info: ModelInfo
 ) -> Program:
-    """A Program from an ExportedProgram: functionalised, flat inputs and outputs, static example shapes in meta."""
+    """A Program from an ExportedProgram: functionalised, flat inputs and outputs, static example shapes in meta.
+
+    What a model writes into its inputs is in the graph's values, and the inputs stay as they are.
+
+    Raises:
+        CaptureError: it writes to its buffers when called, or returns something else than tensors.
+    """
     exported = exported.run_decompositions({})
+    if state := exported.graph_signature.buffers_to_mutate:
+        names = ", ".join(dict.fromkeys(state.values()))
+        raise CaptureError(f"each call changes its state ({names})", "make it return what it now keeps in buffers")
     unlifted = exported.module(check_guards=False)
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     graph.graph_copy(unlifted.graph, values)
     leaves: list[Any] = pytree.tree_leaves(unlifted.graph.output_node().args[0])
-    graph.output(tuple(values[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in leaves))
+    for number, leaf in enumerate(leaves):
+        if not isinstance(leaf, fx.Node):
+            raise CaptureError(f"its output {number} is {leaf!r}, not a tensor", "make it return tensors only")
+    graph.output(tuple(values[leaf] for leaf in leaves))
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default):
+        node.replace_all_uses_with(node.args[1])
+        graph.erase_node(node)
     for old, new in values.items():
         new.meta = {key: value for key, value in old.meta.items() if key != "val"}
         if isinstance(value := old.meta.get("val"), torch.Tensor):

@@ -14,15 +14,17 @@ from optc.program import Program, complete_meta, graph_module
 
 
 @contextmanager
-def blame(pass_: Pass) -> Iterator[None]:
-    """Turn whatever a pass raises into a :class:`PluginError` that names the pass and its provider."""
+def blame(pass_: Pass, where: str = " raised") -> Iterator[None]:
+    """Turn whatever a pass, or an instrument looking at what it made, raises into a :class:`PluginError` that names the
+    pass and its provider.
+    """
     try:
         yield
     except OptcError:
         raise
     except Exception as error:
         raise PluginError(
-            f"pass '{pass_.name}' (from {pass_.origin}) raised {type(error).__name__}: {error}",
+            f"pass '{pass_.name}' (from {pass_.origin}){where} {type(error).__name__}: {error}",
             "run with -v for the traceback",
         ) from error
 

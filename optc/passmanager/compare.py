@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from optc.program import Program
 
@@ -38,7 +38,10 @@ Outputs = Sequence[tuple[Tensor, ...]]
 
 
 def compare(reference: Outputs, outputs: Outputs) -> Comparison:
-    """Compare outputs of the same batches: one tuple of tensors per batch. Sums are taken in float64."""
+    """Compare outputs of the same batches: one tuple of tensors per batch. Sums are taken in float64.
+
+    Where the reference is infinite the outputs have to be the same; where it is NaN they may be anything.
+    """
     worst = Comparison(0.0, 0.0, math.inf, 1.0, None, 0)
     agree = samples = 0
     for position in range(len(reference[0])):
@@ -46,12 +49,16 @@ def compare(reference: Outputs, outputs: Outputs) -> Comparison:
         out = torch.cat([batch[position].detach().to("cpu", torch.float64) for batch in outputs])
         if ref.shape != out.shape:
             raise ValueError(f"output {position} has shape {tuple(out.shape)}, the reference {tuple(ref.shape)}")
-        finite = bool(torch.isfinite(out[torch.isfinite(ref)]).all())
-        error = (out - ref).nan_to_num(nan=math.inf if not finite else 0.0)
-        signal, noise = float(ref.square().nansum()), float(error.square().sum())
-        scale = float(ref.abs().nan_to_num().max()) if ref.numel() else 0.0
+        known, infinite = torch.isfinite(ref), torch.isinf(ref)
+        wanted, got = ref[known], out[known]
+        finite = bool(torch.isfinite(got).all())
+        error = (got - wanted).nan_to_num(nan=math.inf)
+        signal, noise = float(wanted.square().sum()), float(error.square().sum())
+        if not torch.equal(ref[infinite], out[infinite]):
+            noise = math.inf
+        scale = float(wanted.abs().max()) if wanted.numel() else 0.0
         peak = float(error.abs().max()) if error.numel() else 0.0
-        cosine = float(torch.nn.functional.cosine_similarity(ref.flatten(), out.flatten(), dim=0)) if noise else 1.0
+        cosine = float(torch.nn.functional.cosine_similarity(wanted, got, dim=0)) if noise else 1.0
         worst = Comparison(
             max_abs=max(worst.max_abs, peak),
             max_rel=max(worst.max_rel, peak / scale if scale else math.inf if peak else 0.0),
@@ -84,13 +91,14 @@ def rounding_sqnr_db(program: Program) -> float:
     (78 dB), and 0.3·√eps for coarser types, where the former would allow anything: float16 40 dB, bfloat16 32 dB and
     8-bit integers 34 dB (a rewrite may tip a value over a quantization step).
     """
-    eps = max((_eps(node.meta.get("val")) for node in program.graph.nodes), default=0.0)
+    eps = max((_eps(node) for node in program.graph.nodes if node.op != "placeholder"), default=0.0)
     eps = max(eps, torch.finfo(torch.float32).eps)
     return -20.0 * math.log10(min(1024.0 * eps, 0.3 * math.sqrt(eps)))
 
 
-def _eps(value: object) -> float:
-    dtype = getattr(value, "dtype", None)
+def _eps(node: fx.Node) -> float:
+    """The relative step of a value's type; integers are such steps where something was quantized, not as masks."""
+    dtype = getattr(node.meta.get("val"), "dtype", None)
     if dtype in (torch.int8, torch.uint8):
-        return 2.0**-8
+        return 2.0**-8 if any("quantize" in str(each.target) for each in (node, *node.users)) else 0.0
     return torch.finfo(dtype).eps if isinstance(dtype, torch.dtype) and dtype.is_floating_point else 0.0

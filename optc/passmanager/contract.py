@@ -227,7 +227,8 @@ class Pass(ABC):
             notes={"account": list(result.account)} if result.account else {},
         )
         for instrument in context.instruments:
-            note = instrument.after_pass(self, program, after, record)
+            with checks.blame(self, f", {instrument.name}:"):
+                note = instrument.after_pass(self, program, after, record)
             if note is not None:
                 record.notes[instrument.name] = note
         after = replace(after, history=(*program.history, record))

@@ -30,7 +30,8 @@ from optc.plugins.registry import registry
 from optc.program import ModelInfo
 
 here = Path(__file__).parent
-inputs = tuple(load_file(here / "inputs.safetensors").values())
+saved = load_file(here / "inputs.safetensors")
+inputs = tuple(saved[name] for name in sorted(saved, key=lambda name: int(name.partition("_")[0])))
 program = program_from_exported(torch.export.load(here / "before.pt2"), inputs, False, ModelInfo())
 options = json.loads((here / "options.json").read_text())
 pass_ = registry().load("pass", {name!r})(**options)

@@ -137,7 +137,9 @@ def layers_after(program: Program, value: fx.Node, axis: int, shifted: bool) -> 
             layer = as_reader(user)
             if layer is not None and layer.input is value:
                 reason = layer.not_constant(program)
-                if layer.input_axis != axis:
+                if [*user.args, *user.kwargs.values()].count(value) > 1:
+                    reason = f"{label(user)} after it adds it as well"
+                elif layer.input_axis != axis:
                     reason = f"dimension {axis} is not the channels {label(user)} after it works on"
                 elif shifted and layer.pads:
                     reason = f"{label(user)} after it pads with zeros"

@@ -180,6 +180,7 @@ class _Rewrite:
                 return overflows or vanishes
         for _, kind, number in _arguments(node):
             # Numbers combined with the operands are rounded to their type; an eps, of type float, is not.
+            kind = kind.removeprefix("Optional[").removesuffix("]")
             if kind in ("number", "Tensor") and isinstance(number, (int, float)) and not self._holds(number):
                 return f"its argument {number:g} is not a number {self._name} can hold"
         return None

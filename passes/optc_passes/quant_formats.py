@@ -75,6 +75,7 @@ class LayerFormats:
         self.batches: list[Batch] = []
         self._references: list[Batch] = []
         self._meter: NoiseMeter | None = None
+        self._has_data = True
 
     @property
     def names(self) -> list[str]:
@@ -89,6 +90,7 @@ class LayerFormats:
             OptcError: the float program gives NaN or Inf.
         """
         if context.calibration is None:
+            self._has_data = False  # example inputs may be noise: nothing is fitted to them
             self.batches = [self._program.example_inputs]
             self._references = [self._program.run(*batch) for batch in self.batches]
             return
@@ -119,7 +121,7 @@ class LayerFormats:
         plan = make_plan(work)
         batch = self._one_batch()
         outputs = reach(work, plan.layers, batch) if with_outputs else None
-        self._meter = NoiseMeter(work.module, plan, self._observers, formats, self.local, outputs)
+        self._meter = NoiseMeter(work.module, plan, self._observers, formats, self.local, outputs, self._has_data)
         with torch.no_grad():
             self._meter.run(*batch)
         return self.own_noise
@@ -151,7 +153,7 @@ class LayerFormats:
         """
         static = {name for name, form in formats.items() if form == INT8}
         work = self._program.fork()
-        if static:
+        if static or not {node.name for node in calls(work, *CONVS, *LINEARS)}.issuperset(formats):
             split_composites(work)
         changes = []
         for node in calls(work, *CONVS, *LINEARS):

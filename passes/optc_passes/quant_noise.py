@@ -54,6 +54,7 @@ class NoiseMeter(fx.Interpreter):
         formats: the formats to try, by name of the layer's node.
         local: the formats that are not static int8, by name.
         reach: what noise of layers does to the outputs, if that is to be estimated.
+        fits: whether biases and roundings are fitted to the inputs; not where those are no data.
 
     Attributes:
         outputs: SQNR in dB of the model's outputs, estimated, when that layer alone has the format, by (name, format).
@@ -71,8 +72,10 @@ class NoiseMeter(fx.Interpreter):
         formats: Mapping[str, Sequence[str]],
         local: Mapping[str, LocalFormat],
         reach: Reach | None = None,
+        fits: bool = True,
     ) -> None:
         super().__init__(module)
+        self._fits = fits
         self._reach = reach
         self.outputs: Levels = {}
         self._layers = {layer.node: layer for layer in plan.layers}
@@ -90,7 +93,7 @@ class NoiseMeter(fx.Interpreter):
             (x, exact, *rest), kwargs = self.fetch_args_kwargs_from_env(node)
             wanted = _behind(layer, value)
             if form in self._local:
-                rounded = self._local[form].rounded(x, exact)
+                rounded = self._local[form].rounded(x if self._fits else x.new_empty(0, x.shape[-1]), exact)
                 given, weight = self._local[form].effect(x, exact, rounded)
                 if form in REMEMBERED:
                     self.rounded[node.name, form] = rounded
@@ -98,7 +101,7 @@ class NoiseMeter(fx.Interpreter):
                 given, weight = (self._round(node.args[i], each) for i, each in enumerate((x, exact)))
             shift = mean_shift(node, x, weight - exact)
             operands = [given, weight, *rest]
-            if rest and rest[0] is not None:
+            if rest and rest[0] is not None and self._fits:
                 if form not in self._local:
                     self._look(layer, form, wanted, node.target(*operands, **kwargs), *self.uncorrected)  # type: ignore[operator]
                 operands[2] = rest[0] - shift

@@ -58,6 +58,9 @@ FLOAT_OPS = {
     aten.mm.default: "not a layer with a constant weight of its own",
     aten.addmm.default: "not a layer with a constant weight of its own",
     aten.convolution.default: "only 2-d convolutions have int8 kernels",
+    aten.conv1d.padding: "only 2-d convolutions have int8 kernels",
+    aten.conv2d.padding: "its padding is a word, which int8 layers do not have",
+    aten.conv3d.padding: "only 2-d convolutions have int8 kernels",
 }
 """Operators that do the work of a layer and stay in float, each with the reason reported."""
 
@@ -167,6 +170,8 @@ def _why_not(program: Program, node: fx.Node, uses: Counter[int]) -> str | None:
             return "its bias is used more than once"
     if not isinstance(source, fx.Node) or source.op == "get_attr":
         return "its input is a constant"
+    if node.target in CONVS and len(shape(source)) != 4:
+        return "its input has no batch dimension"
     return None
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import optc
-from optc.batches import at_batch, first_samples
+from optc.batches import Batches, at_batch, first_samples
 from optc.errors import DataError
 
 EXAMPLE = torch.zeros(2, 3)
@@ -100,3 +100,18 @@ def test_a_model_of_one_batch_size_is_measured_with_that() -> None:
     errors = [each.error for each in made.report.measurement.results if each.error]
     assert [error for error in errors if "emulates bfloat16" not in error] == []
     assert len(made.report.measurement.results) - len(errors) >= 3
+
+
+def test_batches_are_put_together_for_a_larger_fixed_one() -> None:
+    program = optc.capture(nn.Linear(2, 2), (torch.randn(6, 2),), dynamic_batch=False)
+    rows = torch.arange(32.0).reshape(16, 2)
+    found = list(Batches(rows.split(4), program))
+    assert [len(batch[0]) for batch in found] == [6, 6]
+    assert torch.equal(torch.cat([batch[0] for batch in found]), rows[:12])
+
+
+def test_without_a_batch_to_verify_with_the_example_inputs_serve() -> None:
+    model = OfThree()
+    few = [torch.randn(2, 2)]
+    made = optc.optimize(model, torch.randn(3, 2), "fuse", backend="eager", verification=few, measure=False)
+    assert "there is no batch of 3 to verify with: outputs are compared on the example inputs" in made.report.notes

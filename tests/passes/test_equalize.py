@@ -134,3 +134,26 @@ def test_the_strength_says_how_much_moves() -> None:
     nothing, half, all_of_it = spread(0.0), spread(0.5), spread(1.0)
     assert nothing[0] > half[0] > all_of_it[0] == pytest.approx(1.0, rel=1e-4)
     assert pytest.approx(1.0, rel=1e-4) == nothing[1] < half[1] < all_of_it[1]
+
+
+class AddsItself(nn.Module):
+    """Layers whose input is added to their output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.a, self.conv = nn.LayerNorm(16), nn.Linear(16, 16), nn.Conv2d(4, 8, 3, padding=1)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        with torch.no_grad():
+            self.norm.weight[3] *= 100
+
+    def forward(self, x: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        y, z = self.norm(x), self.conv(image)
+        return y + self.a(y), z + self.depthwise(z)
+
+
+def test_what_a_layer_adds_as_well_is_not_scaled() -> None:
+    torch.manual_seed(0)
+    inputs = (TOKENS, torch.randn(8, 4, 9, 9))
+    made = optc.optimize(AddsItself(), inputs, "fuse,equalize", calibration=[inputs], backend="eager", measure=False)
+    reasons = [skip.reason for record in made.report.passes for skip in record.skipped if record.name == "equalize"]
+    assert any(reason.endswith("after it adds it as well") for reason in reasons)

@@ -383,3 +383,11 @@ def test_what_is_emulated_is_said(half: type[optc.Pass], isa: tuple[str, ...] | 
     half()(program, optc.PassContext(isa=isa, note=notes.append))
     said = f"this CPU has no arithmetic for {half.name}: it is emulated, and slower than float32"
     assert notes == ([said] if emulated else [])
+
+
+@pytest.mark.parametrize(("least", "most"), [(1e-8, None), (None, 1e6)])
+def test_bounds_that_float16_cannot_hold_keep_their_operator_in_float(least: float | None, most: float | None) -> None:
+    h = Half(lambda x, w: linear(x, w).clamp(least, most), X, half=Fp16)
+    assert h.types["clamp"] == "float32"
+    assert h.reasons == {"clamp": f"its argument {least or most:g} is not a number float16 can hold"}
+    h.check_close()

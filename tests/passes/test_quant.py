@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import optc
+from optc.batches import as_calibration
 from optc.budget import Budget, Metric
 from optc.lowering.onnx_export import export_onnx
 from optc.passmanager.instruments.verify import Verify
@@ -329,3 +330,27 @@ def test_for_a_gpu_activations_are_symmetric_int8_and_the_model_is_kept() -> Non
     assert {node.args[2:] for node in rounded} == {(0, -128, 127, torch.int8)}
     reference, output = program.run(IMAGE)[0], result.run(IMAGE)[0]
     assert float(10 * torch.log10(reference.square().sum() / (reference - output).square().sum())) > 20
+
+
+class Unusual(nn.Module):
+    """Convolutions that no int8 layer is made of, beside one that is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain, self.same = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding="same")
+        self.single = nn.Conv2d(4, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.max_pool2d(self.same(self.plain(x)), 2)
+        return torch.stack([self.single(image) for image in x])
+
+
+def test_convolutions_that_cannot_be_quantized_are_listed() -> None:
+    program = optc.capture(Unusual(), (IMAGE[:1],))
+    result = Quant()(program, optc.PassContext(calibration=as_calibration([IMAGE[:1], IMAGE[1:]] * 4, program)))
+    reasons = {skip.node: skip.reason for skip in result.skipped}
+    assert sorted(reasons.values()) == [
+        "its input has no batch dimension",
+        "its padding is a word, which int8 layers do not have",
+    ]
+    assert sum(change.rule == "int8" for change in result.applied) == 1

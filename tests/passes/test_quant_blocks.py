@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -156,3 +157,15 @@ def test_gptq_where_inputs_are_nearly_dependent() -> None:
         (inputs @ dequantized(*each).T - wanted).norm() for each in (round_blocks(weight, form), (integers, scales))
     )
     assert plain < nearest
+
+
+def test_without_data_nothing_is_fitted_to_noise() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8))
+    inputs = [(torch.randn(64, 32),), (1 + torch.randn(64, 32),)]
+    program = optc.capture(model, inputs[0])
+    made = [Quant(formats="int4-weights", block=32)(replace(program, example_inputs=each)) for each in inputs]
+    one, other = (dict(each.program.constants()) for each in made)
+    assert made[0].modified
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)

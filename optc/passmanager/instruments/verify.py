@@ -74,12 +74,16 @@ class Verify(Instrument):
         self, pass_: Pass, before: Program, after: Program, reason: str, min_sqnr_db: float | None
     ) -> VerificationError:
         where = first_divergence(before, after, self._inputs[0])
-        path = write_reproducer(self._folder, pass_, before, after, self._inputs[0], f"{reason}; {where}")
+        try:
+            path = write_reproducer(self._folder, pass_, before, after, self._inputs[0], f"{reason}; {where}")
+            hint = f"a reproducer is in {path}"
+        except Exception as error:
+            hint = f"a reproducer could not be written: {type(error).__name__}: {error}"
         predecessors = ", ".join(r.name for r in before.history if r.modified) or "none"
         return VerificationError(
             f"pass '{pass_.name}' (from {pass_.origin}) changed what the model computes: {reason};"
             f" {where}; passes before it: {predecessors}",
-            f"a reproducer is in {path}",
+            hint,
             min_sqnr_db,
         )
 

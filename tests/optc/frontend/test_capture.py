@@ -126,3 +126,44 @@ def test_failures_carry_reason_and_line(
         capture(model, (torch.randn(2, 3),))
     assert reason in str(caught.value)
     assert f".py:5: {body}" in str(caught.value)
+
+
+class WritesToItsInput(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x -= 1
+        x *= 2
+        return x.relu()
+
+
+def test_what_a_model_writes_into_its_input_stays_in_the_graph() -> None:
+    x = torch.randn(2, 3)
+    program = capture(WritesToItsInput(), (x.clone(),))
+    before = x.clone()
+    torch.testing.assert_close(program.run(x)[0], ((x - 1) * 2).relu())
+    assert torch.equal(x, before)
+    assert not any(node.target._schema.is_mutable for node in program.graph.nodes if node.op == "call_function")
+
+
+class Counts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += 1
+        return x + self.seen
+
+
+def test_a_model_that_keeps_state_is_refused() -> None:
+    with pytest.raises(CaptureError, match=r"each call changes its state \(seen\)"):
+        capture(Counts(), (torch.randn(2, 3),))
+
+
+class SometimesNothing(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return x.relu(), None
+
+
+def test_outputs_that_are_no_tensors_are_refused() -> None:
+    with pytest.raises(CaptureError, match="its output 1 is None, not a tensor"):
+        capture(SometimesNothing(), (torch.randn(2, 3),))

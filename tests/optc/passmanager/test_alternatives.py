@@ -160,6 +160,7 @@ def test_a_list_has_options_of_its_own_beside_those_for_all() -> None:
     assert [(each.formats, each.block) for each in options] == [("int8", 64), ("int4-weights", 32)]
 
 
+@pytest.mark.usefixtures("briefly")
 def test_auto_looks_at_each_layer_only_where_reading_weights_takes_the_time(
     images: list[torch.Tensor], tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import optc
-from optc.errors import VerificationError
+from optc.errors import PluginError, VerificationError
 from optc.passmanager.instruments import Bisect, PrintAfter, Statistics, Timing, Verify
 from optc.passmanager.manager import PassManager
 from optc.plugins.registry import registry
@@ -176,3 +176,30 @@ def test_print_after_prints_the_named_passes_only(program: Program) -> None:
     (text,) = written
     assert text.startswith("# graph after approximate (6 operators)")
     assert "aten.conv2d.default" in text
+
+
+class Reshapes(optc.Pass):
+    """Changes an output's shape behind optc's back."""
+
+    name = "reshapes"
+    summary = "Changes an output's shape."
+
+    def run(self, program: Program, context: optc.PassContext) -> optc.PassResult:
+        (node,) = (node for node in program.graph.nodes if node.op == "output")
+        with program.graph.inserting_before(node):
+            flat = program.graph.call_function(torch.ops.aten.flatten.using_ints, (node.args[0][0],))
+        node.args = ((flat, *node.args[0][1:]),)
+        return optc.PassResult(program, modified=True)
+
+
+def test_what_goes_wrong_while_a_pass_is_verified_names_the_pass(program: Program, inputs, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    context = verified(program, inputs, tmp_path)
+    with pytest.raises(PluginError, match=r"pass 'reshapes' \(from .*\), verify: ValueError: output 0 has shape"):
+        Reshapes()(program, context)
+
+
+def test_where_no_reproducer_can_be_written_the_verdict_stays(program: Program, inputs, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "file").write_text("")
+    context = verified(program, inputs, tmp_path / "file")
+    with pytest.raises(VerificationError, match="a reproducer could not be written: NotADirectoryError"):
+        Rescale(factor=1.01)(program, context)
