@@ -44,6 +44,19 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where latencies are not the point: each candidate is measured in two short blocks."""
+    from functools import partial
+
+    from optc.bench.measure import measure
+
+    monkeypatch.setattr("optc.selection.measure_candidates", partial(measure, blocks=2, block_seconds=0.05))
+    monkeypatch.setattr("optc.bench.measure.SETTLING_SECONDS", 0.0)
+    for name in ("STEADY_SECONDS", "ARTIFACT_SECONDS", "MODEL_SECONDS"):
+        monkeypatch.setattr(f"optc.cli.profiling.{name}", 1.0)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Seed torch where a test uses it; importing it here would cost the tests that do not."""

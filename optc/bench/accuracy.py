@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +38,12 @@ class AccuracyResult:
         """Share of correct images, 0 to 1."""
         return self.correct / self.total
 
+    @property
+    def sentence(self) -> str:
+        """What was found, for people."""
+        found = f"{self.name} in {self.scenario}: top-1 {self.top1:.2%}"
+        return f"{found}, {self.correct} of {self.total} images ({self.dataset})."
+
 
 def measure_accuracy(
     scenario: Scenario,
@@ -47,6 +53,7 @@ def measure_accuracy(
     *,
     model: str,
     batch: int,
+    check_classes: Callable[[int], None] | None = None,
     user_conf: Path | None = None,
     log_folder: Path | None = None,
 ) -> AccuracyResult:
@@ -57,8 +64,10 @@ def measure_accuracy(
     Args:
         model: name for keys in ``user_conf``.
         batch: samples to run at once, where the scenario's queries have several.
+        check_classes: the dataset's, see :meth:`optc.Dataset.check_classes`.
 
     Raises:
+        DataError: an image cannot be decoded, or the model's outputs are not the dataset's classes.
         MeasurementError: the split has no labels or does not fit into memory; the runner raised, or does not give
             scores per class.
     """
@@ -66,6 +75,11 @@ def measure_accuracy(
     if labels is None:
         raise MeasurementError(f"'{split.dataset}' has no labels", "give labelled --data")
     samples = _in_memory(split)
+    scores = runner(*samples[0])[0]
+    if scores.ndim != 2 or len(scores) != 1:
+        raise MeasurementError(f"it gives outputs of the shape {scores.shape} for an image, not scores per class")
+    if check_classes is not None:
+        check_classes(scores.shape[1])
     system = BatchSystem(runner, samples, name, batch, classes=True)
     # In Server, answers are no faster for being asked for at a rate.
     settings = loadgen_settings(scenario, model, {"server_target_qps": 1e6}, user_conf, accuracy=True)

@@ -60,7 +60,7 @@ class Comparison:
 
 
 def contender(target: str, results: Sequence[CandidateResult], *, saved: bool = False) -> Contender:
-    """The fastest of a target's candidates that was measured to the end.
+    """The fastest of a target's candidates that was measured to the end; what returned NaN only where all did.
 
     Raises:
         MeasurementError: none was; says why.
@@ -69,6 +69,7 @@ def contender(target: str, results: Sequence[CandidateResult], *, saved: bool = 
     if not measured:
         why = "; ".join(f"{result.name}: {result.error}" for result in results) or "it holds no latencies"
         raise MeasurementError(f"nothing of '{target}' was measured: {why}", "compare something else")
+    measured = [result for result in measured if not result.nonfinite_queries] or measured
     return Contender(target, min(measured, key=_p50), saved)
 
 

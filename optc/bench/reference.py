@@ -92,7 +92,7 @@ def _recalled(file: Path) -> Run | None:
 
 def _measure(name: str, options: tuple[str, ...]) -> str:
     weights = () if find_source(name)[0].name in _OWN_WEIGHTS else ("--weights", "random")
-    command = [sys.executable, "-m", "optc.cli.main", "profile", name, *weights, "--against", NONE]
+    command = [sys.executable, "-P", "-m", "optc.cli.main", "profile", name, *weights, "--against", NONE]
     done = subprocess.run([*command, *options, "--json", "-q"], capture_output=True, text=True, check=False)
     lines = done.stderr.strip().splitlines()
     if done.returncode != 0:

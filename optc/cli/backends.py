@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from optc.cli.options import json_option, options_table, print_json
+from optc.cli.terminal import stdout
 from optc.errors import OptcError
 from optc.options import described
 from optc.plugins.registry import registry
@@ -31,9 +31,9 @@ def command(name: str | None, as_json: bool) -> None:
         return
     table = Table("backend", "what it is", "from", "here", box=None, pad_edge=False, header_style="bold")
     for row in rows:
-        here = "[green]ready[/green]" if row["ready"] else f"[yellow]{escape(str(row['reason']))}[/yellow]"
+        here = Text("ready", "green") if row["ready"] else Text(str(row["reason"]), "yellow")
         table.add_row(row["name"], row["summary"], row["plugin"], here)
-    Console(highlight=False).print(table)
+    stdout().print(table)
 
 
 def status(name: str) -> dict[str, Any]:
@@ -56,10 +56,10 @@ def status(name: str) -> dict[str, Any]:
 
 
 def _print_description(description: dict[str, Any]) -> None:
-    console = Console(highlight=False)
+    console = stdout()
     here = "ready" if description["ready"] else description["reason"]
-    console.print(f"[bold]{description['name']}[/bold] ({description['plugin']}): {escape(description['summary'])}\n")
-    console.print(f"here: {here}", markup=False)
+    console.print(Text(description["name"], "bold"), f"({description['plugin']}): {description['summary']}\n")
+    console.print(f"here: {here}")
     if description["options"]:
         console.print()
         console.print(options_table(description["name"], description["options"]))

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 from rich.text import Text
 
 from optc.cli.options import (
@@ -19,6 +18,7 @@ from optc.cli.options import (
     target_options,
     verbosity_options,
 )
+from optc.cli.terminal import stdout
 
 if TYPE_CHECKING:
     from optc.bench.compare import Contender
@@ -94,7 +94,7 @@ def command(
         plain = {"targets": [asdict(each) for each in found], "comparisons": [each.to_dict() for each in compared]}
         print_json(jsonable({**document, **plain}))
         return
-    console = Console(highlight=False)
+    console = stdout()
     if target.batch > 1:
         console.print(Text(f"Latency of {queries_of(target.batch)}", style="bold"))
     console.print(comparison_table(found, compared))

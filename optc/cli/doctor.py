@@ -9,13 +9,13 @@ from dataclasses import asdict
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 import optc
 from optc.cli.backends import status
 from optc.cli.options import json_option, print_json, silence_unless
+from optc.cli.terminal import stdout
 from optc.plugins.registry import registry
 
 EXTRAS = {
@@ -90,7 +90,7 @@ def _advice(isa: tuple[str, ...] | None) -> list[str]:
 
 
 def _print(diagnosis: dict[str, Any]) -> None:
-    console = Console(highlight=False)
+    console = stdout()
     facts = diagnosis["machine"]
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_row("optc", f"{diagnosis['optc']} on Python {diagnosis['python']}")
@@ -107,11 +107,15 @@ def _print(diagnosis: dict[str, Any]) -> None:
     console.print()
     rows = Table("what", "state", "for", "to mend it", box=None, pad_edge=False, header_style="bold")
     for row in diagnosis["packages"]:
-        state = "[green]works[/green]" if row["ready"] else f"[yellow]{escape(str(row['reason']))}[/yellow]"
-        rows.add_row(row["name"], state, row["for"], "" if row["ready"] else escape(row["install"]))
+        state = _state(row)
+        rows.add_row(row["name"], state, row["for"], "" if row["ready"] else row["install"])
     for row in diagnosis["backends"]:
-        state = "[green]works[/green]" if row["ready"] else f"[yellow]{escape(str(row['reason']))}[/yellow]"
+        state = _state(row)
         rows.add_row(f"backend {row['name']}", state, row["summary"])
     console.print(rows)
     for line in diagnosis["advice"]:
-        console.print(f"! {line}", style="yellow", markup=False)
+        console.print(f"! {line}", style="yellow")
+
+
+def _state(row: dict[str, Any]) -> Text:
+    return Text("works", "green") if row["ready"] else Text(str(row["reason"]), "yellow")

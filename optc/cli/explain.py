@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from optc.cli.options import json_option, print_json
+from optc.cli.terminal import stdout
 from optc.errors import ArtifactError, OptcError
 
 PLOTS = (".png", ".svg", ".pdf")
@@ -53,11 +53,11 @@ def command(artifact: Path, plot: Path | None, verbose: bool, as_json: bool) -> 
     if as_json:
         print_json({"pass": record["name"], "options": record["options"], "account": rows})
         return
-    console = Console(highlight=False)
+    console = stdout()
     console.print(account_table(rows, title, verbose))
-    console.print("\n[bold]Why[/bold]")
+    console.print("\nWhy", style="bold")
     for reason in account_reasons(rows):
-        console.print(reason, markup=False)
+        console.print(reason)
     console.print(f"\n{account_summary(rows)}.")
     if plot is not None:
         console.print(f"Drawn to {plot}")

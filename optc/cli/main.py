@@ -67,13 +67,14 @@ def run(argv: list[str] | None = None) -> int:
     except click.UsageError as error:
         return _fail(_usage_message(error))
     except (KeyboardInterrupt, click.Abort):
-        return _fail("interrupted; nothing was written")
+        return _fail("interrupted; nothing was left half-written")
     except BrokenPipeError:
         return 0
     except OSError as error:
         if error.errno == errno.ENOSPC:
             where = f" while writing {error.filename}" if error.filename else ""
-            return _fail(f"no space left on the disk{where}; nothing was written — free some or choose another -o")
+            done = f"no space left on the disk{where}; nothing was left half-written"
+            return _fail(f"{done} — free some or choose another -o")
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
             return _fail(f"'{error.filename}' is not accessible: {error.strerror} — choose another or its permissions")
         raise

@@ -69,6 +69,11 @@ class Data:
                 f"'{loaded.info.name}' does not take images, so --data has no use for it", "leave --data away"
             )
 
+        channels = loaded.info.preprocessing.input_size[0]
+        if dataset is not None and channels not in (1, 3):
+            raise DataError(
+                f"'{loaded.info.name}' takes {channels} channels, and images have one or three", "leave --data away"
+            )
         if dataset is not None and dataset.num_classes is not None:
             dataset.check_classes(_outputs(loaded))
 

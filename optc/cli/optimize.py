@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
 
 from optc.cli.model import Data, load
 from optc.cli.options import (
@@ -21,6 +20,7 @@ from optc.cli.options import (
     target_options,
     verbosity_options,
 )
+from optc.cli.terminal import stdout
 from optc.errors import ArtifactError
 from optc.plugins.registry import registry
 
@@ -157,6 +157,12 @@ def command(
         progress=progress,
     )
     path = optimized.save(output or free_name(model))
+    if as_json:
+        print_json({"artifact": str(path), **optimized.report.to_dict()})
+    else:
+        from optc.report.terminal import render
+
+        stdout().print(render(optimized.report, path, verbose))
     if report is not None:
         from optc.batches import at_batch
         from optc.bench.inside import look_inside
@@ -171,12 +177,6 @@ def command(
             document = optimized_document(optimized.report, path, [command_line()], inside)
             found = {"artifact": str(path), **optimized.report.to_dict(), "inside": jsonable(asdict(inside))}
             write_report(report, document, found)
-    if as_json:
-        print_json({"artifact": str(path), **optimized.report.to_dict()})
-        return
-    from optc.report.terminal import render
-
-    Console(highlight=False).print(render(optimized.report, path, verbose))
 
 
 def free_name(model: str) -> Path:

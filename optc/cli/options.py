@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import click
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Column, Table
 
 from optc.cli.terminal import TerminalProgress, silence_third_parties
@@ -27,7 +26,7 @@ def options_table(name: str, options: Mapping[str, Mapping[str, Any]]) -> Table:
     """The options of a pass or backend, as :func:`optc.options.described` has them."""
     table = Table(Column("option", no_wrap=True), "type", "default", "", box=None, pad_edge=False, header_style="bold")
     for option, about in options.items():
-        table.add_row(f"{name}.{option}", escape(about["type"]), str(about["default"]), escape(about["description"]))
+        table.add_row(f"{name}.{option}", about["type"], str(about["default"]), about["description"])
     return table
 
 
@@ -96,7 +95,7 @@ def command_line() -> str:
 def progress_for(verbose: bool, quiet: bool) -> TerminalProgress:
     """The progress display for a verbosity; silences third parties unless verbose."""
     silence_unless(verbose)
-    return TerminalProgress(Console(stderr=True, highlight=False), 1 if verbose else -1 if quiet else 0)
+    return TerminalProgress(Console(stderr=True, highlight=False, markup=False), 1 if verbose else -1 if quiet else 0)
 
 
 def silence_unless(verbose: bool) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 from rich.text import Text
 
 from optc.cli.options import (
@@ -19,6 +18,7 @@ from optc.cli.options import (
     target_options,
     verbosity_options,
 )
+from optc.cli.terminal import stdout
 from optc.errors import ArtifactError, OptcError
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def command(
     if as_json:
         print_json(found)
         return
-    console = Console(highlight=False)
+    console = stdout()
     console.print(render(prediction))
     if path is not None:
         run = f"torchrun --nproc-per-node {len(prediction.account)} -m optc.distributed {path}"

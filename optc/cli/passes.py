@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from optc.cli.options import json_option, options_table, print_json
+from optc.cli.terminal import stdout
 from optc.options import described
 from optc.plugins.registry import Registered, registry
 
@@ -26,7 +27,7 @@ def command(name: str | None, as_json: bool) -> None:
     if as_json:
         print_json([_listed(registered) for registered in table.values()])
         return
-    console = Console()
+    console = stdout()
     rows = Table("pass", "what it does", "from", box=None, pad_edge=False, header_style="bold")
     for registered in table.values():
         rows.add_row(registered.entry.name, registered.entry.summary, registered.plugin)
@@ -54,9 +55,9 @@ def describe(name: str) -> dict[str, Any]:
 
 
 def _print_description(description: dict[str, Any]) -> None:
-    console = Console(highlight=False)
-    console.print(f"[bold]{description['name']}[/bold] ({description['plugin']}): {description['summary']}\n")
-    console.print(description["documentation"], markup=False)
+    console = stdout()
+    console.print(Text(description["name"], "bold"), f"({description['plugin']}): {description['summary']}\n")
+    console.print(description["documentation"])
     promise = description["numerics"]
     if promise != "exact":
         promise = "approximate; " + ", ".join(f"{key} {value}" for key, value in promise.items() if value is not None)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
 from rich.text import Text
 
 from optc.cli.options import (
@@ -23,6 +22,7 @@ from optc.cli.options import (
     target_options,
     verbosity_options,
 )
+from optc.cli.terminal import stdout
 from optc.errors import MeasurementError
 
 if TYPE_CHECKING:
@@ -160,7 +160,9 @@ def command(
         from optc.report.measured import measured_document
         from optc.report.write import write_report
 
-        told = measured_document(found.measurement, found.scenarios, insides, found.notes, [command_line()])
+        told = measured_document(
+            found.measurement, found.scenarios, insides, found.notes, [command_line()], found.accuracies
+        )
         write_report(report, told, document)
     if as_json:
         print_json(document)
@@ -173,7 +175,7 @@ def command(
 def _print(found: Profile, target: Target, output: Path | None) -> None:
     from optc.report.profiled import latency_table, problems, scenario_table
 
-    console, reference = Console(highlight=False), found.reference
+    console, reference = stdout(), found.reference
     if found.measurement.results:
         accuracies = {each.name: each.top1 for each in found.accuracies}
         subjects = {result.name: found.subject_of(result.name) for result in found.measurement.results}
@@ -187,6 +189,9 @@ def _print(found: Profile, target: Target, output: Path | None) -> None:
         console.print(table)
     if found.scenarios:
         console.print("", scenario_table(found.scenarios), sep="\n")
+    if not found.measurement.results:
+        for each in found.accuracies:
+            console.print(each.sentence)
     notes = [*found.notes, *problems(found.measurement, found.scenarios)]
     if reference is not None:
         notes += [f"the reference, {reference.name}: {warning}" for warning in reference.result.warnings]
@@ -207,7 +212,7 @@ def _print(found: Profile, target: Target, output: Path | None) -> None:
 def _print_layers(insides: Mapping[str, Inside]) -> None:
     from optc.report.where import where_table
 
-    console = Console(highlight=False)
+    console = stdout()
     for name, inside in insides.items():
         found = inside.layers_after or inside.layers_before
         if found is not None:

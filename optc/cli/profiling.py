@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from optc.bench.scenarios import SECONDS, Plan, run_scenario
 from optc.bench.settings import Scenario
 from optc.bench.submission import Submission, slug
 from optc.bench.surroundings import surroundings
-from optc.errors import MeasurementError
+from optc.errors import DataError, MeasurementError
 from optc.frontend.load import find_source
 from optc.lowering.backend import Runner
 
@@ -144,8 +145,10 @@ def profile(subjects: list[Subject], request: Request, progress: Progress) -> Pr
         f"{each.name} is optimized for {queries_of(each.batch)}, those of SingleStream have one image:"
         f" 'optc compare --batch {each.batch}' measures others"
         for each in subjects
-        if in_blocks and each.batch != target.batch
+        if in_blocks and each.batch != _images(each, target)
     ]
+    random = [each for each in subjects if each.weights == "random"]
+    found.notes += [f"{each.name}: no accuracy, its weights are random" for each in random]
     with torch_threads(target.threads):
         _scenarios(found, request, submission, progress)
     if request.against != NONE and in_blocks:
@@ -160,6 +163,11 @@ def profile(subjects: list[Subject], request: Request, progress: Progress) -> Pr
 
 def _block_logs(submission: Submission, name: str, block: int) -> Path:
     return submission.performance(name, "SingleStream", block)
+
+
+def _images(subject: Subject, target: Target) -> int:
+    """How many images a query has: those asked for, unless the model takes one batch size only."""
+    return len(subject.candidates(target.batch)[0].inputs[0][0])
 
 
 def _compare(found: Profile, request: Request, progress: Progress) -> None:
@@ -190,16 +198,20 @@ def _scenarios(found: Profile, request: Request, submission: Submission | None, 
                         found.scenarios.append(_performance(scenario, candidate, opened.runner_or_reason, plan, step))
                     if split is not None and opened.runner is not None:
                         folder = submission.accuracy(candidate.name, scenario) if submission else None
-                        _accuracy(found, scenario, candidate.name, opened.runner, split, plan, batch, folder)
+                        check = request.dataset.check_classes if request.dataset else None
+                        _accuracy(found, scenario, candidate.name, opened.runner, split, plan, batch, folder, check)
 
 
 def _split(subject: Subject, dataset: Dataset | None, notes: list[str]) -> Split | None:
     if dataset is None:
         return None
     if subject.weights == "random":
-        notes.append(f"{subject.name}: no accuracy, its weights are random")
         return None
-    return dataset.split("test", subject.preprocessing)
+    try:
+        return dataset.split("test", subject.preprocessing)
+    except DataError as error:
+        notes.append(f"{subject.name}: no accuracy: {error}")
+        return None
 
 
 def _performance(
@@ -228,6 +240,7 @@ def _accuracy(
     plan: Plan,
     batch: int,
     folder: Path | None,
+    check_classes: Callable[[int], None] | None,
 ) -> None:
     try:
         found.accuracies.append(
@@ -238,11 +251,12 @@ def _accuracy(
                 name,
                 model=plan.model,
                 batch=batch,
+                check_classes=check_classes,
                 user_conf=plan.user_conf,
                 log_folder=folder,
             )
         )
-    except MeasurementError as error:
+    except (MeasurementError, DataError) as error:
         found.notes.append(f"{name}: no accuracy in {scenario}: {error}")
 
 

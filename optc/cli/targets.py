@@ -70,6 +70,7 @@ def queries_of(batch: int) -> str:
 def _artifact(folder: Path, target: Target) -> Subject:
     from optc.bench.inside import look_inside
     from optc.bench.results import Candidate
+    from optc.budget import ACCURACY
     from optc.lowering.artifact import load_artifact
 
     artifact = load_artifact(folder)
@@ -91,7 +92,7 @@ def _artifact(folder: Path, target: Target) -> Subject:
         candidates=candidates,
         weights=str(manifest.model.get("weights", "")),
         parameters=model_bytes // 4 if model_bytes else None,
-        accuracy=accuracy.get("after"),
+        accuracy=accuracy.get("after") if accuracy.get("metric") == ACCURACY else None,
         preprocessing=_preprocessing(manifest.model["preprocessing"]),
         is_artifact=True,
         batch=manifest.target.get("batch", 1),

@@ -16,6 +16,11 @@ from rich.text import Text
 from optc.progress import Progress, Step
 
 
+def stdout() -> Console:
+    """Standard output, for names and pip lines as they are: brackets in them are no markup."""
+    return Console(highlight=False, markup=False)
+
+
 def silence_third_parties() -> None:
     """Keep other packages' warnings and log lines from the user; ``-v`` does not call this.
 

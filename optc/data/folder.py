@@ -40,8 +40,9 @@ class FolderDataset(Dataset):
     """Images under a folder, split as its subfolders say or else by a fixed seed.
 
     ``root/CLASS/*.jpg`` is labeled; ``root/*.jpg`` is not. ``root/train``, ``root/validation`` (or ``val``) and
-    ``root/test`` hold such folders each; a missing validation split is cut from ``train``, a missing test split is the
-    validation split. If every class is named by an ImageNet-1k synset (``n01440764``), labels are ImageNet's.
+    ``root/test`` hold such folders each. Where one of the latter two is given, it is the test split, and validation is
+    cut from ``train``; without ``train`` it is both. If every class is named by an ImageNet-1k synset (``n01440764``),
+    labels are ImageNet's.
 
     Raises:
         DataError: there is no such folder or no image in it.
@@ -105,8 +106,18 @@ class FolderDataset(Dataset):
     def _find_parts(self) -> dict[SplitName | None, list[_Image]]:
         """Images by the split they are given for, or all under ``None`` if the folder gives no splits."""
         subfolders = [path for path in sorted(self._root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
-        if subfolders and all(path.name in _SPLIT_FOLDERS for path in subfolders):
-            return {_SPLIT_FOLDERS[path.name]: _images(path) for path in subfolders}
+        given = [path for path in subfolders if path.name in _SPLIT_FOLDERS]
+        others = [path for path in subfolders if path not in given and _images(path)]
+        if given and not others:
+            parts: dict[SplitName | None, list[_Image]] = {_SPLIT_FOLDERS[path.name]: _images(path) for path in given}
+            if "train" in parts and "test" not in parts and "validation" in parts:
+                parts["test"] = parts.pop("validation")
+            return parts
+        if any(class_ for path in given for _, class_ in _images(path)):
+            raise DataError(
+                f"dataset folder '{self._root}' has '{others[0].name}' beside '{given[0].name}', which is a split",
+                "leave nothing but train, val and test there, or name the class otherwise",
+            )
         return {None: _images(self._root)}
 
     def _files(self, name: SplitName) -> list[_Image]:

@@ -42,10 +42,14 @@ def prepare_image(image: Image.Image, preprocessing: Preprocessing) -> NDArray[n
 
 
 def normalize(images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Normalise float32 images in [0, 1], shape (N, C, H, W), by the model's mean and standard deviation."""
+    """Normalise float32 images in [0, 1], shape (N, C, H, W), by the model's mean and standard deviation.
+
+    Channels beyond those stay as they are.
+    """
     channels = preprocessing.input_size[0]
-    mean = torch.tensor(preprocessing.mean[:channels]).view(1, -1, 1, 1)
-    std = torch.tensor(preprocessing.std[:channels]).view(1, -1, 1, 1)
+    more = channels - len(preprocessing.mean)  # what is no colour has statistics nobody knows
+    mean = torch.tensor([*preprocessing.mean, *[0.0] * more][:channels]).view(1, -1, 1, 1)
+    std = torch.tensor([*preprocessing.std, *[1.0] * more][:channels]).view(1, -1, 1, 1)
     return (images - mean) / std
 
 

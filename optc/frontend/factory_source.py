@@ -7,7 +7,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +63,7 @@ def _call(spec: str) -> tuple[nn.Module, tuple[Tensor, ...] | None]:
     from torch import Tensor, nn
 
     module_name, _, attribute = spec.partition(":")
-    with _folder_importable():
+    with _folder_importable(), redirect_stdout(sys.stderr):  # what it prints is no result of optc's
         try:
             module = importlib.import_module(module_name)
         except ModuleNotFoundError as error:

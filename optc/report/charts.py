@@ -83,10 +83,13 @@ def latency_chart(candidates: Sequence[Latencies]) -> Chart:
         return Chart(title, alt, element(drawn, title, alt), note + "p90 and p99; the slowest 1 % are left out.")
 
 
-def pareto_chart(points: Sequence[Point]) -> Chart:
+def pareto_chart(points: Sequence[Point], metric: str = "accuracy") -> Chart:
     """Size, and where known accuracy, against latency; those that nothing beats in all of them are joined by a line.
 
     Needs at least one point. The area of a mark grows with the size. Marks are numbered, the fastest first.
+
+    Args:
+        metric: what the points' accuracy is called.
     """
     points = sorted(points, key=lambda each: each.milliseconds)
     measured = [each for each in points if each.accuracy is not None]
@@ -96,7 +99,7 @@ def pareto_chart(points: Sequence[Point]) -> Chart:
         if measured:
             values = [each.accuracy * 100 for each in measured if each.accuracy is not None]
             _scatter(first, measured, values, better=1)
-            first.set_ylabel("accuracy (%)")
+            first.set_ylabel(f"{metric} (%)")
             first.set_ylim(min(values) - 1.5, min(max(values) + 1.5, 102))
             second = drawn.add_subplot(panels, 1, 2, sharex=first)
         else:
@@ -119,9 +122,9 @@ def pareto_chart(points: Sequence[Point]) -> Chart:
         if measured:
             _number(first, measured, values, numbers)
         _number(second, points, sizes, numbers)
-        title = "Latency (ms), size (MB) and accuracy (%)" if measured else "Latency (ms) and size (MB)"
-        alt = f"Trade-off between candidates, fastest first: {'; '.join(map(_told, points))}."
-        note = "Further left is faster, further down smaller" + (", further up more accurate" if measured else "")
+        title = f"Latency (ms), size (MB) and {metric} (%)" if measured else "Latency (ms) and size (MB)"
+        alt = f"Trade-off between candidates, fastest first: {'; '.join(_told(each, metric) for each in points)}."
+        note = "Further left is faster, further down smaller" + (f", further up has more {metric}" if measured else "")
         joined = "The line joins those that no other beats in both."
         return Chart(title, alt, element(drawn, title, alt), f"{note}. {joined}")
 
@@ -143,8 +146,8 @@ def steps_chart(title: str, unit: str, names: Sequence[str], values: Sequence[fl
         return Chart(title, alt, element(drawn, title, alt), note)
 
 
-def _told(point: Point) -> str:
-    accuracy = f", {point.accuracy:.1%} accurate" if point.accuracy is not None else ""
+def _told(point: Point, metric: str) -> str:
+    accuracy = f", {point.accuracy:.1%} {metric}" if point.accuracy is not None else ""
     return f"{point.name} {short(point.milliseconds)} ms, {short(point.megabytes)} MB{accuracy}"
 
 

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 import numpy as np
 
 import optc
+from optc.bench.accuracy import AccuracyResult
 from optc.bench.inside import Inside
 from optc.bench.results import CandidateResult, Measurement
 from optc.bench.scenario_result import ScenarioResult
@@ -25,6 +26,7 @@ def measured_document(
     insides: Mapping[str, Inside],
     notes: Sequence[str],
     commands: Sequence[str],
+    accuracies: Sequence[AccuracyResult] = (),
 ) -> Document:
     """What a measurement of several candidates found, for people.
 
@@ -33,19 +35,23 @@ def measured_document(
         insides: time by layer and memory, by what they were looked at in.
         notes: lines the user must see.
         commands: lines that measure it again.
+        accuracies: of candidates, on labelled images.
     """
-    ranked = sorted((each for each in measurement.results if each.percentiles), key=_p50)
-    failed = [each for each in measurement.results if each.percentiles is None]
+    whole = [each for each in measurement.results if each.percentiles and each.error is None]
+    ranked = sorted(whole, key=lambda each: (each.nonfinite_queries > 0, _p50(each)))
+    failed = [each for each in measurement.results if each not in whole]
     figures = [_figure(each) for each in scenarios if each.value is not None]
     if ranked:
-        verdict = f"{ranked[0].name} is the fastest: it answers in {milliseconds(_p50(ranked[0]) / 1e9)} (median)."
+        verdict = f"{ranked[0].name} has the lowest median latency, {milliseconds(_p50(ranked[0]) / 1e9)}."
     else:
         verdict = figures.pop(0) if figures else "Nothing could be measured, for the reasons below."
     summary = [
-        f"{each.name} takes {milliseconds(_p50(each) / 1e9)}, {times(_p50(each) / _p50(ranked[0]))} as long."
+        f"{each.name} takes {milliseconds(_p50(each) / 1e9)}, {times(_p50(each) / _p50(ranked[0]))} as long"
+        + (" and returns NaN or infinity." if each.nonfinite_queries else ".")
         for each in ranked[1:]
     ]
-    summary += [*figures, *(f"{each.name} was not measured: {each.error}" for each in failed), *notes]
+    summary += [each.sentence for each in accuracies]
+    summary += [*figures, *(f"{each.name} was not measured to the end: {each.error}" for each in failed), *notes]
     speed: tuple[Chart | Table, ...] = ()
     if measurement.results:
         speed = (*latency_charts(measurement), candidates_table(measurement))

@@ -135,7 +135,7 @@ def _speed(report: Report) -> tuple[str | Chart | Table | Code, ...]:
         parts += latency_charts(report.measurement)
         points = _points(report)
         if points:
-            parts.append(pareto_chart(points))
+            parts.append(pareto_chart(points, report.accuracy.metric))
         parts.append(candidates_table(report.measurement))
     if report.backends:
         header = ("backend", "precision", "p50 (ms)", "size (MB)", "made in (s)", "why")

@@ -156,7 +156,7 @@ def test_the_code_of_a_guide_runs(guide: str, tmp_path: Path) -> None:
     assert f"{code.count('def test_')} passed" in done.stdout
 
 
-@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.usefixtures("uncompiled", "briefly")
 def test_the_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (code,) = blocks(ROOT / "README.md", "python")
     monkeypatch.chdir(tmp_path)

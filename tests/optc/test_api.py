@@ -68,6 +68,7 @@ def test_quant_without_calibration_is_one_line(net: Net) -> None:
         optc.optimize(net, torch.randn(1, 3, 16, 16), "quant", measure=False)
 
 
+@pytest.mark.usefixtures("briefly")
 def test_measurement_has_the_baselines_and_a_verdict(net: Net) -> None:
     optimized = optc.optimize(net, torch.randn(1, 3, 16, 16), "fuse", **ORT)
     measurement = optimized.report.measurement

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from optc.bench.accuracy import LOG, measure_accuracy
 from optc.bench.settings import SCENARIOS, Scenario
 from optc.data.dataset import Split, open_dataset
 from optc.data.synthetic import SyntheticDataset
-from optc.errors import MeasurementError
+from optc.errors import DataError, MeasurementError
 from optc.lowering.manifest import sha256
 from optc.program import Preprocessing
 
@@ -71,3 +72,22 @@ def test_images_that_do_not_fit_into_memory_are_refused(digits: Split, monkeypat
     monkeypatch.setattr("optc.machine.available_memory", lambda: 1000)
     with pytest.raises(MeasurementError, match="over half the free memory"):
         measure_accuracy("Offline", _Knows(digits, 0), digits, "m", model="m", batch=8)
+
+
+def test_other_classes_than_the_models_are_refused(digits: Split) -> None:
+    check = open_dataset("digits").check_classes
+    assert measure_accuracy("Offline", _Knows(digits, 0), digits, "m", model="m", batch=8, check_classes=check).total
+
+    class Other(_Knows):
+        def __call__(self, *inputs: Any) -> Any:
+            return tuple(np.pad(output, ((0, 0), (0, 990))) for output in super().__call__(*inputs))
+
+    with pytest.raises(DataError, match="has 10 classes but the model has 1000 outputs"):
+        measure_accuracy("Offline", Other(digits, 0), digits, "m", model="m", batch=8, check_classes=check)
+
+    class Map(_Knows):
+        def __call__(self, *inputs: Any) -> Any:
+            return tuple(output[:, :, None, None] for output in super().__call__(*inputs))
+
+    with pytest.raises(MeasurementError, match="not scores per class"):
+        measure_accuracy("Offline", Map(digits, 0), digits, "m", model="m", batch=8)

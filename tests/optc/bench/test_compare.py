@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -70,3 +71,10 @@ def test_other_conditions_are_refused_and_named_unless_forced() -> None:
         refuse_unless_alike([("x", here), ("y", there)], forced=False)
     (note,) = refuse_unless_alike([("x", here), ("y", there)], forced=True)
     assert "CPU A and B" in note
+
+
+def test_what_returned_nan_stands_for_a_target_only_where_all_did() -> None:
+    nan = _result("nan", 0.5, 0)
+    nan = replace(nan, blocks=tuple(replace(block, nonfinite_queries=1) for block in nan.blocks))
+    assert contender("t", [nan, _result("right", 1.0, 1)]).result.name == "right"
+    assert contender("t", [nan]).result.name == "nan"

@@ -16,9 +16,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.table import Table
 
 from optc.cli.backends import status
 from optc.cli.main import run
+from optc.cli.terminal import stdout
 from optc.lowering.artifact import load_artifact
 from optc.lowering.onnxruntime import OnnxRuntimeBackend
 from optc.plugins.registry import registry
@@ -93,6 +95,7 @@ def test_a_real_process_fails_with_one_line_and_code_2(folder: Path) -> None:
     assert done.stderr.splitlines()[-1].startswith("optc: unknown model 'alexnte'")
 
 
+@pytest.mark.usefixtures("briefly")
 def test_optimize_measures_and_ends_with_a_verdict(folder: Path, optc: Run) -> None:
     done = optc("optimize", "mine:small", "--passes", "fuse", *ORT, "-q")
     assert done.returncode == 0, done.stderr
@@ -210,7 +213,7 @@ def test_too_few_calibration_images_are_refused_where_ranges_are_needed(folder: 
     assert optc(*SMALL, "--data", str(pictures), "--passes", "fold-batch-norm", "-q").returncode == 0
 
 
-@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.usefixtures("uncompiled", "briefly")
 def test_a_batch_is_optimized_for_and_measured(folder: Path, optc: Run) -> None:
     done = optc("optimize", "mine:small", "--passes", "fuse", *ORT, "--batch", "3", "--report", "r.md", "-o", "out")
     assert done.returncode == 0, done.stderr
@@ -229,7 +232,7 @@ def test_a_batch_that_the_model_does_not_take_is_one_line(folder: Path, optc: Ru
     assert not (folder / "out").exists()
 
 
-@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.usefixtures("uncompiled", "briefly")
 def test_an_exported_file_is_measured_against_its_baselines(folder: Path, optc: Run) -> None:
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 5)).eval()
     torch.export.save(torch.export.export(model, (torch.randn(1, 3, 8, 8),)), folder / "mine.pt2")
@@ -240,7 +243,7 @@ def test_an_exported_file_is_measured_against_its_baselines(folder: Path, optc: 
     assert errors["optc"] is None
 
 
-@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.usefixtures("uncompiled", "briefly")
 def test_profile_measures_an_artifact_beside_its_model(folder: Path, optc: Run) -> None:
     optc("optimize", "mine:small", "--passes", "fuse", *ORT, "--no-measure", "-o", "out")
     done = optc("profile", "out", "mine:small", "--against", "none", "--json")
@@ -305,3 +308,34 @@ def test_the_listings_have_json(folder: Path, optc: Run) -> None:
     ).items()
     doctor = json.loads(optc("doctor", "--json").stdout)
     assert any(p["name"] == "onnxruntime" and p["ready"] for p in doctor["packages"])
+
+
+NOISY = """
+import torch
+from torch import nn
+
+print("imported")
+
+def four():
+    print("called")
+    return nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(1568, 3)), (torch.randn(1, 4, 16, 16),)
+"""
+
+
+def test_a_model_of_four_channels_that_prints_leaves_stdout_alone(folder: Path, optc: Run) -> None:
+    (folder / "noisy.py").write_text(NOISY)
+    done = optc("optimize", "noisy:four", "--passes", "fuse", *ORT, "--no-measure", "--json", "-q", "-o", "out")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["backend"] == "onnxruntime"
+    assert "imported" in done.stderr
+    refused = optc("optimize", "noisy:four", "--data", "digits", *ORT, "-q", "-o", "other")
+    assert "takes 4 channels, and images have one or three" in refused.stderr
+
+
+def test_brackets_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    table = Table("why")
+    table.add_row("pip uninstall onnxruntime && pip install 'optc[gpu]'")
+    stdout().print(table, "Written to out[v2][/x]")
+    printed = capsys.readouterr().out
+    assert "'optc[gpu]'" in printed
+    assert "out[v2][/x]" in printed

@@ -184,7 +184,7 @@ def test_an_interrupted_run_leaves_no_folder(
     monkeypatch.setattr(OnnxRuntimeRunner, "__call__", interrupted)
     before = sorted(folder.iterdir())
     done = command("profile", str(artifacts / "plain"), "-o", "runs/out", "-q", *ALONE)
-    assert (done.returncode, done.stderr.strip()) == (2, "optc: interrupted; nothing was written")
+    assert (done.returncode, done.stderr.strip()) == (2, "optc: interrupted; nothing was left half-written")
     assert sorted(folder.iterdir()) == before
 
 

@@ -63,21 +63,21 @@ def test_given_splits_are_kept_and_mixed(tmp_path: Path) -> None:
     assert len(set(first_batch.tolist())) > 1
 
 
-def test_validation_serves_as_test_where_there_is_none(tmp_path: Path) -> None:
-    for part in ("train", "val"):
-        write_class(tmp_path / part, "apple", 5)
+@pytest.mark.parametrize("given", ["val", "test"])
+def test_one_split_beside_train_is_the_test_split(given: str, tmp_path: Path) -> None:
+    write_class(tmp_path / "train", "apple", 10)
+    write_class(tmp_path / given, "apple", 4)
+    (tmp_path / "notes").mkdir()
+    dataset = FolderDataset(tmp_path)
+    splits = [files_of(dataset.split(name, SMALL)) for name in SPLIT_NAMES]
+    assert [len(split) for split in splits] == [8, 2, 4]
+    assert len(set.union(*splits)) == 14
+
+
+def test_without_train_the_other_split_is_both(tmp_path: Path) -> None:
+    write_class(tmp_path / "val", "apple", 5)
     dataset = FolderDataset(tmp_path)
     assert files_of(dataset.split("test", SMALL)) == files_of(dataset.split("validation", SMALL))
-    assert not files_of(dataset.split("train", SMALL)) & files_of(dataset.split("test", SMALL))
-
-
-def test_missing_validation_is_cut_from_train(tmp_path: Path) -> None:
-    write_class(tmp_path / "train", "apple", 10)
-    write_class(tmp_path / "test", "apple", 4)
-    dataset = FolderDataset(tmp_path)
-    train, validation = (files_of(dataset.split(name, SMALL)) for name in ("train", "validation"))  # type: ignore[arg-type]
-    assert (len(train), len(validation)) == (8, 2)
-    assert not train & validation
 
 
 def test_missing_train_is_an_error_when_asked_for(tmp_path: Path) -> None:
@@ -144,6 +144,14 @@ def test_folders_without_use_give_one_line(tmp_path: Path) -> None:
     write_class(tmp_path, "apple", 2)
     Image.new("RGB", (8, 8)).save(tmp_path / "loose.png")
     with pytest.raises(DataError, match="mixes class folders with loose images"):
+        FolderDataset(tmp_path)
+
+
+def test_a_class_beside_splits_is_refused(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        write_class(tmp_path / part, "apple", 2)
+    write_class(tmp_path, "extra", 2)
+    with pytest.raises(DataError, match="has 'extra' beside 'train', which is a split"):
         FolderDataset(tmp_path)
 
 
