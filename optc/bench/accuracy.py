@@ -75,7 +75,10 @@ def measure_accuracy(
     if labels is None:
         raise MeasurementError(f"'{split.dataset}' has no labels", "give labelled --data")
     samples = _in_memory(split)
-    scores = runner(*samples[0])[0]
+    try:
+        scores = runner(*samples[0])[0]
+    except Exception as error:
+        raise MeasurementError(f"it cannot run one image: {type(error).__name__}: {error}") from error
     if scores.ndim != 2 or len(scores) != 1:
         raise MeasurementError(f"it gives outputs of the shape {scores.shape} for an image, not scores per class")
     if check_classes is not None:

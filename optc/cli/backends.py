@@ -46,6 +46,8 @@ def status(name: str) -> dict[str, Any]:
             reason = None  # it runs on the GPU, and on that alone
     except OptcError as error:
         reason = str(error)
+    except Exception as error:
+        reason = f"plugin '{registered.plugin}' raised {type(error).__name__}: {error}"
     return {
         "name": name,
         "summary": registered.entry.summary,

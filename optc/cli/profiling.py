@@ -207,6 +207,10 @@ def _split(subject: Subject, dataset: Dataset | None, notes: list[str]) -> Split
         return None
     if subject.weights == "random":
         return None
+    channels = subject.preprocessing.input_size[0]
+    if channels not in (1, 3):
+        notes.append(f"{subject.name}: no accuracy, it takes {channels} channels, and images have one or three")
+        return None
     try:
         return dataset.split("test", subject.preprocessing)
     except DataError as error:

@@ -8,6 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from torch._C._distributed_c10d import Store
 from optc.distributed.rank import Place, StageRank
 from optc.errors import DataError
 from optc.lowering.pipeline_file import PipelineFile
+
+_LOADING = timedelta(minutes=30)
+"""How much later than another the first rank may have loaded its stage and read the inputs."""
 
 
 def run_files(
@@ -40,6 +44,7 @@ def run_files(
     if rank.first:
         inputs = _read(arguments.input, rank) if arguments.input else _noise(rank, batch)
         store.set("optc/images", str(len(inputs[0])))
+    store.wait(["optc/images"], _LOADING)
     images = int(store.get("optc/images"))
     if arguments.input:
         outputs = [
@@ -91,6 +96,10 @@ def _read(paths: Sequence[Path], rank: StageRank) -> list[Tensor]:
             expected = ", ".join(map(str, ("images", *wire.shape[1:])))
             raise DataError(f"'{path}' has the shape {array.shape}, the model takes ({expected})")
         found.append(torch.from_numpy(np.ascontiguousarray(array)))
+    counts = [len(each) for each in found]
+    if len(set(counts)) > 1:
+        files = ", ".join(f"'{path}' has {count}" for path, count in zip(paths, counts, strict=True))
+        raise DataError(f"the inputs are not of as many images: {files}", "give files of one length")
     return found
 
 

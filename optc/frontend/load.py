@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from optc.errors import UnknownNameError, WeightsError
+from optc.errors import OptcError, UnknownNameError, WeightsError
 from optc.evaluation import set_evaluation_mode
 from optc.frontend.source import BuiltModel, ModelSource, PretrainedUnavailable
 from optc.frontend.weights import Checkpoint, apply_checkpoint, classes_in_checkpoint, read_checkpoint
@@ -73,16 +73,19 @@ def find_source(spec: str) -> tuple[ModelSource, str]:
         if not source.claims(name):
             raise UnknownNameError(f"{prefix} model", name, source.names())
         return source, name
-    sources = [_source(name) for name in table]
-    for source in sources:
+    others: list[ModelSource] = []
+    hints = ["give a timm or torchvision name, package.module:factory, or a .pt2 file"]
+    for each in table:
+        try:
+            source = _source(each)
+        except OptcError as error:  # others may know it
+            hints.append(str(error))
+            continue
         if source.claims(spec):
             return source, spec
-    raise UnknownNameError(
-        "model",
-        spec,
-        dict.fromkeys(name for source in sources for name in source.names()),
-        "give a timm or torchvision name, package.module:factory, or a .pt2 file",
-    )
+        others.append(source)
+    known = dict.fromkeys(name for source in others for name in source.names())
+    raise UnknownNameError("model", spec, known, hint="; ".join(hints))
 
 
 def _source(name: str) -> ModelSource:

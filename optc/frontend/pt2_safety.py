@@ -46,9 +46,10 @@ _PURE_CALLS = frozenset(
 )
 _EXPRESSION = re.compile(r"[\w\s()*/+\-,<>=!&|~%.]*")
 _SYMBOL = re.compile(r"Symbol\('\w+'(, \w+=(True|False))*\)")
-_NAME = re.compile(r"[\w.]*")
-_NO_NAMES = frozenset(("metadata", "in_spec", "out_spec", "torch_version", "as_string", "as_strings"))
-"""Keys of what is no name: tracebacks, trees of inputs as JSON, versions, and strings that PyTorch quotes."""
+_NAME = re.compile(r"[\w.-]*")
+_NO_NAMES = frozenset(("metadata", "in_spec", "out_spec", "torch_version", "as_string", "as_strings", "guards_code"))
+"""Keys of what is no name: tracebacks, trees of inputs as JSON, versions, strings that PyTorch quotes, and checks of
+inputs, which are Python and run only in a module that is made with them: optc asks for one without."""
 _ATTRIBUTE = re.compile(r"\.\s*[A-Za-z_]|__")
 
 

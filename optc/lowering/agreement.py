@@ -149,6 +149,9 @@ def compare_outputs(
         finite = np.isfinite(expected)
         if not np.isfinite(found[finite]).all():
             raise _diverges(runtime, name, "it is not finite where the graph's is")
+        infinite = np.isinf(expected)
+        if not np.array_equal(found[infinite], expected[infinite]):
+            raise _diverges(runtime, name, "it is not infinite where the graph's is")
         error = found[finite] - expected[finite]
         sqnr = _sqnr_db(float(np.square(expected[finite]).sum()), float(np.square(error).sum()))
         max_abs = float(np.abs(error).max(initial=0.0))

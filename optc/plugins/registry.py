@@ -38,7 +38,14 @@ class Registered:
 
     def missing(self) -> tuple[str, ...]:
         """Import names the entry requires that are not installed."""
-        return tuple(name for name in self.entry.requires if importlib.util.find_spec(name) is None)
+        return tuple(name for name in self.entry.requires if not _is_installed(name))
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # nor is the package that it is in
+        return False
 
 
 class Registry:

@@ -42,7 +42,13 @@ def measured_document(
     failed = [each for each in measurement.results if each not in whole]
     figures = [_figure(each) for each in scenarios if each.value is not None]
     if ranked:
-        verdict = f"{ranked[0].name} has the lowest median latency, {milliseconds(_p50(ranked[0]) / 1e9)}."
+        verdict = f"{ranked[0].name} has the lowest median latency, {milliseconds(_p50(ranked[0]) / 1e9)}"
+        finite = [each for each in ranked if not each.nonfinite_queries]
+        if not finite:
+            verdict += ", and returns NaN or infinity"
+        elif len(finite) < len(ranked):
+            verdict += ", of those that return no NaN or infinity"
+        verdict += "."
     else:
         verdict = figures.pop(0) if figures else "Nothing could be measured, for the reasons below."
     summary = [

@@ -91,3 +91,12 @@ def test_other_classes_than_the_models_are_refused(digits: Split) -> None:
 
     with pytest.raises(MeasurementError, match="not scores per class"):
         measure_accuracy("Offline", Map(digits, 0), digits, "m", model="m", batch=8)
+
+
+def test_a_model_that_cannot_run_one_image_is_one_line(digits: Split) -> None:
+    class Picky(_Knows):
+        def __call__(self, *inputs: Any) -> Any:
+            raise ZeroDivisionError("batches of four only")
+
+    with pytest.raises(MeasurementError, match="it cannot run one image: ZeroDivisionError: batches of four only"):
+        measure_accuracy("Offline", Picky(digits, 0), digits, "m", model="m", batch=8)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from optc.errors import UnknownNameError, WeightsError
+from optc.errors import PluginError, UnknownNameError, WeightsError
 from optc.frontend.load import find_source, load_model
+from optc.frontend.source import ModelSource
 
 TIMM_TINY = "test_resnet"
 
@@ -99,3 +100,20 @@ def test_missing_checkpoint_fails_before_anything_is_built() -> None:
 def test_factory_brings_its_own_weights() -> None:
     with pytest.raises(WeightsError, match="brings its own weights"):
         load_model("torch.nn:Identity", "random")
+
+
+def test_a_source_that_does_not_load_leaves_the_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from optc.frontend import load as load_module
+
+    own = load_module._source
+
+    def source(name: str) -> ModelSource:
+        if name == "timm":
+            raise PluginError("model source 'timm' needs timm")
+        return own(name)
+
+    monkeypatch.setattr(load_module, "_source", source)
+    assert find_source("torchvision:alexnet")[1] == "alexnet"
+    assert find_source("alexnet")[0].name == "torchvision"
+    with pytest.raises(UnknownNameError, match="needs timm"):
+        find_source("a model that nobody has")

@@ -230,3 +230,22 @@ def test_missing_file_and_keyword_inputs(tmp_path: Path) -> None:
     torch.export.save(exported, tmp_path / "kw.pt2")
     with pytest.raises(OptcError, match="takes other inputs than positional tensors"):
         load_model(str(tmp_path / "kw.pt2"))
+
+
+class Dashed(nn.Module):
+    """Two inputs of one dynamic batch, and a name as torchvision's RegNets have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_module("block1-0", nn.Linear(4, 4))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.get_submodule("block1-0")(x) + y
+
+
+def test_dashes_and_checks_of_inputs_are_ordinary(tmp_path: Path) -> None:
+    inputs = (torch.randn(3, 4), torch.randn(3, 4))
+    shapes = {"x": {0: Dim.DYNAMIC}, "y": {0: Dim.DYNAMIC}}
+    torch.export.save(torch.export.export(Dashed(), inputs, dynamic_shapes=shapes), tmp_path / "a.pt2")
+    loaded = load_model(str(tmp_path / "a.pt2"))
+    torch.testing.assert_close(loaded.module(*inputs).shape, torch.Size((3, 4)))

@@ -50,6 +50,12 @@ def test_infinities_of_the_graph_itself_are_not_held_against_the_runtime() -> No
     assert compare_outputs("rt", ["a"], [both], [both], 60.0).sqnr_db == math.inf
 
 
+@pytest.mark.parametrize("instead", [math.inf, math.nan, -3.4e38])
+def test_an_infinity_that_goes_is_refused(instead: float) -> None:
+    with pytest.raises(BackendError, match="not infinite where the graph's is"):
+        compare_outputs("rt", ["a"], [np.array([1.0, -math.inf])], [np.array([1.0, instead])], 60.0)
+
+
 def test_a_wrong_shape_is_refused() -> None:
     with pytest.raises(BackendError, match=r"shape is \(2,\), the graph's \(1, 2\)"):
         compare_outputs("rt", ["a"], [REFERENCE], [REFERENCE[0]], 60.0)

@@ -259,3 +259,19 @@ def test_callers_in_several_threads_get_their_own_outputs(made: Made, runner: Pi
 def test_each_stage_says_what_it_computes_in(made: Made) -> None:
     stages = [load_artifact(folder) for folder in sorted(made.path.glob("stage-*"))]
     assert [stage.precision for stage in stages] == ["float32", "float32"]
+
+
+def test_outputs_that_are_not_batch_first_are_refused(cut: Cut, tmp_path: Path) -> None:
+    class TimeFirst(nn.Module):
+        """As OCR models return scores: time before the batch."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.two(self.one(x).relu()).transpose(0, 1)
+
+    program = cut(optc.capture(TimeFirst().eval(), (torch.randn(2, 6, 8),)), 2)
+    with pytest.raises(BackendError, match=r"pipeline computes output '0' differently .*: its shape is \(12, 2, 8\)"):
+        PipelineBackend(microbatches=2).lower(program, TARGET, tmp_path)

@@ -185,3 +185,18 @@ def test_a_backend_of_a_plugin_that_is_not_installed_has_a_pip_line() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == "optc: backend 'openvino' is not installed — pip install optc-openvino"
+
+
+def test_a_package_in_one_that_is_not_there_is_missing() -> None:
+    entry = Entry("thing", "A summary.", "m:Thing", requires=("no_such_package.part",))
+    assert in_process(one=[entry]).get("pass", "thing").missing() == ("no_such_package.part",)
+
+
+def test_a_backend_that_raises_when_asked_is_listed_with_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    from optc.cli.backends import status
+    from optc.lowering.eager import EagerBackend
+
+    monkeypatch.setattr(EagerBackend, "unavailable", None)
+    found = status("eager")
+    assert not found["ready"]
+    assert found["reason"] == "plugin 'optc.builtin' raised TypeError: 'NoneType' object is not callable"
