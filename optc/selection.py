@@ -59,7 +59,7 @@ def select(
         automatic: whether nobody asked for a backend in particular.
 
     Raises:
-        BackendError: no backend takes any program, or all failed when measured.
+        BackendError: no backend takes any program, or all of several failed when measured.
     """
     programs = made.programs
     remembered = None
@@ -76,20 +76,21 @@ def select(
     names = contest.names(several=automatic)
     measurement = _measure(run, model, inputs, names, target, measure) if measure or len(names) > 1 else None
     kept, outcomes, notes = next(iter(names.values())), tuple[Outcome, ...](), tuple[str, ...]()
+    several = automatic or bool(contest.left) or max(len(names), len(programs) + len(made.dropped)) > 1
+    failed = any(measurement[name].error for name in names) if measurement else bool(contest.left)
     if known:
         outcomes = known.outcomes
         notes = (f"chosen by the measurement of {known.measured}; to measure again, delete {remembered}",)
-    else:
+    elif several or not failed:  # what alone was asked for is kept even so, and the report has what failed
         left = [
             *contest.left,
             *(Outcome(backend, False, reason) for backend, reason in refused.items()),
             *(Outcome("", False, reason, passes=passes) for passes, reason in made.dropped.items()),
         ]
         kept, outcomes = choose(names, left, measurement)
-        failed = any(measurement[name].error for name in names) if measurement else contest.left
         if remembered and not failed:  # what failed may run another time
             choice_cache.remember(remembered, outcomes)
-    if not automatic and len(outcomes) == 1:
+    if not several and len(outcomes) == 1:
         outcomes = ()  # there was nothing to choose
     for folder in {each.folder for each in contest.lowerings} - {kept.folder}:
         shutil.rmtree(folder, ignore_errors=True)

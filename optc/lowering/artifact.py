@@ -80,8 +80,8 @@ class Artifact:
         generator = np.random.default_rng(seed)
         shapes = [[batch if size is None else size for size in entry.shape] for entry in self.manifest.inputs]
         noise = [generator.standard_normal(shape) for shape in shapes]
-        numpys = {"bfloat16": "float32"}
-        types = [np.dtype(numpys.get(entry.dtype, entry.dtype)) for entry in self.manifest.inputs]
+        names = [entry.dtype for entry in self.manifest.inputs]
+        types = [np.dtype("float32" if name.startswith(("bfloat", "float8")) else name) for name in names]
         return tuple(
             (values if np.issubdtype(dtype, np.floating) else np.abs(values)).astype(dtype)
             for values, dtype in zip(noise, types, strict=True)

@@ -357,8 +357,9 @@ def test_the_run_script_takes_the_models_types_and_says_what_does_not_fit(tmp_pa
     assert long.stderr == "input x has the shape (3, 6), the model takes (3, 5)\n"
 
 
-def test_an_example_query_has_a_type_that_numpy_has(saved: Path) -> None:
-    edit(saved, lambda manifest: manifest["inputs"][0].update(dtype="bfloat16"))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+def test_an_example_query_has_a_type_that_numpy_has(dtype: str, saved: Path) -> None:
+    edit(saved, lambda manifest: manifest["inputs"][0].update(dtype=dtype))
     assert load_artifact(saved).example_query()[0].dtype == np.float32
 
 

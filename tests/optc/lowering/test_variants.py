@@ -99,6 +99,14 @@ def _short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("optc.selection.measure_candidates", partial(measure, blocks=3, block_seconds=0.05))
 
 
+def selected(
+    program: optc.Program, *chosen: EagerBackend, automatic: bool = False, measure: bool = False, run: Run | None = None
+) -> Any:
+    """What is kept of a program on some backends."""
+    made, model = Made({"": program}, {}), nn.Linear(8, 8)
+    return select(run or Run(Progress()), model, (X,), made, [*chosen], {}, TARGET, automatic, measure)
+
+
 @pytest.fixture(scope="module")
 def program() -> optc.Program:
     return optc.capture(nn.Linear(8, 8), (X,))
@@ -147,12 +155,7 @@ def test_the_fastest_way_is_kept_and_remembered(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
-    def selected() -> Any:
-        made = Made({"": program}, {})
-        chosen = [Offering(), Slow()]
-        return select(Run(Progress()), nn.Linear(8, 8), (X,), made, chosen, {}, TARGET, automatic=True, measure=False)
-
-    first, again = selected(), selected()
+    first, again = (selected(program, Offering(), Slow(), automatic=True) for _ in range(2))
     assert first.kept.options == {"pause": 0.0}
     assert first.outcomes[0].options == {"pause": 0.0}
     assert all(file.is_file() for file in first.kept.files), "they are those of the way that lost as well"
@@ -168,12 +171,7 @@ def test_where_what_was_kept_cannot_be_made_again_all_are_measured_anew(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
-    def selected(run: Run) -> Any:
-        made = Made({"": program}, {})
-        chosen = [Offering(), Slow()]
-        return select(run, nn.Linear(8, 8), (X,), made, chosen, {}, TARGET, automatic=True, measure=False)
-
-    assert selected(Run(Progress())).kept.backend.name == "offering"
+    assert selected(program, Offering(), Slow(), automatic=True).kept.backend.name == "offering"
 
     def lower(self: Offering, program: optc.Program, target: optc.Target, folder: Path) -> optc.Lowered:
         if type(self) is Offering:
@@ -182,7 +180,7 @@ def test_where_what_was_kept_cannot_be_made_again_all_are_measured_anew(
 
     monkeypatch.setattr(Offering, "lower", lower)
     run = Run(Progress())
-    again = selected(run)
+    again = selected(program, Offering(), Slow(), automatic=True, run=run)
     assert again.kept.backend.name == "slow"
     assert run.notes == ["what was kept before cannot be made again (no memory left): everything is measured anew"]
     assert {each.backend: each.reason for each in again.outcomes if not each.chosen} == {"offering": "no memory left"}
@@ -194,18 +192,13 @@ def test_the_ways_of_a_backend_that_is_asked_for_are_measured_with_the_baselines
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
-    def selected(measure: bool) -> Any:
-        made = Made({"": program}, {})
-        model = nn.Linear(8, 8)
-        return select(Run(Progress()), model, (X,), made, [Offering()], {}, TARGET, automatic=False, measure=measure)
-
-    found = selected(measure=True)
+    found = selected(program, Offering(), measure=True)
     assert found.kept.options == {"pause": 0.0}
     assert found.measurement.optimized == "optc pause=0.0"
     assert found.measurement.baseline == "eager-fp32"
     assert [each.title for each in found.outcomes][:2] == ["offering pause=0.0", "offering"]
-    assert selected(measure=False).kept.options == {}, "nothing is measured, and nothing recalled"
-    again = selected(measure=True)
+    assert selected(program, Offering()).kept.options == {}, "nothing is measured, and nothing recalled"
+    again = selected(program, Offering(), measure=True)
     assert again.kept.target.options["offering"]["pause"] == 0.0
     assert "chosen by the measurement of" in again.notes[0]
     assert again.measurement.optimized == "optc"
@@ -217,11 +210,7 @@ def test_that_no_other_way_is_faster_is_remembered_too(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
-    def selected() -> Any:
-        made = Made({"": program}, {})
-        return select(Run(Progress()), nn.Linear(8, 8), (X,), made, [Slow()], {}, TARGET, automatic=False, measure=True)
-
-    first, again = selected(), selected()
+    first, again = (selected(program, Slow(), measure=True) for _ in range(2))
     assert first.outcomes == again.outcomes == (), "there was nothing to choose"
     assert first.notes == ()
     assert "chosen by the measurement of" in again.notes[0]
@@ -235,3 +224,27 @@ def test_where_lists_of_passes_are_measured_other_ways_are_too(
     model = nn.Linear(8, 8)
     found = select(Run(Progress()), model, (X,), made, [Offering()], {}, TARGET, automatic=False, measure=False)
     assert found.kept.options == {"pause": 0.0}
+
+
+class Tired(Slow):
+    """Runs while it is lowered and never again."""
+
+    name = "tired"
+
+    def load(self, folder: Path, files: tuple[str, ...], target: optc.Target) -> Runner:
+        if getattr(self, "opened", False):
+            raise optc.BackendError("once is enough")
+        self.opened = True
+        return super().load(folder, files, target)
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_a_backend_that_was_asked_for_is_kept_though_it_failed_when_measured(
+    program: optc.Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = selected(program, Tired(), measure=True)
+    assert found.kept.backend.name == "tired"
+    assert found.outcomes == ()
+    assert found.measurement["optc"].error == "once is enough"
+    assert not list(tmp_path.rglob("*.json")), "it may run another time"
