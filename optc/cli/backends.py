@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import click
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from optc.cli.options import json_option, options_table, print_json
@@ -29,10 +29,11 @@ def command(name: str | None, as_json: bool) -> None:
     if as_json:
         print_json(rows)
         return
-    table = Table("backend", "what it is", "from", "here", box=None, pad_edge=False, header_style="bold")
+    here = Column("here", overflow="fold")  # a pip line is there to be copied
+    table = Table("backend", "what it is", "from", here, box=None, pad_edge=False, header_style="bold")
     for row in rows:
-        here = Text("ready", "green") if row["ready"] else Text(str(row["reason"]), "yellow")
-        table.add_row(row["name"], row["summary"], row["plugin"], here)
+        state = Text("ready", "green") if row["ready"] else Text(str(row["reason"]), "yellow")
+        table.add_row(row["name"], row["summary"], row["plugin"], state)
     stdout().print(table)
 
 

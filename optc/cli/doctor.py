@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 import click
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 import optc
@@ -105,13 +105,12 @@ def _print(diagnosis: dict[str, Any]) -> None:
     table.add_row("plugins", ", ".join(diagnosis["plugins"]))
     console.print(table)
     console.print()
-    rows = Table("what", "state", "for", "to mend it", box=None, pad_edge=False, header_style="bold")
+    what, state, mend = (Column(name, overflow="fold") for name in ("what", "state", "to mend it"))  # to be copied
+    rows = Table(what, state, "for", mend, box=None, pad_edge=False, header_style="bold")
     for row in diagnosis["packages"]:
-        state = _state(row)
-        rows.add_row(row["name"], state, row["for"], "" if row["ready"] else row["install"])
+        rows.add_row(row["name"], _state(row), row["for"], "" if row["ready"] else row["install"])
     for row in diagnosis["backends"]:
-        state = _state(row)
-        rows.add_row(f"backend {row['name']}", state, row["summary"])
+        rows.add_row(f"backend {row['name']}", _state(row), row["summary"])
     console.print(rows)
     for line in diagnosis["advice"]:
         console.print(f"! {line}", style="yellow")

@@ -332,6 +332,13 @@ def test_a_model_of_four_channels_that_prints_leaves_stdout_alone(folder: Path, 
     assert "takes 4 channels, and images have one or three" in refused.stderr
 
 
+@pytest.mark.parametrize("command", ["backends", "doctor"])
+def test_a_pip_line_is_printed_whole(command: str, optc: Run) -> None:
+    done = optc(command)
+    assert done.returncode == 0, done.stderr
+    assert "…" not in done.stdout
+
+
 def test_brackets_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     table = Table("why")
     table.add_row("pip uninstall onnxruntime && pip install 'optc[gpu]'")
