@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from optc import PassContext, Program
-from optc.rewrite import constant_of
+from optc.rewrite import constant_of, is_call
 from optc_passes.observers import PerChannelWeightObserver
 from optc_passes.quant_plan import Layer, Plan, operands
 from optc_passes.torchao_pt2e import (
@@ -173,8 +173,9 @@ class Int8Quantizer(Quantizer):
         observers = edge_or_node_to_obs_or_fq
         for place in observers:
             value = place[0] if isinstance(place, tuple) else place
-            if value.name in self._observed:
-                observers[place] = self._observed[value.name]
+            if (earlier := self._earlier(value)) is not None:
+                observers[place] = earlier
+            assert earlier or not self._observed or value.op == "get_attr", f"calibration saw nothing of {value.name}"
             self.observers[value.name] = observers[place]
         for layer in self._plan.layers:
             if layer.bias is not None:
@@ -185,6 +186,12 @@ class Int8Quantizer(Quantizer):
                 )
                 weight.layer = (source, bias)
                 derived.obs_or_fqs = [source, weight]
+
+    def _earlier(self, value: fx.Node) -> ObserverBase | None:
+        """What saw a value in an earlier preparation; a layer in half precision has a cast behind it since."""
+        if value.name not in self._observed and is_call(value, torch.ops.aten._to_copy.default):
+            (value,) = value.all_input_nodes
+        return self._observed.get(value.name)
 
 
 def _annotate(node: fx.Node, inputs: dict[fx.Node, Any] | None = None, output: Any = None) -> None:

@@ -95,6 +95,19 @@ def test_half_precision_layer_by_layer(form: str, least_db: float, fused: bool) 
     }
 
 
+@pytest.mark.parametrize("between", [nn.Identity(), nn.MaxPool2d(2)], ids=["directly", "max-pool"])
+@pytest.mark.parametrize("form", ["bf16", "fp16"])
+def test_int8_behind_half_precision_rounds_by_the_range_that_calibration_saw(form: str, between: nn.Module) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), between, nn.Conv2d(16, 8, 3)).eval()
+    program = FuseActivation()(optc.capture(model, (X,))).program
+    context = PassContext(Target(threads=1), Batches())
+    layers = LayerFormats(program, context, ActivationObserver)
+    layers.calibrate(context)
+    first, second = layers.names
+    assert layers.attempt({first: form, second: "int8"}).sqnr > 30
+
+
 def test_layers_of_every_format_in_one_program(tmp_path: Path) -> None:
     layers = prepared(fused=True)
     formats = dict(zip(layers.names, ("int8", "fp16", "int8-dynamic", "int4-weights"), strict=True))
