@@ -45,7 +45,7 @@ class ChannelsLast(Pass):
             chosen.append(node)
             if _store_weight(program, node, weights):
                 applied.append(Change("weight", node.name))
-        if not chosen:
+        if not weights and all(_is_channels_last(argument(node, "input")) for node in chosen):
             return PassResult(program, False, (), tuple(skipped))
         erase_unused(weights)
         copies: dict[fx.Node, fx.Node] = {}

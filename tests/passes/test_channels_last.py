@@ -53,6 +53,12 @@ def test_flattened_outputs_need_no_copy_back() -> None:
     run.check_same()
 
 
+def test_a_model_that_is_channels_last_already_is_left_alone() -> None:
+    """A single channel is in both formats at once."""
+    run = Run(nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(800, 5)), X[:, :1])
+    assert not run.result.modified
+
+
 def test_views_of_the_old_layout_still_hold() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
