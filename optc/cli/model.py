@@ -110,6 +110,7 @@ class Data:
         Args:
             agree: where there is no accuracy, take agreement with the model as loaded, on some images of the split.
         """
+        from optc.batches import in_batches_of
         from optc.budget import ACCURACY, Metric, agreement
         from optc.data.evaluate import evaluate
 
@@ -121,7 +122,9 @@ class Data:
             return Metric(ACCURACY, lambda call: evaluate(call, part, EVALUATION_BATCH).top1, what)
         count = min(BIG_MODEL_IMAGES if self._big else AGREEMENT_IMAGES, len(part))
         batches = [(images,) for images, _ in part.batches(min(EVALUATION_BATCH, count), limit=count)]
-        return agreement(self._loaded.module, batches, f"{count} {split} images of {part.dataset}")
+        # As many at a time as its example inputs are: it may take no other number.
+        model = in_batches_of(len(self._loaded.example_inputs[0]), self._loaded.module)
+        return agreement(model, batches, f"{count} {split} images of {part.dataset}")
 
 
 def _outputs(loaded: LoadedModel) -> int:

@@ -201,6 +201,14 @@ def test_a_budget_without_labels_is_held_as_agreement_and_says_so(folder: Path, 
     assert "40 allowed" in report["verdict"]
 
 
+def test_a_file_for_one_batch_size_has_a_budget_too(folder: Path, optc: Run) -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 5))
+    torch.export.save(torch.export.export(model, (torch.randn(1, 3, 8, 8),)), folder / "mine.pt2")
+    done = optc("optimize", "mine.pt2", *ORT, "--no-measure", "--max-drop", "50", "--json", "-o", "out", "-q")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["accuracy"]["before"] == 1.0
+
+
 def test_too_few_calibration_images_are_refused_where_ranges_are_needed(folder: Path, optc: Run) -> None:
     pictures = _pictures(folder / "pictures", 6)
     done = optc(*SMALL, "--data", str(pictures), "-q")
