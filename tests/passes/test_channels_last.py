@@ -55,7 +55,7 @@ def test_flattened_outputs_need_no_copy_back() -> None:
 
 def test_a_model_that_is_channels_last_already_is_left_alone() -> None:
     """A single channel is in both formats at once."""
-    run = Run(nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(800, 5)), X[:, :1])
+    run = Run(nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(800, 5)), torch.randn(2, 1, 12, 12))
     assert not run.result.modified
 
 
