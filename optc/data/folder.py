@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, cached_property
@@ -41,11 +42,12 @@ class FolderDataset(Dataset):
 
     ``root/CLASS/*.jpg`` is labeled; ``root/*.jpg`` is not. ``root/train``, ``root/validation`` (or ``val``) and
     ``root/test`` hold such folders each. Where one of the latter two is given, it is the test split, and validation is
-    cut from ``train``; without ``train`` it is both. If every class is named by an ImageNet-1k synset (``n01440764``),
-    labels are ImageNet's.
+    cut from ``train``; without ``train`` it is both. ``root/train`` alone is split by the seed. If every class is named
+    by an ImageNet-1k synset (``n01440764``), labels are ImageNet's. Links are followed; what begins with a dot is
+    hidden.
 
     Raises:
-        DataError: there is no such folder or no image in it.
+        DataError: there is no such folder, one in it cannot be read, or there is no image in it.
     """
 
     name = "folder"
@@ -57,7 +59,12 @@ class FolderDataset(Dataset):
         self._root = root
         if not root.is_dir():
             raise DataError(f"dataset folder '{root}' does not exist")
-        self._parts = self._find_parts()
+        try:
+            self._parts = self._find_parts()
+        except OSError as error:
+            raise DataError(
+                f"folder '{error.filename}' cannot be read: {error.strerror}", "change its permissions, or move it away"
+            ) from error
         if not any(self._parts.values()):
             raise DataError(
                 f"dataset folder '{root}' has no images",
@@ -112,7 +119,7 @@ class FolderDataset(Dataset):
             parts: dict[SplitName | None, list[_Image]] = {_SPLIT_FOLDERS[path.name]: _images(path) for path in given}
             if "train" in parts and "test" not in parts and "validation" in parts:
                 parts["test"] = parts.pop("validation")
-            return parts
+            return {None: parts["train"]} if parts.keys() == {"train"} else parts
         if any(class_ for path in given for _, class_ in _images(path)):
             raise DataError(
                 f"dataset folder '{self._root}' has '{others[0].name}' beside '{given[0].name}', which is a split",
@@ -162,7 +169,7 @@ class _FolderSplit(Split):
         whole = sum(sizes) <= _HASHED_BYTES
         digest = hashlib.sha256()
         for file, size in zip(self._files, sizes, strict=True):
-            digest.update(f"{file.relative_to(self._root).as_posix()} {size}\n".encode())
+            digest.update(os.fsencode(f"{file.relative_to(self._root).as_posix()} {size}\n"))
             if whole:
                 digest.update(file.read_bytes())
         return f"{'' if whole else 'names and sizes '}sha256:{digest.hexdigest()[:16]}"
@@ -194,12 +201,24 @@ class _FolderSplit(Split):
 
 def _images(folder: Path) -> list[_Image]:
     """Image files in a folder and its subfolders, sorted, each with the subfolder (class) it lies in, or ``""``."""
-    files = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in _SUFFIXES and path.is_file())
-    return [
-        (file, "" if file.parent == folder else file.relative_to(folder).parts[0])
-        for file in files
-        if not file.name.startswith(".")
-    ]
+    return [(file, "" if file.parent == folder else file.relative_to(folder).parts[0]) for file in _walk(folder)]
+
+
+def _walk(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Image files in a folder and below; a link back to a folder that it is in (one of ``above``) is not followed.
+
+    Unlike ``Path.rglob`` it follows links to folders and raises on folders that cannot be read.
+    """
+    real = folder.resolve()
+    if real in above:
+        return
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from _walk(path, (*above, real))
+        elif path.suffix.lower() in _SUFFIXES and path.is_file():
+            yield path
 
 
 def _cut(files: list[_Image], name: SplitName) -> list[_Image]:

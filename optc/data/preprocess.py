@@ -27,8 +27,15 @@ def prepare_image(image: Image.Image, preprocessing: Preprocessing) -> NDArray[n
 
     Returns:
         Array of shape (channels, height, width), uint8, not normalised.
+
+    Raises:
+        ValueError: its pixels are floats or integers of 32 bits, of which nobody knows what white is.
     """
     channels, height, width = preprocessing.input_size
+    if image.mode.startswith("I;16"):  # convert() would clip them to 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"nobody knows what white is among pixels of PIL's mode {image.mode}, of 32 bits")
     image = image.convert("L" if channels == 1 else "RGB")
     short, long = sorted(image.size)
     scaled = int(preprocessing.resize * long / short)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +81,55 @@ def test_without_train_the_other_split_is_both(tmp_path: Path) -> None:
     write_class(tmp_path / "val", "apple", 5)
     dataset = FolderDataset(tmp_path)
     assert files_of(dataset.split("test", SMALL)) == files_of(dataset.split("validation", SMALL))
+
+
+def test_train_alone_is_split_by_the_seed(tmp_path: Path) -> None:
+    for name in COLOURS:
+        write_class(tmp_path / "train", name, 10)
+    dataset = FolderDataset(tmp_path)
+    splits = [dataset.split(name, SMALL) for name in SPLIT_NAMES]
+    assert [len(split) for split in splits] == [21, 3, 6]
+    assert len(set.union(*map(files_of, splits))) == 30
+    assert all(map(colours_match_labels, splits))
+
+
+def test_hidden_folders_are_no_classes_and_links_to_folders_are(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    for name in ("apple", ".cache", "apple/.thumbnails"):
+        write_class(root, name, 2)
+    write_class(tmp_path / "elsewhere", "leaf", 2)
+    (root / "leaf").symlink_to(tmp_path / "elsewhere" / "leaf")
+    (root / "apple" / "again").symlink_to(root)  # a loop
+    dataset = FolderDataset(root)
+    assert dataset.class_names == ("apple", "leaf")
+    assert len(dataset.split("train", SMALL)) == 4
+
+
+def test_a_class_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in COLOURS:
+        write_class(tmp_path, name, 2)
+    listed = Path.iterdir
+
+    def iterdir(self: Path) -> Iterator[Path]:  # root may read everything
+        if self.name == "leaf":
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return listed(self)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    with pytest.raises(DataError, match=r"folder '.*/leaf' cannot be read: Permission denied"):
+        FolderDataset(tmp_path)
+
+
+def test_names_that_are_no_utf8_have_a_hash(tmp_path: Path) -> None:
+    Image.new("RGB", (20, 20)).save(tmp_path / "plain.png")
+    (tmp_path / "plain.png").rename(tmp_path / os.fsdecode(b"caf\xe9.png"))
+    assert "sha256:" in FolderDataset(tmp_path).split("train", SMALL).description
+
+
+def test_an_image_whose_white_nobody_knows_is_named(tmp_path: Path) -> None:
+    Image.new("F", (20, 20)).save(tmp_path / "depth.tif")
+    with pytest.raises(DataError, match=r"image '.*/depth\.tif' cannot be read: nobody knows what white is"):
+        list(FolderDataset(tmp_path).split("train", SMALL).batches(1))
 
 
 def test_missing_train_is_an_error_when_asked_for(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -51,6 +53,22 @@ def test_equals_timms_transforms(size: tuple[int, int]) -> None:
 def test_every_mode_becomes_rgb(mode: str) -> None:
     pixels = prepare_image(photograph(50, 40, mode), Preprocessing(input_size=(3, 32, 32), resize=36))
     assert (pixels.shape, pixels.dtype) == ((3, 32, 32), np.uint8)
+
+
+@pytest.mark.parametrize("dtype", ["<u2", ">u2"])
+def test_grey_of_16_bits_is_scaled_and_not_clipped(dtype: str, tmp_path: Path) -> None:
+    grey = np.linspace(0, 255, 256, dtype=np.uint8).reshape(16, 16)
+    plain = Preprocessing(input_size=(3, 16, 16), resize=16)
+    Image.fromarray((grey.astype(np.uint16) * 257).astype(dtype)).save(tmp_path / "deep.tif")
+    with Image.open(tmp_path / "deep.tif") as image:
+        assert image.mode.startswith("I;16")
+        np.testing.assert_array_equal(prepare_image(image, plain), np.stack([grey] * 3))
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_pixels_without_a_known_white_are_refused(mode: str) -> None:
+    with pytest.raises(ValueError, match=f"mode {mode}"):
+        prepare_image(photograph(50, 40, "L").convert(mode), Preprocessing())
 
 
 def test_grey_models_get_one_channel() -> None:
