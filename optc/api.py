@@ -28,9 +28,9 @@ from optc.lowering.node_times import node_times
 from optc.lowering.pipeline import staged
 from optc.machine import isa, total_memory
 from optc.ops.costs import node_costs
-from optc.passmanager.alternatives import Alternatives, did
+from optc.passmanager.alternatives import Alternatives
 from optc.passmanager.compare import compare
-from optc.passmanager.contract import Calibration, Change, Instrument, Latency, Pass, PassContext
+from optc.passmanager.contract import Calibration, Instrument, Latency, Pass, PassContext
 from optc.passmanager.instruments import Statistics, Timing, Verify
 from optc.passmanager.manager import PassManager
 from optc.program import ModelInfo, Program
@@ -198,7 +198,7 @@ def optimize(
     whole = budget_of(search, model, captured, max_drop)
     tried: list[str] = []
     least_db = -math.inf
-    last: list[list[tuple[str, tuple[Change, ...]]]] = []
+    last: list[str] = []
     for trial in _trials(asked, max_drop):
         budget = None
         if whole and trial.max_drop is not None:
@@ -214,10 +214,11 @@ def optimize(
             tried.append(f"{trial.what}: {error.message}")
             least_db = error.min_sqnr_db + _MORE_DB
             continue
-        doing = [did(program) for program in made.programs.values()]
-        if doing == last and trial.max_drop is not None:
-            continue
-        last = doing
+        if trial.max_drop is not None:
+            doing = [each.fingerprint(contents=True) for each in made.programs.values()]
+            if doing == last:
+                continue
+            last = doing
         program = next(iter(made.programs.values()))
         if max_drop is None:
             del captured, watchers, batches, context, given, whole, budget  # frees the float weights

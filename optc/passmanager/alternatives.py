@@ -9,7 +9,7 @@ from typing import Any
 from optc.errors import DataError, OptcError, UnknownNameError
 from optc.machine import BF16_FLAGS
 from optc.ops.costs import node_costs
-from optc.passmanager.contract import Change, Pass, PassContext
+from optc.passmanager.contract import Pass, PassContext
 from optc.passmanager.manager import PassManager, build_passes, read_pass
 from optc.program import Program
 
@@ -112,6 +112,7 @@ class Alternatives:
             return Made({text: manager(program, context).program}, {})
         made: dict[tuple[str, ...], Program] = {(): program}
         programs: dict[str, Program] = {}
+        prints: dict[str, str] = {}
         dropped: dict[str, str] = {}
         failure: OptcError | None = None
         for text, manager in self.lists.items():
@@ -126,8 +127,8 @@ class Alternatives:
             except OptcError as error:
                 failure, dropped[text] = failure or error, str(error)
                 continue
-            twin = next((each for each, other in programs.items() if did(other) == did(result)), None)
-            if twin is None:
+            twin = prints.setdefault(result.fingerprint(contents=True), text)
+            if twin == text:
                 programs[text] = result
             else:
                 dropped[text] = f"does the same as {twin} here"
@@ -162,8 +163,3 @@ def _run(manager: PassManager, made: dict[tuple[str, ...], Program], context: Pa
         if path not in made:
             made[path] = each(made[before], context).program
     return made[path]
-
-
-def did(program: Program) -> list[tuple[str, tuple[Change, ...]]]:
-    """What passes did to a program: the same for two made alike of one."""
-    return [(record.name, record.applied) for record in program.history if record.modified]

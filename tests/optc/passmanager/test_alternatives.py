@@ -148,6 +148,13 @@ def test_a_list_that_does_what_another_does_is_left_out(captured: optc.Program) 
     assert made.dropped == {"fold-batch-norm,fold-layer-norm": "does the same as fold-batch-norm here"}
 
 
+def test_lists_that_differ_in_options_alone_are_both_kept(captured: optc.Program, images: list[torch.Tensor]) -> None:
+    made = Alternatives.of("quant | quant<observer=percentile;percentile=90>").run(captured, context(images))
+    assert made.dropped == {}
+    changes = [program.history[-1].applied for program in made.programs.values()]
+    assert changes[0] == changes[1], "or the test says nothing"
+
+
 def test_options_go_to_every_list_that_has_the_pass() -> None:
     asked = Alternatives.of("auto", {"quant": {"observer": "mse"}})
     observers = [each.options.observer for m in asked.lists.values() for each in m.passes if each.name == "quant"]
