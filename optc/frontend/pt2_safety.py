@@ -4,16 +4,23 @@
 loads shared libraries (AOTInductor packages), resolves operators by attribute look-up from ``torch`` and evaluates
 shape expressions as Python (``sympy.sympify``). Ordinary files need none of the dangerous kinds, so files that have
 them are refused.
+
+PyTorch's reader of archives is not Python's, and a file can be made to look different to the two. So what is checked
+here, and loaded then, is a copy that Python wrote.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
+import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -47,57 +54,105 @@ _PURE_CALLS = frozenset(
 _EXPRESSION = re.compile(r"[\w\s()*/+\-,<>=!&|~%.]*")
 _SYMBOL = re.compile(r"Symbol\('\w+'(, \w+=(True|False))*\)")
 _NAME = re.compile(r"[\w.-]*")
-_NO_NAMES = frozenset(("metadata", "in_spec", "out_spec", "torch_version", "as_string", "as_strings", "guards_code"))
-"""Keys of what is no name: tracebacks, trees of inputs as JSON, versions, strings that PyTorch quotes, and checks of
-inputs, which are Python and run only in a module that is made with them: optc asks for one without."""
+_TREES = frozenset(("in_spec", "out_spec"))
+_NO_NAMES = frozenset(
+    (
+        *("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "custom", "from_node"),
+        *("torch_version", "as_string", "as_strings", "guards_code"),
+    )
+)
+"""Keys of texts that are no names: metadata of nodes, versions, strings that PyTorch quotes, and checks of inputs,
+which are Python and run only in a module that is made with them: optc asks for one without. A file may call values so,
+too; what it has at such a key is not text alone."""
+_IMPORTS = frozenset(("__enum__", "default_factory_module"))
+"""Keys in a tree of inputs at which PyTorch imports a module that the file names."""
+_MODEL = re.compile(r"models/[^/]+\.json")
+_MEMBER = re.compile(
+    rf"{_MODEL.pattern}|data/(weights|constants|sample_inputs)/.+|extra/.+"
+    r"|archive_format|archive_version|byteorder|\.\w+|\.data/\w+",
+    re.DOTALL,
+)
+_MALFORMED = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
+"""What reading it raises where it is no such file; of ``RuntimeError`` are encrypted members, ways to compress that
+Python does not know, and JSON that is nested too deep."""
 _ATTRIBUTE = re.compile(r"\.\s*[A-Za-z_]|__")
 
 
-def refuse_unsafe(path: Path) -> None:
-    """Check a ``.pt2`` file before ``torch.export.load`` sees it.
+@contextmanager
+def checked_copy(path: Path) -> Iterator[IO[bytes]]:
+    """A copy of a ``.pt2`` file, in no folder, that ``torch.export.load`` may see.
 
     Raises:
-        OptcError: it is no such file, or loading it could run code; says which part.
+        OptcError: it is no such file, cannot be copied, or loading it could run code; says which part.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            reason = next(_objections(archive), None)
-    except FileNotFoundError:
-        raise OptcError(f"model file '{path}' does not exist") from None
-    except (zipfile.BadZipFile, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise OptcError(f"'{path}' is not a readable .pt2 file: {error}", "write it with torch.export.save") from error
-    if reason:
-        raise OptcError(
-            f"'{path}' {reason}, and loading that could run code",
-            "export it again with this PyTorch's torch.export.save, or name its factory as package.module:factory",
-        )
+    with tempfile.TemporaryFile() as copy:
+        try:
+            reason = _copied(path, copy) or _content_objection(copy)
+        except FileNotFoundError:
+            raise OptcError(f"model file '{path}' does not exist") from None
+        except OSError as error:
+            raise OptcError(
+                f"'{path}' cannot be copied to {tempfile.gettempdir()}: {error.strerror or error}"
+            ) from error
+        except _MALFORMED as error:
+            raise OptcError(
+                f"'{path}' is not a readable .pt2 file: {error}", "write it with torch.export.save"
+            ) from error
+        if reason:
+            raise OptcError(
+                f"'{path}' {reason}, and loading that could run code",
+                "export it again with this PyTorch's torch.export.save, or name its factory as package.module:factory",
+            )
+        copy.seek(0)
+        yield copy
 
 
-def _objections(archive: zipfile.ZipFile) -> Iterator[str]:
-    names = archive.namelist()
+def _copied(path: Path, copy: IO[bytes]) -> str | None:
+    """Write the members once more, or say what is wrong with their names."""
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as written:
+        names = archive.namelist()
+        if reason := next(_name_objections(names), None):
+            return reason
+        for name in names:
+            with archive.open(name) as source, written.open(name, "w", force_zip64=True) as target:
+                shutil.copyfileobj(source, target, 1 << 20)
+    return None
+
+
+def _name_objections(names: list[str]) -> Iterator[str]:
     if len({name.casefold() for name in names}) != len(names):
         yield "has two members of one name"
     if len({name.partition("/")[0] for name in names}) != 1:  # PyTorch would read another than is looked at here
         yield "has members outside its folder"
-    members = {name.partition("/")[2]: name for name in names}
-    models = [member for member in members if re.fullmatch(r"models/[^/]+\.json", member)]
-    if not models:
+    members = [name.partition("/")[2] for name in names]
+    if not any(map(_MODEL.fullmatch, members)):
         raise ValueError("it holds no exported program")
-    for member, name in members.items():
+    for member in members:
         if member.startswith("data/aotinductor/"):
             yield "holds compiled machine code"
-        elif member.startswith(("data/weights/", "data/constants/")):
-            if member.endswith("_config.json"):
-                yield from _payload_objections(json.loads(archive.read(name)))
-            elif member.endswith(".pt"):
-                yield "holds pickled weights (an old format)"
+        elif member.startswith(("data/weights/", "data/constants/")) and member.endswith(".pt"):
+            yield "holds pickled weights (an old format)"
+        elif not _MEMBER.fullmatch(member):
+            yield f"holds {member!r}, which is not looked into"
+
+
+def _content_objection(file: IO[bytes]) -> str | None:
+    with zipfile.ZipFile(file) as archive:
+        return next(_content_objections(archive), None)
+
+
+def _content_objections(archive: zipfile.ZipFile) -> Iterator[str]:
+    for name in archive.namelist():
+        member = name.partition("/")[2]
+        if member.startswith(("data/weights/", "data/constants/")) and member.endswith("_config.json"):
+            yield from _payload_objections(json.loads(archive.read(name)))
         elif member.startswith("data/sample_inputs/"):
             with archive.open(name) as file:
                 try:
                     torch.load(file, weights_only=True, map_location="cpu")
                 except Exception:
                     yield "holds pickled example inputs that are not tensors"
-        elif member in models:
+        elif _MODEL.fullmatch(member):
             yield from _graph_objections(json.loads(archive.read(name)))
 
 
@@ -130,9 +185,28 @@ def _graph_objections(value: Any) -> Iterator[str]:
                 if not all(map(_is_arithmetic, item)):
                     yield f"has the shape expressions {list(item)!r}"
                 yield from _graph_objections(list(item.values()))
-            elif key not in _NO_NAMES:
+            elif key in _TREES and isinstance(item, str):
+                if _imports(item):
+                    yield f"names a module in its {key}"
+            elif key not in _NO_NAMES or not _is_text(item):
                 yield from _graph_objections(key)
                 yield from _graph_objections(item)
+
+
+def _is_text(value: Any) -> bool:
+    return all(isinstance(part, str) for part in (value if isinstance(value, list) else [value]))
+
+
+def _imports(value: Any) -> bool:
+    """Whether a tree of inputs, in which JSON is quoted as strings of JSON, makes PyTorch import a module."""
+    if isinstance(value, str):
+        try:
+            return _imports(json.loads(value))
+        except ValueError:
+            return False
+    if isinstance(value, dict):
+        return not _IMPORTS.isdisjoint(value) or any(map(_imports, value.values()))
+    return isinstance(value, list) and any(map(_imports, value))
 
 
 def _is_known_operator(target: str) -> bool:

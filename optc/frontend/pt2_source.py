@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optc.errors import OptcError
-from optc.frontend.pt2_safety import refuse_unsafe
+from optc.frontend.pt2_safety import checked_copy
 from optc.frontend.source import BuiltModel, ModelSource
 from optc.program import Preprocessing
 
@@ -50,20 +50,20 @@ class Pt2Source(ModelSource):
 
 
 def load_exported(path: Path) -> ExportedProgram:
-    """Load a ``.pt2`` file that :func:`~optc.frontend.pt2_safety.refuse_unsafe` finds nothing wrong with.
+    """Load a ``.pt2`` file by way of :func:`~optc.frontend.pt2_safety.checked_copy`.
 
     Raises:
         OptcError: it cannot be loaded, or loading it could run code.
     """
     import torch
 
-    refuse_unsafe(path)
     log = logging.getLogger("torch.export")
-    level = log.level
-    log.setLevel(logging.CRITICAL)  # It logs the traceback of what it then raises.
-    try:
-        return torch.export.load(path)
-    except Exception as error:
-        raise OptcError(f"'{path}' cannot be loaded: {error}", "was it written by a newer PyTorch?") from error
-    finally:
-        log.setLevel(level)
+    with checked_copy(path) as copy:
+        level = log.level
+        log.setLevel(logging.CRITICAL)  # It logs the traceback of what it then raises.
+        try:
+            return torch.export.load(copy)
+        except Exception as error:
+            raise OptcError(f"'{path}' cannot be loaded: {error}", "was it written by a newer PyTorch?") from error
+        finally:
+            log.setLevel(level)

@@ -18,7 +18,8 @@ from torch.export import Dim
 from optc import capture
 from optc.errors import OptcError
 from optc.frontend.load import load_model
-from optc.frontend.pt2_safety import refuse_unsafe
+from optc.frontend.pt2_safety import checked_copy
+from optc.frontend.pt2_source import load_exported
 
 Members = dict[str, bytes]
 
@@ -43,6 +44,11 @@ def file(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
     exported = torch.export.export(model, (torch.randn(2, 3, 8, 8),), dynamic_shapes=({0: Dim.DYNAMIC},))
     torch.export.save(exported, path)
     return path
+
+
+def refuse_unsafe(path: Path) -> None:
+    with checked_copy(path):
+        pass
 
 
 def rewritten(file: Path, target: Path, edit: Callable[[Members], None]) -> Path:
@@ -158,6 +164,10 @@ def test_pickles_are_refused_though_torch_would_run_them(
         (lambda m: forward_arguments(m).append("y=print()"), r"names a value 'y=print\(\)'"),
         (lambda m: weights(m)[0]["parameter"].update(parameter_name='w"),print(), ("'), "names a value 'w\""),
         (lambda m: m["graph_module"].update({"x=print()": 1}), "names a value 'x="),
+        (lambda m: hidden(m, "metadata"), "shape expression"),
+        (lambda m: hidden(m, "as_string"), "shape expression"),
+        (lambda m: called(m)["signature"].update(in_spec=spec({"__enum__": True, "fqn": "a:b"})), "module in its in_"),
+        (lambda m: called(m)["signature"].update(out_spec=spec({"default_factory_module": "a"})), "module in its out_"),
     ],
 )  # fmt: skip
 def test_graphs_that_reach_beyond_tensors_are_refused(
@@ -168,8 +178,24 @@ def test_graphs_that_reach_beyond_tensors_are_refused(
         refuse_unsafe(path)
 
 
+def called(model: Any) -> Any:
+    return model["graph_module"]["module_call_graph"][0]
+
+
 def forward_arguments(model: Any) -> Any:
-    return model["graph_module"]["module_call_graph"][0]["signature"]["forward_arg_names"]
+    return called(model)["signature"]["forward_arg_names"]
+
+
+def hidden(model: Any, name: str) -> None:
+    """Give a size that is called like a text of PyTorch's."""
+    size = {"as_expr": {"expr_str": "print()", "hint": None}}
+    model["graph_module"]["graph"]["sym_int_values"][name] = size
+
+
+def spec(context: Any) -> str:
+    """A tree of inputs that holds one dictionary, its keys as JSON that hides theirs."""
+    quoted = json.dumps(context).replace("_", "\\u005f")
+    return json.dumps([1, {"type": "builtins.dict", "context": quoted, "children_spec": []}])
 
 
 def weights(model: Any) -> Any:
@@ -208,6 +234,61 @@ def test_machine_code_and_doubled_members_are_refused(file: Path, tmp_path: Path
         archive.writestr(archive.namelist()[0], b"")
     with pytest.raises(OptcError, match="two members of one name"):
         refuse_unsafe(doubled)
+
+
+@pytest.mark.parametrize("name", ["models/x/y.json", "models/evilABCDE", "Data/sample_inputs/model.pt"])
+def test_members_that_only_torch_would_read_are_refused(name: str, file: Path, tmp_path: Path) -> None:
+    def add(members: Members) -> None:
+        members.pop("data/sample_inputs/model.pt")
+        members[name] = b"{}"
+
+    with pytest.raises(OptcError, match=f"holds '{name}', which is not looked into"):
+        refuse_unsafe(rewritten(file, tmp_path / "a.pt2", add))
+
+
+def test_torch_reads_what_was_checked(file: Path, tmp_path: Path) -> None:
+    """Of two archives in one file Python reads the second, PyTorch the first: there is a directory where it looks."""
+
+    def zero(members: Members) -> None:
+        members["data/weights/weight_0"] = bytes(len(members["data/weights/weight_0"]))
+
+    zeroed, same = rewritten(file, tmp_path / "0.pt2", zero), rewritten(file, tmp_path / "1.pt2", lambda members: None)
+    both = tmp_path / "both.pt2"
+    both.write_bytes(zeroed.read_bytes() + same.read_bytes())
+    assert torch.export.load(both).state_dict["0.weight"].count_nonzero() == 0
+    weight = torch.export.load(file).state_dict["0.weight"]
+    torch.testing.assert_close(load_exported(both).state_dict["0.weight"], weight)
+
+
+def encrypted(data: bytes) -> bytes:
+    return changed(data, 8, 1)
+
+
+def in_an_unknown_way(data: bytes) -> bytes:
+    return changed(data, 10, 77)
+
+
+def changed(data: bytes, offset: int, value: int) -> bytes:
+    """A field of two bytes of the directory's first entry replaced."""
+    entry = data.index(b"PK\x01\x02") + offset
+    return data[:entry] + value.to_bytes(2, "little") + data[entry + 2 :]
+
+
+@pytest.mark.parametrize("change", [encrypted, in_an_unknown_way])
+def test_members_that_python_cannot_read_give_one_line(
+    change: Callable[[bytes], bytes], file: Path, tmp_path: Path
+) -> None:
+    path = rewritten(file, tmp_path / "a.pt2", lambda members: None)
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(OptcError, match=r"is not a readable \.pt2 file"):
+        refuse_unsafe(path)
+
+
+def test_deep_json_gives_one_line(file: Path, tmp_path: Path) -> None:
+    deep = b"[" * 100_000
+    path = rewritten(file, tmp_path / "a.pt2", lambda members: members.update({"models/model.json": deep}))
+    with pytest.raises(OptcError, match=r"is not a readable \.pt2 file"):
+        refuse_unsafe(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK no zip", None])
