@@ -151,10 +151,17 @@ def layers_after(program: Program, value: fx.Node, axis: int, shifted: bool) -> 
             if next_axis is None:
                 what = "the output" if user.op == "output" else label(user)
                 return f"{what} is neither a convolution nor a linear layer"
-            if shifted and is_call(user, *_PADS) and any(argument(user, "pad")) and pad_mode(user) == "constant":
+            if _puts_in(user, shifted):
                 return f"{label(user)} after it pads with a constant"
             pending.append((user, next_axis))
     return found or "there is nothing"
+
+
+def _puts_in(node: fx.Node, shifted: bool) -> bool:
+    """Whether a node adds values that are not its input's; to a scale alone, zeros are like all others."""
+    if not is_call(node, *_PADS) or not any(argument(node, "pad")) or pad_mode(node) != "constant":
+        return False
+    return shifted or pad_value(node) != 0
 
 
 def _rank(value: fx.Node | None) -> int:

@@ -37,6 +37,7 @@ FOLDED = {
     "convolution": (Scaled(lambda m, x: m.conv(x) * m.pixel_gamma), IMAGE),
     "transposed convolution": (Scaled(lambda m, x: m.up(x) * m.pixel_gamma), IMAGE),
     "across permute": (Scaled(lambda m, x: m.linear(x).permute(0, 2, 1) * m.pixel_gamma[:, 0]), TOKENS),
+    "zero pad after": (Scaled(lambda m, x: m.linear(nn.functional.pad(x.relu() * m.gamma, (0, 0, 1, 2)))), TOKENS),
     "before the layer": (Scaled(lambda m, x: m.linear(x.relu() * m.gamma)), TOKENS),
 }
 
@@ -62,6 +63,11 @@ BLOCKED = {
         Scaled(lambda m, x: m.linear(x).relu() * m.gamma),
         TOKENS,
         "relu before it is neither a convolution nor a linear layer, and after it the output is neither",
+    ),
+    "pad with ones after": (
+        Scaled(lambda m, x: m.linear(nn.functional.pad(x.relu() * m.gamma, (0, 0, 1, 2), value=1.0))),
+        TOKENS,
+        "pad after it pads with a constant",
     ),
     "other dimension": (
         Scaled(lambda m, x: m.linear(x.transpose(1, 2)[:, :, :1].expand(-1, -1, 8)) * m.pixel_gamma[:, 0]),
