@@ -86,7 +86,7 @@ def refusal(node: fx.Node) -> str | None:
     if isinstance(node.target, OpOverload) and (reason := _objection(node.target)):
         return reason
     try:
-        _encode([node.args, node.kwargs], dict.fromkeys(node.all_input_nodes, 0))
+        _encode([node.args, *node.kwargs.values()], dict.fromkeys(node.all_input_nodes, 0))
     except TypeError as error:
         return str(error)
     return None
@@ -116,7 +116,8 @@ def write_graph(program: Program, folder: Path) -> tuple[str, str]:
     for node in program.graph.nodes:
         if node.op == "call_function":
             target = _FUNCTION_NAMES.get(node.target) or str(node.target)
-            calls.append([node.name, target, _encode(node.args, index), _encode(dict(node.kwargs), index)])
+            keywords = {key: _encode(value, index) for key, value in node.kwargs.items()}
+            calls.append([node.name, target, _encode(node.args, index), keywords])
             index[node] = len(index)
     document = {
         "format": "optc graph",
@@ -159,7 +160,7 @@ def _build(document: Mapping[str, Any], tensors: Mapping[str, Tensor], batch: in
     root, graph = torch.nn.Module(), fx.Graph()
     values: list[fx.Node] = []
     examples = []
-    # Placeholders and attributes are written into generated code by name, so their names are made here, not read.
+    # Names are written into generated code: they are made here, or lose what could be code.
     for number, entry in enumerate(document["inputs"]):
         values.append(graph.placeholder(f"input_{number}"))
         shape = [batch if size is None else int(size) for size in entry["shape"]]
@@ -169,8 +170,9 @@ def _build(document: Mapping[str, Any], tensors: Mapping[str, Tensor], batch: in
         values.append(graph.get_attr(f"constant_{number}"))
     for name, target, args, kwargs in document["calls"]:
         function = _resolve(target)
-        arguments, keywords = _decode(args, values, device), _decode(kwargs, values, device)
-        values.append(graph.create_node("call_function", function, tuple(arguments), keywords, name=str(name)))
+        keywords = {key: _decode(item, values, device) for key, item in _keywords(function, kwargs).items()}
+        arguments, plain = tuple(_decode(args, values, device)), re.sub(r"\W", "_", str(name), flags=re.ASCII)
+        values.append(graph.create_node("call_function", function, arguments, keywords, name=plain))
     graph.output(tuple(_decode(document["outputs"], values, device)))
     dynamic = any(entry["shape"][:1] == [None] for entry in document["inputs"])
     return Program(graph_module(root, graph), tuple(examples), dynamic)
@@ -197,8 +199,6 @@ def _encode(value: Any, index: Mapping[fx.Node, int]) -> Any:
         return {"value": index[value]}
     if isinstance(value, (list, tuple)):
         return [_encode(item, index) for item in value]
-    if isinstance(value, dict):
-        return {str(key): _encode(item, index) for key, item in value.items()}
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
@@ -226,7 +226,16 @@ def _decode(value: Any, values: list[fx.Node], device: str) -> Any:
             return torch.device(device)
         if kind in _TYPES and isinstance(content, str):
             return _named(content, _TYPES[kind])
-    return {key: _decode(item, values, device) for key, item in value.items()}
+    raise ValueError(f"an argument is {value!r}")
+
+
+def _keywords(function: Callable[..., Any], given: Any) -> dict[str, Any]:
+    """Arguments by names that the operator has: no other may come into generated code."""
+    keywords = dict(given)
+    known = [argument.name for argument in function._schema.arguments] if isinstance(function, OpOverload) else []
+    if unknown := [key for key in keywords if key not in known]:
+        raise ValueError(f"{function} takes no argument {unknown[0]!r}")
+    return keywords
 
 
 def _named(name: str, cls: type) -> Any:

@@ -69,7 +69,8 @@ class Odd(nn.Module):
         y = self.second(self.first(x.to(torch.bfloat16))).to(torch.float32, memory_format=torch.contiguous_format)
         y = torch.where(y > 0, y, torch.full_like(y, -math.inf)).amax(0)
         steps = torch.arange(x.shape[0] * 2, device=x.device, dtype=torch.float32) / (x.shape[0] + 1)
-        return y, steps, x.reshape(x.shape[0] * 2, 2) @ self.table
+        z = x.reshape(x.shape[0] * 2, 2) @ self.table
+        return y, steps, torch.addcmul(z, z, z, value=0.5)
 
 
 def test_arguments_of_every_kind(tmp_path: Path) -> None:
@@ -125,6 +126,10 @@ HOSTILE = {
     "a missing constant": {"constants": ["nothing"]},
     "another format": {"format": "else"},
     "a newer version": {"version": 99},
+    "a list of arguments by name": {"calls": [["f", "aten.relu.default", [VALUE], [1]]]},
+    "a dictionary": {"calls": [["f", "aten.relu.default", [{"a": 1, "b": 2}], {}]]},
+    "an argument of another": {"calls": [["f", "aten.relu.default", [VALUE], {"approximate": "none"}]]},
+    "an argument by name of a function on numbers": {"calls": [["f", "_operator.neg", [], {"a": VALUE}]]},
 }
 
 
@@ -144,9 +149,16 @@ def test_names_and_strings_in_a_file_never_become_code(tmp_path: Path) -> None:
     )
     program = read_graph(folder, batch=1)
     program.run(torch.randn(1, 4))
-    with pytest.raises(BackendError):
-        read_graph(tampered(tmp_path, calls=[["y", "aten.gelu.default", [VALUE], {f"a={code}, b": "none"}]]), batch=1)
+    for key in (f"a={code}, b", f"a = 0)\r{code}\rdef _(self):\r    pass #"):
+        with pytest.raises(BackendError, match=r"aten\.gelu\.default takes no argument 'a"):
+            read_graph(tampered(tmp_path, calls=[["y", "aten.gelu.default", [VALUE], {key: "none"}]]), batch=1)
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["x\n", "", "a b", "1", "print"])
+def test_any_name_of_a_call_can_be_read(name: str, tmp_path: Path) -> None:
+    program = read_graph(tampered(tmp_path, calls=[[name, "aten.relu.default", [VALUE], {}]]), batch=1)
+    assert program.run(-torch.ones(1, 4))[0].shape == (1, 4)
 
 
 def test_missing_or_broken_files(tmp_path: Path) -> None:
