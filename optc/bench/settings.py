@@ -12,7 +12,11 @@ from optc.errors import MeasurementError
 
 Scenario = Literal["SingleStream", "MultiStream", "Server", "Offline"]
 SCENARIOS: tuple[Scenario, ...] = get_args(Scenario)
-_LINE = re.compile(r"^[\w*.-]+\.(SingleStream|MultiStream|Server|Offline|\*)\.\w+\s+=\s+[\d.eE+-]+$")
+_LINE = re.compile(
+    r"^[\w*.-]+\.(SingleStream|MultiStream|Server|Offline|\*)\."
+    r"((target_qps|\w+_percentile|accuracy_log_probability)\s+=\s+[\d.eE+-]+|\w+\s+=\s+(0|[1-9]\d*))$"
+)
+"""Of all other numbers LoadGen reads the whole part only: ``1e3`` as 1, ``12.5`` as 12 and, octal, ``010`` as 8."""
 
 
 def loadgen_settings(
@@ -62,5 +66,5 @@ def check_user_conf(path: Path) -> None:
         if text and not text.startswith("#") and not _LINE.match(text):
             raise MeasurementError(
                 f"'{path}' line {number} is no setting: {text}",
-                "write model.Scenario.key = number, as in *.Server.target_latency = 100",
+                "write model.Scenario.key = number, whole but for target_qps, as in *.Server.target_latency = 100",
             )

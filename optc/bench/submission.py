@@ -39,26 +39,25 @@ class Submission:
     def describe(
         self,
         names: Mapping[str, str],
-        scenarios: Sequence[Scenario],
+        scenarios: Mapping[Scenario, Path | None],
         weights: Mapping[str, str],
-        user_conf: Path | None,
         commands: Sequence[str],
     ) -> None:
         """Write what goes beside the logs: the system, each benchmark's settings, and how it was made.
 
         Args:
             names: precision by candidate.
+            scenarios: those that were run, each with the file of settings that it was run with.
             weights: where the weights come from, by candidate.
             commands: what was typed.
         """
-        settings = user_conf.read_text(encoding="utf-8") if user_conf else "# MLPerf's defaults\n"
         how = "\n".join(["Made by optc with:", "", *(f"    {command}" for command in commands), ""])
         for name, precision in names.items():
-            for scenario in scenarios:
+            for scenario, conf in scenarios.items():
                 folder = self._scenario(name, scenario)
                 if not folder.exists():
                     continue  # it did not open: there are no logs
-                _write(folder / "user.conf", settings)
+                _write(folder / "user.conf", conf.read_text(encoding="utf-8") if conf else "# MLPerf's defaults\n")
                 _write(folder / "README.md", f"# {name}, {scenario}\n\n{how}")
                 _write(folder / "measurements.json", json.dumps(_measurements(precision, weights[name]), indent=1))
         _write(self._submitter / "systems" / f"{self._system}.json", json.dumps(self._description(), indent=1))

@@ -63,6 +63,10 @@ class Request:
     commands: tuple[str, ...]
     limits: tuple[str, ...]
 
+    def in_full(self, scenario: Scenario) -> bool:
+        """Whether a scenario's speed is measured in a run by MLPerf's rules; else in short blocks that take turns."""
+        return scenario != "SingleStream" or self.official
+
 
 @dataclass
 class Profile:
@@ -147,6 +151,8 @@ def profile(subjects: list[Subject], request: Request, progress: Progress) -> Pr
         for each in subjects
         if in_blocks and each.batch != _images(each, target)
     ]
+    if request.user_conf is not None and not all(map(request.in_full, request.scenarios)):
+        found.notes.append("SingleStream is measured in blocks, without --user-conf: --official runs it so")
     random = [each for each in subjects if each.weights == "random"]
     found.notes += [f"{each.name}: no accuracy, its weights are random" for each in random]
     with torch_threads(target.threads):
@@ -157,7 +163,8 @@ def profile(subjects: list[Subject], request: Request, progress: Progress) -> Pr
         precisions = {each.name: each.precision for each in found.measurement.results}
         precisions |= {each.name: each.precision for each in found.scenarios}
         weights = {name: found.subject_of(name).weights for name in precisions}
-        submission.describe(precisions, request.scenarios, weights, request.user_conf, request.commands)
+        confs = {each: request.user_conf if request.in_full(each) else None for each in request.scenarios}
+        submission.describe(precisions, confs, weights, request.commands)
     return found
 
 
@@ -186,15 +193,15 @@ def _scenarios(found: Profile, request: Request, submission: Submission | None, 
         split = _split(subject, request.dataset, found.notes)
         plan = Plan(slug(subject.name), request.target.threads, request.official, request.user_conf, SECONDS)
         for scenario in request.scenarios:
-            in_performance = scenario != "SingleStream" or request.official
-            if not in_performance and split is None:
+            in_full = request.in_full(scenario)
+            if not in_full and split is None:
                 continue
             batch = MULTISTREAM_SAMPLES if scenario in ("MultiStream", "Offline") else 1
             for candidate in subject.candidates(batch):
                 if submission is not None:
                     plan = replace(plan, log_folder=partial(submission.performance, candidate.name))
                 with progress.step(f"{scenario}: {candidate.name}") as step, _Opened(candidate) as opened:
-                    if in_performance:
+                    if in_full:
                         found.scenarios.append(_performance(scenario, candidate, opened.runner_or_reason, plan, step))
                     if split is not None and opened.runner is not None:
                         folder = submission.accuracy(candidate.name, scenario) if submission else None

@@ -31,6 +31,10 @@ def test_mlperfs_defaults_then_what_is_asked_then_the_users_file(tmp_path: Path)
         "*.Server.target_qps = fast",
         "x",
         "*.Server.target_qps = 3 # c",
+        "*.Server.target_latency = 12.5",
+        "*.Server.min_query_count = 1e3",
+        "*.Server.min_duration = 010",
+        "*.Server.min_duration = -5",
     ],
 )
 def test_a_line_that_is_no_setting_is_named(line: str, tmp_path: Path) -> None:
@@ -38,6 +42,14 @@ def test_a_line_that_is_no_setting_is_named(line: str, tmp_path: Path) -> None:
     conf.write_text(f"\n# fine\n{line}\n")
     with pytest.raises(MeasurementError, match=r"line 3 is no setting"):
         check_user_conf(conf)
+
+
+def test_what_is_accepted_is_what_loadgen_reads(tmp_path: Path) -> None:
+    conf = tmp_path / "user.conf"
+    conf.write_text("*.Server.target_qps = 1.5e2\n*.*.target_latency_percentile = 97.5\n*.Server.min_duration = 10\n")
+    settings = loadgen_settings("Server", "m", {}, conf)
+    assert (settings.server_target_qps, settings.server_target_latency_percentile) == (150.0, 0.975)
+    assert settings.min_duration_ms == 10
 
 
 def test_a_missing_file_is_one_line(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def root(tmp_path: Path) -> Path:
     for folder in (submission.performance("a/b c", "Offline"), submission.accuracy("a/b c", "Offline")):
         folder.mkdir(parents=True)
     submission.describe(
-        {"a/b c": "int8", "never ran": ""}, ["Offline"], {"a/b c": "", "never ran": ""}, None, ["optc x"]
+        {"a/b c": "int8", "never ran": ""}, {"Offline": None}, {"a/b c": "", "never ran": ""}, ["optc x"]
     )
     return tmp_path / "open" / "optc"
 

@@ -84,6 +84,19 @@ def test_the_table_says_what_is_valid_and_what_was_in_force(artifacts: Path, com
     assert "SingleStream" not in words
 
 
+def test_settings_are_for_what_runs_with_them(artifacts: Path, command: Command, folder: Path) -> None:
+    (folder / "my.conf").write_text("*.*.min_query_count = 70\n")
+    asked = ("--user-conf", "my.conf", "-o", "out", "--json", "-q", *ALONE)
+    done = command("profile", str(artifacts / "plain"), "--scenario", "all", *asked)
+    assert done.returncode == 0, done.stderr
+    (note,) = json.loads(done.stdout)["notes"]
+    assert note == "SingleStream is measured in blocks, without --user-conf: --official runs it so"
+    written = {path.parent.name: path.read_text() for path in (folder / "out").rglob("user.conf")}
+    own = (folder / "my.conf").read_text()
+    assert [name for name, text in written.items() if text != own] == ["SingleStream"]
+    assert len(written) == 4
+
+
 def test_accuracy_is_loadgens_and_stands_in_the_table(command: Command, folder: Path) -> None:
     made = command("optimize", "labelled_model:labelled", "--passes", "fuse", "--backend", "onnxruntime",
                    "--no-measure", "-q", "-o", "made")  # fmt: skip
