@@ -13,12 +13,12 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from optc.distributed.files import run_files
-from optc.distributed.rank import COMPUTING_LIMIT, Place, StageRank
+from optc.distributed.rank import Place, StageRank
 from optc.distributed.serve import serve
 from optc.distributed.watch import Watch, done_key, tell_exception
 from optc.errors import OptcError
 from optc.lowering.pipeline_file import PipelineFile, read_pipeline
-from optc.lowering.pipeline_ranks import JOB_VARIABLE, TIMEOUT, TIMEOUT_VARIABLE, timeout
+from optc.lowering.pipeline_ranks import COMPUTING_LIMIT, JOB_VARIABLE, TIMEOUT, TIMEOUT_VARIABLE, timeout
 from optc.lowering.pipeline_runner import memory_bytes, stage_targets
 from optc.target import Target
 

@@ -25,8 +25,6 @@ from optc.lowering.pipeline_file import PipelineFile
 from optc.stages import Wire
 from optc.target import Target
 
-COMPUTING_LIMIT = 120.0
-"""Seconds that a microbatch may take in a stage before the rank counts as hung."""
 _COLLECTIVE = timedelta(minutes=30)
 """How long a rank waits for another that is alive: as long as it takes to compile or to read a slow disk."""
 _KEPT = 4
@@ -137,9 +135,13 @@ class StageRank:
         Returns:
             The model's outputs from the last stage, nothing from the others.
         """
-        outputs = self._schedule(microbatches, batch // microbatches).eval(
-            *(tensor.to(self._device, wire.dtype) for tensor, wire in zip(inputs, self._receives, strict=False))
-        )
+        placed = [tensor.to(self._device, wire.dtype) for tensor, wire in zip(inputs, self._receives, strict=False)]
+        try:
+            outputs = self._schedule(microbatches, batch // microbatches).eval(*placed)
+        except RuntimeError as error:
+            if "failed to run forward" in str(error) and error.__cause__ is not None:
+                raise error.__cause__ from None  # PyTorch's own words do not say what went wrong
+            raise
         return tuple(outputs) if self.last else ()
 
     def wires(self) -> list[Wire]:

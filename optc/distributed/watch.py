@@ -18,7 +18,7 @@ from pathlib import Path
 from torch._C._distributed_c10d import Store
 
 from optc.errors import OptcError
-from optc.lowering.pipeline_ranks import FAILED, beat_key, silence
+from optc.lowering.pipeline_ranks import FAILED, Signs, beat_key, process_ticks, silence
 
 _STACK = 0.5
 """Seconds for a rank that does not answer to write where it is."""
@@ -36,7 +36,7 @@ class Watch(threading.Thread):
         store: a connection of its own: a call that waits holds a connection up.
         seconds: within which the job must have ended after a rank failed.
         computing_since: when the computation at work began, by :func:`time.monotonic`, or ``None``.
-        limit: seconds that a computation may take before the rank counts as hung.
+        limit: seconds that a computation may take; then this rank counts as hung and ends, with word of where it is.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Watch(threading.Thread):
         self._done = threading.Event()
         self._parent = os.getppid()
         faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)  # the main thread comes last
-        store.set(_process_key(rank), json.dumps([_host(), os.getpid(), _started(os.getpid())]))
+        store.set(_process_key(rank), json.dumps([_host(), os.getpid(), process_ticks(os.getpid())[0]]))
         store.add(beat_key(rank), 1)
         self._sibling: tuple[int, int] | None = None
 
@@ -68,7 +68,7 @@ class Watch(threading.Thread):
     def run(self) -> None:
         """Beat and look until stopped."""
         neighbour = (self._rank + 1) % self._world
-        last, since, looked = -1, time.monotonic(), time.monotonic()
+        signs, looked = Signs(), time.monotonic()
         while not self._done.wait(self._interval):
             if os.getppid() != self._parent:
                 self._leave()  # whoever started this rank is gone
@@ -77,22 +77,24 @@ class Watch(threading.Thread):
                     host, pid, started = json.loads(self._store.get(_process_key(neighbour)))
                     self._sibling = (pid, started) if host == _host() else (0, 0)
                 began = self._computing_since()
-                if began is None or time.monotonic() - began < self._limit:
-                    self._store.add(beat_key(self._rank), 1)
+                if began is not None and time.monotonic() - began > self._limit:
+                    self._give_up(time.monotonic() - began)
+                self._store.add(beat_key(self._rank), 1)
                 beat = self._store.add(beat_key(neighbour), 0)
                 failed = self._store.check([FAILED])
             except Exception:
                 if not self._done.is_set():
                     self._leave()  # the process where the ranks meet is gone
                 return
-            now = time.monotonic()
-            if beat != last or beat == 0 or now - looked > self._silence / 2:  # or this process itself was held up
-                last, since = beat, now
-            looked = now
+            if time.monotonic() - looked > self._silence / 2:  # this process itself was held up
+                signs = Signs()
+            looked = time.monotonic()
             if failed:
                 os._exit(1)
-            if now - since > self._silence:
-                self._report(neighbour, now - since)
+            pid, started = self._sibling or (0, 0)
+            found, used = process_ticks(pid) if pid else (0, 0)
+            if signs.silent(beat, used if found == started else 0) > self._silence and beat:
+                self._report(neighbour, time.monotonic() - signs.heard)
 
     def _report(self, neighbour: int, seconds: float) -> None:
         if self._store.check([done_key(neighbour)]):
@@ -101,6 +103,15 @@ class Watch(threading.Thread):
         if tell(self._store, neighbour, reason, ""):
             _say(f"rank {neighbour} (stage {neighbour}) {reason}, and the pipeline was ended")
             self._end_sibling(_STACK)
+        os._exit(1)
+
+    def _give_up(self, seconds: float) -> None:
+        """End this process, whose main thread does not come to an end."""
+        reason = f"has computed one microbatch for {seconds:.0f} s"
+        frame = sys._current_frames()[threading.main_thread().ident or 0]
+        trace = "".join(traceback.format_stack(frame)).rstrip()
+        if tell(self._store, self._rank, reason, trace):
+            _say(f"rank {self._rank} (stage {self._rank}) {reason}, and the pipeline was ended\n{trace}")
         os._exit(1)
 
     def _leave(self) -> None:
@@ -112,7 +123,7 @@ class Watch(threading.Thread):
         """Kill the neighbour if it is on this host; give it some seconds before to write where it is."""
         pid, started = self._sibling or (0, 0)
         with suppress(ProcessLookupError):
-            if pid and _started(pid) == started:
+            if pid and process_ticks(pid)[0] == started:
                 if seconds:
                     os.kill(pid, signal.SIGUSR1)
                     os.kill(pid, signal.SIGCONT)
@@ -154,13 +165,6 @@ def _host() -> str:
     with suppress(OSError):
         return f"{socket.gethostname()} {Path('/proc/self/ns/pid').readlink()}"
     return socket.gethostname()
-
-
-def _started(pid: int) -> int:
-    """When a process of this host began, in ticks: tells it from a later one of its number. 0 if there is none."""
-    with suppress(OSError, ValueError, IndexError):
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    return 0
 
 
 def _say(text: str) -> None:

@@ -32,6 +32,8 @@ JOB_VARIABLE = "OPTC_PIPELINE_JOB"
 """Tells a rank that it serves queries of this process: its connection's descriptor and its target, as JSON."""
 FAILED = "optc/failed"
 """Key of the store under which the first rank that fails leaves why, as JSON."""
+COMPUTING_LIMIT = 120.0
+"""Seconds that a microbatch, or loading a stage, may take before the rank counts as hung."""
 _STARTING = 120.0
 """Seconds for a rank to start Python and import PyTorch."""
 _DYING = 0.2
@@ -66,6 +68,40 @@ def beat_key(rank: int) -> str:
 def silence(seconds: float) -> float:
     """How long a rank may not be heard of, given the time within which the job must have ended."""
     return 0.7 * seconds
+
+
+def process_ticks(pid: int) -> tuple[int, int]:
+    """When a process of this host began, and how long it has used CPUs since, in ticks; zeros if there is none."""
+    with suppress(OSError, ValueError, IndexError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[19]), int(fields[11]) + int(fields[12])
+    return 0, 0
+
+
+class Signs:
+    """Signs of life of one rank: its beats, and without them the CPU time that it uses, if it is on this host.
+
+    Compiled code may hold Python's lock, without which no thread can beat, for as long as it computes or is loaded.
+    """
+
+    def __init__(self) -> None:
+        self._beat, self._used = -1, 0
+        self.heard = self._lived = time.monotonic()
+
+    def silent(self, beat: int, used: int = 0) -> float:
+        """Seconds without a sign of life.
+
+        Args:
+            beat: the rank's count.
+            used: CPU time that its process has used; a sign of life until :data:`COMPUTING_LIMIT` after a beat.
+        """
+        now = time.monotonic()
+        if beat != self._beat:
+            self.heard = self._lived = now
+        elif used != self._used and now - self.heard < COMPUTING_LIMIT:
+            self._lived = now
+        self._beat, self._used = beat, used
+        return now - self._lived
 
 
 def local_store(world: int, seconds: float) -> TCPStore:
@@ -112,6 +148,7 @@ class LocalRanks:
         except BaseException:
             _kill(self._processes)
             raise
+        self._signs = [Signs() for _ in self._processes]
         self._finalizer = weakref.finalize(self, _kill, self._processes)
         self._monitor = threading.Thread(target=_watch, args=(weakref.ref(self), self._closing), daemon=True)
         self._monitor.start()
@@ -173,6 +210,7 @@ class LocalRanks:
 
     def close(self) -> None:
         """Ask all to end; kill what has not within a second."""
+        self.failure = self.failure or "this runner is closed: load the model again"
         self._closing.set()
         for connection in self.connections:
             with suppress(OSError):
@@ -183,10 +221,11 @@ class LocalRanks:
                 process.wait(max(0.0, until - time.monotonic()))
         self._finalizer()
         self._monitor.join()
+        self._ended.set()
         self._logs.cleanup()
 
-    def look(self, seen: dict[int, tuple[int, float]]) -> bool:
-        """End all if one has failed; ``seen`` has the last beat of each rank and when it came.
+    def look(self) -> bool:
+        """End all if one has failed.
 
         Returns:
             Whether they were ended.
@@ -197,18 +236,16 @@ class LocalRanks:
             time.sleep(_DYING)
             self._fail(*self._why_dead())
             return True
-        now = time.monotonic()
-        for rank in range(len(self._processes)):
+        for rank, (process, sign) in enumerate(zip(self._processes, self._signs, strict=True)):
             beat = self._store.add(beat_key(rank), 0)
-            last, since = seen.get(rank, (-1, now))
-            if beat != last:
-                seen[rank] = (beat, now)
-            elif not beat and now - since > _STARTING:
+            silent = sign.silent(beat, process_ticks(process.pid)[1] if beat else 0)
+            if not beat and silent > _STARTING:
                 self._fail(rank, f"has not started within {_STARTING:.0f} s", self._last_traceback(rank))
                 return True
-            elif beat and now - since > silence(self._timeout):
+            if beat and silent > silence(self._timeout):
                 self.failure = f"rank {rank} (stage {rank}) does not answer"  # it may once it is woken: too late
-                self._fail(rank, f"has not answered for {now - since:.0f} s", self._stack(rank))
+                reason = f"has not answered for {time.monotonic() - sign.heard:.0f} s"
+                self._fail(rank, reason, self._stack(rank))
                 return True
         return False
 
@@ -256,10 +293,9 @@ def _brief(traceback: str) -> str:
 
 
 def _watch(reference: weakref.ref[LocalRanks], closing: threading.Event) -> None:
-    seen: dict[int, tuple[int, float]] = {}
     while not closing.wait(0.1):
         ranks = reference()
-        if ranks is None or ranks.look(seen):
+        if ranks is None or ranks.look():
             return
         del ranks
 

@@ -102,6 +102,71 @@ def test_an_exception_in_a_rank_arrives_with_its_traceback(stages: Path, tmp_pat
     assert "Traceback" in "".join(caught.value.__notes__)
 
 
+def in_the_last_rank(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch, limit: float = 120.0) -> None:
+    """Let the last of two ranks run some code in its stage; Python runs such a module when it starts."""
+    (folder / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    import time\n"
+        "    from optc.lowering import pipeline_ranks\n"
+        f"    pipeline_ranks.COMPUTING_LIMIT = {limit}\n"
+        "    from optc.lowering.eager import EagerRunner\n"
+        "    run_tensors = EagerRunner.run_tensors\n"
+        "    def replaced(self, *inputs):\n"
+        f"        {code}\n"
+        "        return run_tensors(self, *inputs)\n"
+        "    EagerRunner.run_tensors = replaced\n"
+    )
+    monkeypatch.syspath_prepend(str(folder))
+
+
+def test_a_stage_that_lets_no_other_thread_run_is_not_taken_for_hung(
+    stages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As compiled stages do: nothing of this line is Python's own code, so nothing lets its lock go."""
+    holds = "any(map((time.monotonic() + 2.5).__lt__, iter(time.monotonic, None)))"
+    in_the_last_rank(holds, tmp_path, monkeypatch)
+    monkeypatch.setenv(TIMEOUT_VARIABLE, "1")
+    loaded = PipelineBackend().load(stages, (PIPELINE,), Target(threads=2, batch=2))
+    try:
+        assert loaded(X[:1])[0].shape == (1, 4)
+    finally:
+        loaded.close()
+    with pytest.raises(BackendError, match="this runner is closed"):
+        loaded(X)
+
+
+def test_a_stage_that_takes_too_long_ends_all_and_tells_where_it_was(
+    stages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_the_last_rank("time.sleep(600)", tmp_path, monkeypatch, limit=0.5)
+    loaded = PipelineBackend().load(stages, (PIPELINE,), Target(threads=2, batch=2))
+    with pytest.raises(BackendError, match=r"rank 1 \(stage 1\) has computed one microbatch for .* in replaced"):
+        loaded(X)
+    loaded.close()
+
+
+class Embeds(nn.Module):
+    """Its first stage fails on numbers above 9."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.layer = nn.Embedding(10, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(self.embed(x).relu())
+
+
+def test_what_a_stage_raises_is_told_as_it_is(cut: Cut, tmp_path: Path) -> None:
+    program = cut(optc.capture(Embeds().eval(), (torch.ones(2, 3, dtype=torch.int64),)), 2)
+    description, _, _ = PipelineBackend()._lower_stages(program, Target(threads=2, batch=2), tmp_path)
+    write_pipeline(tmp_path, description)
+    loaded = PipelineBackend().load(tmp_path, (PIPELINE,), Target(threads=2, batch=2))
+    with pytest.raises(BackendError, match=r"rank 0 \(stage 0\) raised IndexError: index out of range"):
+        loaded(np.full((2, 3), 10))
+    loaded.close()
+
+
 def test_ranks_do_not_outlive_the_process_that_started_them(stages: Path) -> None:
     script = (
         "import sys, time; from pathlib import Path; from optc.lowering.pipeline import PipelineBackend;"
