@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -39,27 +40,38 @@ class Result:
     measured_on: str = ""
 
 
-def publish(name: str, benchmark: Callable[[], Result], *, command: str = "", folder: Path = RESULTS) -> None:
+def publish(
+    name: str, benchmark: Callable[[], Result], *, command: str = "", folder: Path = RESULTS, load: bool = True
+) -> None:
     """Run a benchmark, write ``NAME.json`` and ``.md`` into ``folder``, and exit with 1 if its claim did not hold.
 
     Args:
         command: what a reader types to run it; by default the script of that name.
+        load: whether to note that the machine was busy before.
     """
-    busy = load_warning()
+    busy = load_warning() if load else None
+    revision = commit()
     start = time.perf_counter()
     result = benchmark()
     if busy:
         result = Result(**{**vars(result), "notes": (*result.notes, busy)})
     facts = machine(gpus=False)
     folder.mkdir(exist_ok=True)
-    run = {"benchmark": name, "command": command or f"python benchmarks/{name}.py"}
+    run = {"benchmark": name, "command": command or f"python benchmarks/{name}.py", "commit": revision}
     document = {**run, "seconds": time.perf_counter() - start, "machine": asdict(facts), **asdict(result)}
     write(folder / f"{name}.json", json.dumps(document))
     where = result.measured_on or f"{facts.cpu}, {facts.cores} cores, {', '.join(facts.isa or ())}"
-    text = _markdown(name, result, where)
+    text = _markdown(name, result, f"{where}; commit {revision}")
     write(folder / f"{name}.md", text)
     print(text)
     sys.exit(0 if result.held else 1)
+
+
+def commit() -> str:
+    """What is measured: the commit that is checked out, or nothing known."""
+    asked = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    done = subprocess.run(asked, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
 
 
 def say(text: str) -> None:

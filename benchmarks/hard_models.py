@@ -19,7 +19,7 @@ from common import RESULTS, Result, publish, say
 from peers import LEAST_SQNR_DB, sqnr_db
 from tools.onnx_runtime import StaticInt8Defaults
 from tools.open_vino import NncfInt8
-from tools.peer import Peer, Task
+from tools.peer import JUDGED_IMAGES, Peer, Task, int8_saturates
 from tools.produce import one_line
 from tools.torchao_int8 import TorchaoInt8
 
@@ -41,6 +41,7 @@ TOOLS: dict[str, Peer] = {
 }
 BACKENDS = ("onnxruntime", "openvino", "inductor")
 IMAGES = 32
+_SATURATES = "This CPU has no VNNI: int8 kernels saturate here unless weights have 7 bits."
 
 Row = dict[str, str | float]
 
@@ -50,7 +51,7 @@ def model_rows(model: str, images: int) -> list[Row]:
     task = Task(model, 1, available_threads(), images)
     module = task.loaded.module
     with torch.no_grad():
-        reference = [module(torch.from_numpy(query)).numpy() for (query,) in task.queries]
+        reference = [module(torch.from_numpy(images)).numpy() for images in task.judged]
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="optc-hard-models-") as scratch, contextlib.chdir(scratch):
         for number, (name, peer) in enumerate(TOOLS.items()):
@@ -60,7 +61,7 @@ def model_rows(model: str, images: int) -> list[Row]:
             try:
                 peer.produce(task, folder)
                 runner = peer.load(task, folder)
-                rows.append(_row(model, name, reference, [runner(*query)[0] for query in task.queries]))
+                rows.append(_row(model, name, reference, [runner(images)[0] for images in task.judged]))
                 runner.close()
             except Exception as error:
                 rows.append({"model": model, "tool": name, "kept in float": one_line(error)})
@@ -85,7 +86,7 @@ def _optc(model: str, backend: str, task: Task, reference: list[Array]) -> Row:
         )
     except optc.OptcError as error:
         return {"model": model, "tool": name, "kept in float": str(error)}
-    row = _row(model, name, reference, [made(torch.from_numpy(query)).numpy() for (query,) in task.queries])
+    row = _row(model, name, reference, [made(torch.from_numpy(images)).numpy() for images in task.judged])
     made.close()
     reasons = Counter(
         skip.reason.split(":")[0] for each in made.report.passes if each.name == "quant" for skip in each.skipped
@@ -136,7 +137,8 @@ def benchmark(models: list[str], images: int) -> Result:
         notes=[
             f"Random weights; the same {images} synthetic images calibrate all.",
             "SQNR is of the outputs against the float32 model's; relative error is the same as a ratio of norms.",
-            "Outputs are those for four further images: one of them is 25 % of the top-1.",
+            f"Outputs are those for {JUDGED_IMAGES} further images.",
+            *([_SATURATES] if int8_saturates() else []),
         ],
     )
 

@@ -18,12 +18,13 @@ def block() -> str:
     """The table of all results, with the command that makes each."""
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     machines = list(dict.fromkeys(_machine(result) for result in results if not result.get("measured_on")))
-    lines = ["| claim | held | found | on | command |", "|---|---|---|---|---|"]
+    lines = ["| claim | held | found | on | commit | command |", "|---|---|---|---|---|---|"]
     for result in results:
         held = "yes" if result["held"] else "**no**"
         command = result.get("command", f"python benchmarks/{result['benchmark']}.py")
         on = result.get("measured_on") or ascii_uppercase[machines.index(_machine(result))]
-        lines.append(f"| {result['claim']} | {held} | {result['finding']} | {on} | `{command}` |")
+        commit = result.get("commit") or "not noted"
+        lines.append(f"| {result['claim']} | {held} | {result['finding']} | {on} | {commit} | `{command}` |")
     where = "; ".join(f"{letter}: {name}" for letter, name in zip(ascii_uppercase, machines, strict=False))
     return "\n".join(
         [*lines, "", f"Measured on {where}. Tables and raw samples are in [benchmarks/results](benchmarks/results)."]

@@ -14,7 +14,7 @@ import numpy as np
 
 from optc import Runner
 from tools.onnx_runtime import FILE, export, session_runner
-from tools.peer import Peer, Task
+from tools.peer import Peer, Task, int8_saturates
 
 HERE = Path(__file__).parent
 REQUIREMENTS = HERE / "requirements-olive.txt"
@@ -33,7 +33,8 @@ class OliveInt8(Peer):
         source.mkdir()
         export(task, source / FILE)
         np.save(folder / "calibration.npy", np.stack([batch.numpy() for batch in task.calibration]))
-        recipe = [olive_python(), HERE / "olive_recipe.py", source / FILE, folder]
+        seven_bits = ["--reduce-range"] if int8_saturates() else []
+        recipe = [olive_python(), HERE / "olive_recipe.py", source / FILE, folder, *seven_bits]
         done = subprocess.run(recipe, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(done.stderr.strip().splitlines()[-1])

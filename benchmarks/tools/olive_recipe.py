@@ -1,4 +1,7 @@
-"""Runs in Olive's environment: ``python olive_recipe.py SOURCE.onnx FOLDER``, calibrated on FOLDER/calibration.npy."""
+"""Runs in Olive's environment: ``python olive_recipe.py SOURCE.onnx FOLDER [--reduce-range]``.
+
+It calibrates on FOLDER/calibration.npy.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ def calibration_images(file: str, **_: Any) -> Images:
     return Images(file)
 
 
-def main(source: str, folder: Path) -> None:
+def main(source: str, folder: Path, reduce_range: bool) -> None:
     """Run the recipe; the model is written below ``folder/output``."""
     run(
         {
@@ -61,6 +64,7 @@ def main(source: str, folder: Path) -> None:
                     "type": "OnnxStaticQuantization",
                     "data_config": "calibration",
                     "per_channel": True,
+                    "reduce_range": reduce_range,
                     "quant_format": "QDQ",
                 },
             },
@@ -74,4 +78,4 @@ def main(source: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), "--reduce-range" in sys.argv[3:])

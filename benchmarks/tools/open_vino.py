@@ -10,9 +10,11 @@ import torch
 from optc import Runner
 from optc.lowering.backend import Array
 from optc_openvino.runtime import ov  # the import without telemetry
-from tools.peer import CallRunner, Peer, Task, require_bfloat16
+from tools.peer import CallRunner, Peer, Task, int8_saturates, require_bfloat16
 
 FILE = "model.xml"
+NOT_RELU = frozenset(("Elu", "Gelu", "HSigmoid", "HSwish", "Mish", "PRelu", "Sigmoid", "Softplus", "Swish"))
+"""Activations for which NNCF recommends its mixed preset."""
 
 
 class Float(Peer):
@@ -37,22 +39,34 @@ class Float(Peer):
 
 
 class NncfInt8(Peer):
-    """NNCF's ``quantize``; what stays unquantized runs in OpenVINO's own choice, bfloat16 where the CPU has it."""
+    """NNCF's ``quantize``; what stays unquantized runs in OpenVINO's own choice, bfloat16 where the CPU has it.
+
+    Before VNNI with weights of 7 bits, which costs no time.
+    """
 
     name = "openvino nncf int8"
+    preset: str | None = None
 
     def produce(self, task: Task, folder: Path) -> dict[str, Any]:
         """Convert, calibrate, quantize and write the IR."""
         import nncf
 
         model = convert(task)
-        attention = any(node.get_type_name() == "ScaledDotProductAttention" for node in model.get_ops())
+        kinds = {node.get_type_name() for node in model.get_ops()}
+        attention = "ScaledDotProductAttention" in kinds
+        if self.preset and (attention or NOT_RELU.isdisjoint(kinds)):
+            raise RuntimeError(
+                "transformers have this preset anyway, and where all activations are ReLU it gains nothing"
+            )
         images = [batch.numpy() for batch in task.calibration]
+        overflow = nncf.OverflowFix.ENABLE if int8_saturates() else None
         quantized = nncf.quantize(
             model,
             nncf.Dataset(images),
+            preset=nncf.QuantizationPreset(self.preset) if self.preset else None,
             subset_size=len(images),
             model_type=nncf.ModelType.TRANSFORMER if attention else None,
+            advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=overflow),
         )
         ov.save_model(quantized, folder / FILE, compress_to_fp16=False)
         return {}
@@ -60,6 +74,13 @@ class NncfInt8(Peer):
     def load(self, task: Task, folder: Path) -> Runner:
         """Compile."""
         return compile_file(folder / FILE, task, {})
+
+
+class NncfInt8Mixed(NncfInt8):
+    """The same with activations quantized asymmetrically, as NNCF recommends for other activations than ReLU."""
+
+    name = "openvino nncf int8 mixed"
+    preset = "mixed"
 
 
 def convert(task: Task) -> ov.Model:

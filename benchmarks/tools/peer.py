@@ -17,6 +17,9 @@ from optc.frontend.load import LoadedModel, load_model
 from optc.lowering.backend import Array
 from optc.machine import BF16_FLAGS, isa
 
+JUDGED_IMAGES = 32
+_DOT_PRODUCT = frozenset(("avx_vnni", "avx512_vnni", "amx_int8"))
+
 
 @dataclass(frozen=True)
 class Task:
@@ -49,6 +52,11 @@ class Task:
         """Test images, in batches; what is measured and compared."""
         return [(batch.numpy(),) for batch in self._images("test", max(4, 2 * self.batch))]
 
+    @cached_property
+    def judged(self) -> list[Array]:
+        """Test images in batches, as many at each batch size: what outputs are compared on."""
+        return [batch.numpy() for batch in self._images("test", JUDGED_IMAGES)]
+
     def _images(self, split: Any, count: int) -> list[Tensor]:
         images = SyntheticDataset().split(split, self.loaded.info.preprocessing)
         return [batch.contiguous() for batch, _ in images.batches(self.batch, count)]
@@ -80,6 +88,12 @@ def require_bfloat16() -> None:
     flags = isa()
     if flags is not None and BF16_FLAGS.isdisjoint(flags):
         raise RuntimeError("this CPU has no bfloat16 arithmetic and would emulate it")
+
+
+def int8_saturates() -> bool:
+    """Whether int8 kernels add pairs of products in 16 bits here, so that tools advise weights of 7 bits."""
+    flags = isa()
+    return flags is not None and _DOT_PRODUCT.isdisjoint(flags)
 
 
 class CallRunner(Runner):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +64,14 @@ def converted(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return module if dtype == torch.float32 else copy.deepcopy(module).to(dtype)
 
 
-def compiled(module: nn.Module, task: Task, folder: Path, dtype: torch.dtype) -> Runner:
+def compiled(module: nn.Module, task: Task, folder: Path, dtype: torch.dtype, autocast: bool = False) -> Runner:
     """``torch.compile`` of a module, compiled for the task's queries with the cache in ``folder``."""
     before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / CACHE)
     try:
         # Not by torch.compile's options: Dynamo reads this too, and passes weights as inputs if it is off.
         with inductor.patch(freezing=True):
-            runner = torch_runner(torch.compile(module, dynamic=False), "torch.compile inductor", dtype)
+            runner = torch_runner(torch.compile(module, dynamic=False), "torch.compile inductor", dtype, autocast)
             runner(*task.queries[0])
     finally:
         del os.environ["TORCHINDUCTOR_CACHE_DIR"]
@@ -79,12 +80,13 @@ def compiled(module: nn.Module, task: Task, folder: Path, dtype: torch.dtype) ->
     return runner
 
 
-def torch_runner(module: Callable[..., Any], provider: str, dtype: torch.dtype) -> Runner:
+def torch_runner(module: Callable[..., Any], provider: str, dtype: torch.dtype, autocast: bool = False) -> Runner:
     """Arrays in and out in float32; converting them to ``dtype`` and back is part of a query."""
 
     @torch.no_grad()
     def call(*inputs: Array) -> tuple[Array, ...]:
-        output: Tensor = module(*(torch.from_numpy(array).to(dtype) for array in inputs))
+        with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+            output: Tensor = module(*(torch.from_numpy(array).to(dtype) for array in inputs))
         return (output.float().numpy(),)
 
     return CallRunner(call, provider, str(dtype).removeprefix("torch."))

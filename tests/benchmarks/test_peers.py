@@ -61,9 +61,11 @@ def test_tools_are_made_measured_and_compared(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_every_tool_runs_or_is_listed_with_its_reason(tmp_path: Path) -> None:
-    names = ["torch.compile bf16", "torchao int8", "openvino nncf int8", "olive int8", "optc auto"]
+    names = ["torch.compile bf16", "torchao int8", "torchao int8 bf16", "onnxruntime int8 per tensor"]
+    names += ["openvino nncf int8", "openvino nncf int8 mixed", "olive int8", "optc auto"]
     row = run(names, tmp_path)
-    optional = {"openvino nncf int8": "nncf", "olive int8": "pip"}
+    bf16 = dict.fromkeys(("torch.compile bf16", "torchao int8 bf16"), "bfloat16")
+    optional = {"openvino nncf int8": "nncf", "openvino nncf int8 mixed": "ReLU", "olive int8": "pip", **bf16}
     assert all(optional.get(name, "nothing") in why for name, why in row["out"].items()), row["out"]
     assert set(row["p50_ms"]) | set(row["out"]) == set(names)
     assert row["productions"]["optc auto"]["details"]["backends"][0]["chosen"]
@@ -153,6 +155,8 @@ def test_alexnet_at_batch_1_has_a_limit_of_its_own(peers: ModuleType, ratio: flo
     row = {
         "model": "alexnet",
         "batch": 1,
+        "recipes": peers.RECIPES,
+        "measurement": {"results": [{"name": "eager fp32", "warnings": ["it was unsteady"]}]},
         "machine": {"cpu": "a CPU", "isa": None},
         "best_peer": "eager fp32",
         "p50_ms": {"eager fp32": 1.0, "optc auto": ratio},
@@ -168,6 +172,7 @@ def test_alexnet_at_batch_1_has_a_limit_of_its_own(peers: ModuleType, ratio: flo
     both = peers.summary([row, elsewhere], 2)
     assert not both.held, "two machines are no two rows wanted"
     assert both.finding.startswith(f"geometric mean {ratio:.3f} over 2 rows of 1 of 2 models and batches")
+    assert "alexnet batch 1 on avx2: eager fp32: it was unsteady" in both.notes
     assert ("alexnet batch 1 on avx2" in both.finding) is not held
     assert both.measured_on == "2 machines, see its table"
     assert not peers.summary([row], 1).measured_on
@@ -204,6 +209,27 @@ def test_rows_measured_before_count_where_the_versions_are_these(
     ]
     table = peers.summary(rows, 12).table
     assert [table[number]["on"].split()[-1] for number in (3, 4)] == ["(avx2)", "(of_another_cpu)"]
+
+
+def test_rows_of_earlier_recipes_are_counted_by_themselves(peers: ModuleType, measured: Measurement) -> None:
+    task = peers.Task("test_resnet", 1, threads=1, images=4)
+    made = {result.name: peers.Production() for result in measured.results}
+    row = peers.row(task, made, dict.fromkeys(made, 40.0), measured)  # optc is slower
+    earlier = {**row, "recipes": peers.RECIPES - 1}
+    alone = peers.summary([row], 1)
+    both = peers.summary([earlier, row], 1)
+    assert both.finding.startswith(alone.finding)
+    assert both.finding.endswith("over 1 rows, 1 missed")
+    assert len(both.table) == len(alone.table) == 1
+    assert any(note.startswith("Earlier recipes, missed: test_resnet batch 1: ") for note in both.notes)
+    assert not peers.summary([earlier], 1).held
+
+
+def test_outputs_are_judged_on_as_many_images_at_each_batch_size(peers: ModuleType) -> None:
+    for batch in (1, 16):
+        judged = peers.Task("test_resnet", batch, threads=1, images=16).judged
+        assert {len(images) for images in judged} == {batch}
+        assert sum(map(len, judged)) == 32
 
 
 def test_signal_to_noise(peers: ModuleType) -> None:
