@@ -87,7 +87,8 @@ class LayerProfile:
 
 def program_layers(program: Program, target: Target, peaks: Peaks) -> LayerProfile:
     """Profile a captured model as it is, in eager PyTorch on the CPU, on its example inputs."""
-    query = [tensor[: target.batch].contiguous() for tensor in program.example_inputs]
+    images = target.batch if program.dynamic_batch else len(program.example_inputs[0])
+    query = [tensor[:images].contiguous() for tensor in program.example_inputs]
     before = torch.get_num_threads()
     torch.set_num_threads(target.threads)
     try:
@@ -98,7 +99,7 @@ def program_layers(program: Program, target: Target, peaks: Peaks) -> LayerProfi
 
 
 def artifact_layers(artifact: Artifact, target: Target, peaks: Peaks) -> LayerProfile:
-    """Profile an artifact in its runtime, on a query of noise.
+    """Profile an artifact in its runtime, on a query of noise: of the target's batch, unless it takes one number only.
 
     Raises:
         BackendError: the runtime has no profiler of its operators, or refuses the files.
@@ -108,8 +109,8 @@ def artifact_layers(artifact: Artifact, target: Target, peaks: Peaks) -> LayerPr
     query = artifact.example_query(target.batch)
     times = backend.profile(artifact.folder, manifest.load, artifact.target(target), query)
     costs = [NodeCost(**entry) for entry in manifest.report.get("costs", ())]
-    if target.batch != manifest.target.get("batch", 1):
-        costs = [_scaled(cost, target.batch / manifest.target.get("batch", 1)) for cost in costs]
+    factor = len(query[0]) / manifest.target.get("batch", 1)
+    costs = [_scaled(cost, factor) for cost in costs]
     origins = manifest.report.get("lowering", {}).get("origins", {})
     return profiled(manifest.backend, times, costs, origins, peaks)
 

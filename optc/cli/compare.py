@@ -19,6 +19,7 @@ from optc.cli.options import (
     verbosity_options,
 )
 from optc.cli.terminal import stdout
+from optc.errors import MeasurementError
 
 if TYPE_CHECKING:
     from optc.bench.compare import Contender
@@ -106,11 +107,16 @@ def command(
 
 
 def _compare(given: Sequence[Run | Subject], target: Target, force: bool, progress: Progress) -> dict[str, Any]:
-    """Measure what is not a saved run and compare everything with the first."""
+    """Measure what is not a saved run and compare everything with the first.
+
+    Raises:
+        MeasurementError: conditions or numbers of images differ.
+    """
     from optc.bench.compare import comparisons, contender, refuse_unless_alike
     from optc.bench.limits import in_force
     from optc.bench.run import Run
     from optc.bench.surroundings import surroundings
+    from optc.cli.targets import queries_of
 
     if len(given) < 2:
         raise click.UsageError("compare needs two targets or more")
@@ -119,6 +125,12 @@ def _compare(given: Sequence[Run | Subject], target: Target, force: bool, progre
     if len(conditions) < len(given):
         conditions.append(("this run", here))
     notes = refuse_unless_alike(conditions, force)
+    for each in given:
+        if not isinstance(each, Run) and (images := each.images(target.batch)) != target.batch:
+            raise MeasurementError(
+                f"'{each.name}' takes {queries_of(images)} only, not {queries_of(target.batch)} as the others",
+                f"compare with --batch {images}",
+            )
     measured = iter(_measured([each for each in given if not isinstance(each, Run)], target, progress))
     found = [
         contender(each.name, each.results, saved=True) if isinstance(each, Run) else next(measured) for each in given

@@ -149,7 +149,7 @@ def profile(subjects: list[Subject], request: Request, progress: Progress) -> Pr
         f"{each.name} is optimized for {queries_of(each.batch)}, those of SingleStream have one image:"
         f" 'optc compare --batch {each.batch}' measures others"
         for each in subjects
-        if in_blocks and each.batch != _images(each, target)
+        if in_blocks and each.batch != each.images(target.batch)
     ]
     if request.user_conf is not None and not all(map(request.in_full, request.scenarios)):
         found.notes.append("SingleStream is measured in blocks, without --user-conf: --official runs it so")
@@ -172,14 +172,12 @@ def _block_logs(submission: Submission, name: str, block: int) -> Path:
     return submission.performance(name, "SingleStream", block)
 
 
-def _images(subject: Subject, target: Target) -> int:
-    """How many images a query has: those asked for, unless the model takes one batch size only."""
-    return len(subject.candidates(target.batch)[0].inputs[0][0])
-
-
 def _compare(found: Profile, request: Request, progress: Progress) -> None:
     """Find the reference; without it there is no comparison, and a note of why."""
     if any(request.against == subject.name for subject in found.subjects):
+        return
+    if request.target.device != "cpu":
+        found.notes.append(f"no comparison: {request.against} is measured on the CPU, not on {request.target.device}")
         return
     try:
         found.reference = reference(request.against, found.surroundings, request.limits, progress)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from optc.errors import MeasurementError
 from optc.lowering.manifest import NAME
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class Subject:
         preprocessing: how its images are made.
         is_artifact: whether it is one, not a model.
         batch: images in the queries that it was optimized for; 1 for a model.
+        device: where it runs.
         look_inside: profiles its layers and weighs its memory; told of each step.
     """
 
@@ -42,7 +44,12 @@ class Subject:
     preprocessing: Preprocessing
     is_artifact: bool
     batch: int
+    device: str
     look_inside: Callable[[Callable[[str], None]], Inside]
+
+    def images(self, batch: int) -> int:
+        """How many images its queries have where ``batch`` are asked for: as many, unless it takes one number only."""
+        return len(self.candidates(batch)[0].inputs[0][0])
 
 
 def subjects(names: Sequence[str], weights: str, target: Target, progress: Progress) -> list[Subject]:
@@ -60,6 +67,19 @@ def subjects(names: Sequence[str], weights: str, target: Target, progress: Progr
         is_collection = inside and not (Path(name) / NAME).exists()
         found += [_artifact(folder, target) for folder in (inside if is_collection else [Path(name)])]
     return found
+
+
+def device_of(found: Sequence[Subject]) -> str:
+    """The device that all of them run on.
+
+    Raises:
+        MeasurementError: they run on several.
+    """
+    by_device = {each.device: each.name for each in found}
+    if len(by_device) > 1:
+        where = ", ".join(f"{name} on {device}" for device, name in by_device.items())
+        raise MeasurementError(f"the targets run on different devices: {where}", "profile them one after another")
+    return next(iter(by_device))
 
 
 def queries_of(batch: int) -> str:
@@ -96,6 +116,7 @@ def _artifact(folder: Path, target: Target) -> Subject:
         preprocessing=_preprocessing(manifest.model["preprocessing"]),
         is_artifact=True,
         batch=manifest.target.get("batch", 1),
+        device=target.device,
         look_inside=lambda told: look_inside(artifact, None, (), target, told),
     )
 
@@ -125,6 +146,7 @@ def _model(name: str, weights: str, target: Target, progress: Progress) -> Subje
         preprocessing=loaded.info.preprocessing,
         is_artifact=False,
         batch=1,
+        device=target.device,
         look_inside=lambda told: look_inside(None, loaded.module, loaded.example_inputs, target, told),
     )
 

@@ -2,11 +2,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
-from optc.bench.layers import Layer, LayerProfile, profiled
+import optc
+from optc.bench.layers import Layer, LayerProfile, artifact_layers, profiled, program_layers
 from optc.bench.peaks import Peaks
+from optc.lowering import kernel_times
+from optc.lowering.artifact import load_artifact
 from optc.lowering.kernel_times import KernelTime
 from optc.ops.costs import NodeCost
 
@@ -94,6 +100,18 @@ def test_the_whole_models_operations_take_the_type_they_run_in() -> None:
     assert whole("float32", small).floor_seconds == pytest.approx(1e-3)
     assert whole("int8", small).floor_seconds == pytest.approx(0.25e-3)
     assert whole("int8", small).bound == "compute"
+
+
+def test_a_model_of_one_batch_size_is_profiled_with_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_times, "SECONDS", 0.01)
+    x = torch.randn(4, 2, 4)
+    exported = torch.export.export(nn.Sequential(nn.Flatten(), nn.Linear(8, 8)), (x,)).module()
+    target, one = optc.Target(threads=1, batch=4), optc.Target(threads=1)
+    made = optc.optimize(exported, x, "fuse", backend="eager", measure=False, target=target)
+    assert not made.program.dynamic_batch
+    artifact = load_artifact(made.save(tmp_path / "linear"))
+    for profile in (program_layers(made.program, one, PEAKS), artifact_layers(artifact, one, PEAKS)):
+        assert profile.operations == 2 * 4 * 8 * 8
 
 
 def test_without_costs_there_are_times_only() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from optc import Target
 from optc.bench.limits import in_force
@@ -124,6 +125,20 @@ def test_bad_input_is_one_line(
     assert done.returncode == 2
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_queries_of_other_numbers_of_images_are_not_compared(
+    artifacts: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.export.save(torch.export.export(torch.nn.Linear(8, 4), (torch.randn(3, 8),)), "three.pt2")
+    options = ("--passes", "fuse", "--backend", "onnxruntime", "--no-measure", "-q", "--batch", "3", "-o", "fixed")
+    assert command("optimize", "three.pt2", *options).returncode == 0
+    done = command("compare", str(artifacts / "plain"), "fixed", "-q")
+    assert done.returncode == 2
+    words = "'fixed' takes queries of 3 images only, not queries of 1 image as the others — compare with --batch 3"
+    assert done.stderr == f"optc: {words}\n"
+    assert command("compare", str(artifacts / "plain"), "fixed", "--batch", "3", "-q").returncode == 0
 
 
 def test_artifacts_are_compared_with_the_queries_they_are_optimized_for(
