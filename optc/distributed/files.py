@@ -21,6 +21,7 @@ from torch._C._distributed_c10d import Store
 
 from optc.distributed.rank import Place, StageRank
 from optc.errors import DataError
+from optc.lowering.agreement import as_array
 from optc.lowering.pipeline_file import PipelineFile
 
 _LOADING = timedelta(minutes=30)
@@ -110,8 +111,7 @@ def _noise(rank: StageRank, batch: int) -> list[Tensor]:
 
 def _write(path: Path, outputs: Sequence[tuple[Tensor, ...]]) -> None:
     """One array for each output, ``output_0`` and so on, the batches joined; whole or not at all."""
-    joined = [torch.cat(parts).cpu() for parts in zip(*outputs, strict=True)]
-    arrays = [(each.float() if each.dtype == torch.bfloat16 else each).numpy() for each in joined]
+    arrays = [as_array(torch.cat(parts)) for parts in zip(*outputs, strict=True)]
     temporary = path.with_name(f".{path.name}.{os.getpid()}.npz")
     try:
         np.savez(temporary, allow_pickle=False, **{f"output_{index}": each for index, each in enumerate(arrays)})

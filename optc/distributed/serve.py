@@ -5,11 +5,14 @@ from __future__ import annotations
 import socket
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from optc.distributed.rank import StageRank
-from optc.lowering.pipeline_channel import Channel
+from optc.lowering.agreement import as_array
+from optc.lowering.backend import Array
+from optc.lowering.pipeline_channel import Channel, array_dtype
 from optc.stages import Wire
 
 
@@ -48,14 +51,14 @@ def _next(channel: Channel) -> dict[str, Any] | None:
 
 
 def _receive(channel: Channel, wire: Wire, batch: int) -> Tensor:
-    """One input; bfloat16, which numpy has not, comes as float32."""
-    tensor = torch.empty(wire.batched(batch), dtype=torch.float32 if wire.dtype == torch.bfloat16 else wire.dtype)
-    channel.receive_into(tensor.numpy())
-    return tensor
+    """One input; types that numpy has not come as float32."""
+    array: Array = np.empty(wire.batched(batch), array_dtype(wire.dtype))
+    channel.receive_into(array)
+    return torch.from_numpy(array)
 
 
 def _send(channel: Channel, outputs: tuple[Tensor, ...]) -> None:
-    arrays = [(each.float() if each.dtype == torch.bfloat16 else each).cpu().contiguous().numpy() for each in outputs]
+    arrays = list(map(as_array, outputs))
     channel.send({"outputs": [[each.shape, str(each.dtype)] for each in arrays]})
     for each in arrays:
         channel.send_array(each)

@@ -68,9 +68,20 @@ def check_agreement(runtime: str, program: Program, run: Callable[..., Sequence[
             SQNR than a correct runtime keeps for the coarsest arithmetic in the graph (float32 60 dB, float16 and
             bfloat16 30 dB, quantized 20 dB), with the numbers.
     """
-    graph = [output.detach().float().cpu().numpy() for output in program.run(*program.example_inputs)]
     outputs = run(*map(as_array, program.example_inputs))
-    names = ["output"] if len(graph) == 1 else [f"output_{index}" for index in range(len(graph))]
+    names = ["output"] if len(outputs) == 1 else [f"output_{index}" for index in range(len(outputs))]
+    return compare_with_graph(runtime, names, program, program.example_inputs, outputs)
+
+
+def compare_with_graph(
+    runtime: str, names: Sequence[str], program: Program, inputs: Sequence[torch.Tensor], outputs: Sequence[Array]
+) -> Agreement:
+    """Run a program on some inputs and compare what it was lowered to with it: ``outputs`` are of the same inputs.
+
+    Raises:
+        BackendError: as :func:`check_agreement`.
+    """
+    graph = [output.detach().float().cpu().numpy() for output in program.run(*inputs)]
     bound = bound_db(program)
     try:
         return compare_outputs(runtime, names, graph, outputs, bound)
@@ -80,7 +91,7 @@ def check_agreement(runtime: str, program: Program, run: Callable[..., Sequence[
     # Some quantized graphs amplify any rounding: MobileNetV3 with random weights keeps 16 dB of its own outputs when
     # its inputs move by one millionth. No runtime can then be held to more. Nor need it be held to much less noise than
     # quantization itself has made.
-    own = min(bound, _steadiness_db(program, graph) - _CLOSE_DB, _from_captured_db(program) + _CLOSE_DB)
+    own = min(bound, _steadiness_db(program, inputs, graph) - _CLOSE_DB, _from_captured_db(program) + _CLOSE_DB)
     return compare_outputs(runtime, names, graph, outputs, max(LEAST_QUANTIZED_DB, own))
 
 
@@ -92,14 +103,14 @@ def as_array(tensor: torch.Tensor) -> Array:
     return array
 
 
-def _steadiness_db(program: Program, outputs: Sequence[Array]) -> float:
+def _steadiness_db(program: Program, inputs: Sequence[torch.Tensor], outputs: Sequence[Array]) -> float:
     """Least SQNR of the graph's own outputs when its float inputs are shaken by a few roundings."""
     generator = torch.Generator().manual_seed(0)
     shaken = [
         tensor * (1 + _ROUNDING * torch.randn(tensor.shape, generator=generator).to(tensor))
         if tensor.is_floating_point()
         else tensor
-        for tensor in program.example_inputs
+        for tensor in inputs
     ]
     moved = [output.detach().float().cpu().numpy() for output in program.run(*shaken)]
     pairs = [(a.astype(np.float64), b.astype(np.float64)) for a, b in zip(outputs, moved, strict=True)]

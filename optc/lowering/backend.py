@@ -69,12 +69,13 @@ class Runner(ABC):
     def run_tensors(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run one query on tensors, for a caller that has those; where they are and their types may change.
 
-        By way of arrays, unless the runtime takes tensors: bfloat16, which numpy has not, goes as float32.
+        By way of arrays, unless the runtime takes tensors: types that numpy has not go as float32.
         """
         import torch
 
-        arrays = [(each.float() if each.dtype == torch.bfloat16 else each).detach().cpu().numpy() for each in inputs]
-        return tuple(torch.from_numpy(np.ascontiguousarray(array)) for array in self(*arrays))
+        from optc.lowering.agreement import as_array
+
+        return tuple(torch.from_numpy(np.ascontiguousarray(array)) for array in self(*map(as_array, inputs)))
 
     def close(self) -> None:
         """Free what the runner holds; calling it afterwards is an error."""

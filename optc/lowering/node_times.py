@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from optc.lowering.agreement import as_array
 from optc.lowering.backend import Array
 from optc.lowering.eager import EagerRunner
 from optc.lowering.graph_file import read_graph, write_graph
@@ -116,5 +117,5 @@ def _median_seconds(runner: EagerRunner, inputs: Sequence[Array]) -> float:
 def _resized(tensor: Tensor, batch: int) -> Array:
     """So many images, those of the tensor over and over."""
     repeats = -(-batch // len(tensor))
-    array: Array = np.concatenate([tensor.detach().cpu().numpy()] * repeats)[:batch]
+    array: Array = np.concatenate([as_array(tensor)] * repeats)[:batch]
     return array

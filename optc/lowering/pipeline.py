@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from optc.errors import BackendError
-from optc.lowering.agreement import Agreement, bound_db, compare_outputs
+from optc.lowering.agreement import as_array, compare_with_graph
 from optc.lowering.artifact import write_artifact
 from optc.lowering.backend import Backend, Lowered, Runner
 from optc.lowering.lowering import backends
@@ -247,18 +247,16 @@ def _check(program: Program, run: Runner, parts: int, rows: int) -> dict[str, An
         BackendError: names the microbatch and output that differ by more than a correct runtime does.
     """
     batch = [_different(example, parts * rows) for example in program.example_inputs]
-    outputs = run(*(tensor.numpy() for tensor in batch))
-    found: list[Agreement] = []
+    outputs = run(*map(as_array, batch))
+    found = []
     for part in range(parts):
-        reference = program.run(*(tensor[part * rows : (part + 1) * rows] for tensor in batch))
-        expected = [output.detach().float().numpy() for output in reference]
-        sizes = [len(each) for each in expected]
+        inputs = [tensor[part * rows : (part + 1) * rows] for tensor in batch]
+        sizes = [len(each) // parts for each in outputs]
         mine = [each[part * size : (part + 1) * size] for each, size in zip(outputs, sizes, strict=True)]
-        names = [f"{index} of microbatch {part}" for index in range(len(expected))]
-        found.append(compare_outputs("pipeline", names, expected, mine, bound_db(program)))
+        names = [f"{index} of microbatch {part}" for index in range(len(outputs))]
+        found.append(compare_with_graph("pipeline", names, program, inputs, mine))
     if program.dynamic_batch:  # what is not batch first cannot be put together from the parts' outputs
-        whole = [output.detach().float().numpy() for output in program.run(*batch)]
-        compare_outputs("pipeline", [str(index) for index in range(len(whole))], whole, outputs, bound_db(program))
+        compare_with_graph("pipeline", [str(index) for index in range(len(outputs))], program, batch, outputs)
     worst = min(found, key=lambda each: each.sqnr_db)
     return {
         **worst.details(),

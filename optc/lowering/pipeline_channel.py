@@ -7,6 +7,10 @@ import socket
 import struct
 from typing import Any
 
+import numpy as np
+import torch
+
+from optc.lowering.agreement import as_array
 from optc.lowering.backend import Array
 
 _LENGTH = struct.Struct("!Q")
@@ -69,6 +73,11 @@ class Channel:
             if not count:
                 raise EOFError("the other end of the connection is gone")
             view = view[count:]
+
+
+def array_dtype(dtype: torch.dtype) -> np.dtype[Any]:
+    """What values of a type go as: float32 for types that numpy has not."""
+    return as_array(torch.empty(0, dtype=dtype)).dtype
 
 
 def _bytes(array: Array) -> memoryview:

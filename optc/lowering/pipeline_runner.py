@@ -14,6 +14,7 @@ import numpy as np
 
 from optc.errors import ArtifactError, BackendError
 from optc.lowering.backend import Array, Runner
+from optc.lowering.pipeline_channel import array_dtype
 from optc.lowering.pipeline_file import PipelineFile
 from optc.lowering.pipeline_ranks import LocalRanks
 from optc.target import Target
@@ -112,8 +113,7 @@ class PipelineRunner(Runner):
             if array.shape[1:] != wire.shape[1:] or len(array) != len(inputs[0]) or not len(array):
                 expected = ", ".join(map(str, ("batch", *wire.shape[1:])))
                 raise BackendError(f"input '{wire.name}' has the shape {array.shape}, the model takes ({expected})")
-            dtype = "float32" if str(wire.dtype) == "torch.bfloat16" else str(wire.dtype).removeprefix("torch.")
-            arrays.append(np.ascontiguousarray(array, dtype))
+            arrays.append(np.ascontiguousarray(array, array_dtype(wire.dtype)))
         return arrays
 
     def _outputs(self) -> tuple[Array, ...]:

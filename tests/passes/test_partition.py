@@ -237,6 +237,11 @@ def test_nodes_are_timed_in_the_eager_backend(vit: Program) -> None:
     assert len({found[node.name] for node in first}) == 1  # they do the same
 
 
+def test_models_of_a_type_that_numpy_has_not_are_timed() -> None:
+    program = optc.capture(nn.Linear(8, 8).bfloat16().eval(), (torch.randn(2, 8).bfloat16(),))
+    assert sum(node_times(program, "cpu", 1, 2).values()) > 0
+
+
 @pytest.mark.gpu
 def test_timing_nodes_on_a_gpu_moves_nothing_there(vit: Program) -> None:
     found = node_times(Fuse()(vit).program, "cuda", 1, 1)

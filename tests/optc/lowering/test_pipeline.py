@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
 from torch import nn
 
 import optc
 from optc.errors import ArtifactError, BackendError
 from optc.lowering.artifact import load_artifact, write_artifact
-from optc.lowering.pipeline import PipelineBackend, staged
+from optc.lowering.backend import Array, Runner
+from optc.lowering.pipeline import PipelineBackend, _check, staged
 from optc.lowering.pipeline_file import PipelineFile, read_pipeline
 from optc.lowering.pipeline_ranks import local_store
 from optc.lowering.pipeline_runner import PipelineRunner, stage_targets
@@ -138,12 +140,47 @@ def test_stages_on_gpus(residual_model: nn.Module, cut: Cut, tmp_path: Path) -> 
         runner.close()
 
 
+class Half(nn.Module):
+    """Takes types that numpy has not."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model.bfloat16()
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.model(x + y.bfloat16())
+
+
 def test_bfloat16_goes_from_stage_to_stage_as_it_is(residual_model: nn.Module, cut: Cut, tmp_path: Path) -> None:
-    model = nn.Sequential(residual_model.bfloat16())
-    program = cut(optc.capture(model, (torch.randn(2, 8, dtype=torch.bfloat16),)), 2)
-    (tmp_path / "made").mkdir()
-    lowered = PipelineBackend(microbatches=2)._lower_stages(program, TARGET, tmp_path / "made")[0]
-    assert {wire.dtype for wire in lowered.stages[0].sends} == {"bfloat16"}
+    inputs = torch.randn(2, 8).bfloat16(), torch.randn(2, 8).to(torch.float8_e4m3fn)
+    program = cut(optc.capture(Half(residual_model), inputs), 2)
+    lowered = PipelineBackend(microbatches=2).lower(program, TARGET, tmp_path)  # compares the outputs
+    assert lowered.details["check"]["bound_db"] == 30.0
+    first = read_pipeline(tmp_path).stages[0]
+    assert {wire.dtype for wire in first.sends} == {"bfloat16"}
+    assert [wire.dtype for wire in first.receives] == ["bfloat16", "float8_e4m3fn"]
+
+
+class Amplifies(nn.Module):
+    """Quantized, and a hundred thousand times more sensitive to its input than that is large."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = torch.ops.quantized_decomposed
+        integers = q.quantize_per_tensor(torch.sin(1.5e5 * x), 1 / 127, 0, -128, 127, torch.int8)
+        return q.dequantize_per_tensor(integers, 1 / 127, 0, -128, 127, torch.int8)
+
+
+def test_a_pipeline_is_held_to_the_graphs_own_steadiness_as_its_stages_are() -> None:
+    program = optc.capture(Amplifies().eval(), (torch.randn(2, 512, generator=torch.Generator().manual_seed(1)),))
+
+    class OtherRounding(Runner):
+        def __call__(self, *inputs: Array) -> tuple[Array, ...]:
+            noise = np.random.default_rng(2).standard_normal(inputs[0].shape)
+            (output,) = program.run(torch.from_numpy(inputs[0] * (1 + 2.0**-20 * noise)).float())
+            return (output.numpy(),)
+
+    check = _check(program, OtherRounding(), 2, 2)
+    assert 10.0 <= check["bound_db"] < 20.0
 
 
 def test_a_fixed_batch_is_a_microbatch(residual_model: nn.Module, cut: Cut, tmp_path: Path) -> None:
