@@ -151,6 +151,8 @@ def _warnings(measurement: Measurement | None) -> Iterator[tuple[str, str]]:
     if measurement.sequential_reason:
         yield "", f"candidates were measured one after another, not in turns: {measurement.sequential_reason}"
     for result in measurement.results:
+        if result.blocks and result.error is not None:
+            yield result.name, f"does not count, it failed later: {result.error}"
         yield from ((result.name, warning) for warning in result.warnings)
 
 

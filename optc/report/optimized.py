@@ -12,7 +12,7 @@ import optc
 from optc.bench.choice import rows
 from optc.bench.inside import Inside
 from optc.bench.results import Measurement
-from optc.machine import Machine, machine
+from optc.machine import PACKAGES, Machine, machine
 from optc.passmanager.contract import PassRecord
 from optc.report.charts import Point, pareto_chart, steps_chart
 from optc.report.deviations import deviations
@@ -24,7 +24,6 @@ from optc.report.terminal import REFERENCE
 from optc.report.words import distance, megabytes, milliseconds, times, what
 
 _HALF = ("bfloat16", "float16")
-_ACCOUNT_COLUMNS = 10
 _EXPLICIT = (
     "Quantize and dequantize operators are explicit in the graph and counted; runtimes fold them into their kernels."
 )
@@ -218,7 +217,7 @@ def _skipped(records: Sequence[PassRecord]) -> Table:
 def _account(record: PassRecord) -> Table | None:
     """The rows that a pass's choice rests on, columns as the pass names them."""
     account = record.notes.get("account", ())
-    columns = list(dict.fromkeys(key for row in account for key in row))[:_ACCOUNT_COLUMNS]
+    columns = list(dict.fromkeys(key for row in account for key in row))
     if not columns:
         return None
     cells = tuple(tuple(_cell(row.get(column, "")) for column in columns) for row in account)
@@ -243,7 +242,8 @@ def _deviations(report: Report) -> tuple[str | Chart | Table | Code, ...]:
 def _again(
     report: Report, artifact: Path, commands: Sequence[str], here: Machine
 ) -> tuple[str | Chart | Table | Code, ...]:
-    versions = [f"{name}=={version.partition('+')[0]}" for name, version in here.packages.items() if name != "optc"]
+    packages = {name: here.packages[name] for name in PACKAGES if name in here.packages and name != "optc"}
+    versions = [f"{name}=={version.partition('+')[0]}" for name, version in packages.items()]
     lines = [f"pip install {' '.join(versions)}", *commands]
     parts: list[str | Chart | Table | Code] = [Code("The same run", tuple(lines))]
     if (artifact / "run.py").exists():

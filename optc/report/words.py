@@ -43,8 +43,8 @@ def shortened(name: str, most: int = 24) -> str:
 
 
 def times(ratio: float) -> str:
-    """A ratio as ``"2.4 times"``."""
-    return f"{short(ratio, 2)} times"
+    """A ratio as ``"2.4 times"``; two digits would make 1.04 of one."""
+    return f"{short(ratio)} times"
 
 
 def milliseconds(seconds: float) -> str:
