@@ -139,7 +139,7 @@ class _Rewrite:
         else:
             wide = next((dtype(n) for n in bound if dtype(n) is not self._half and n not in self._loose), None)
             reason = f"an operand of it is {_type_name(wide)}" if wide else None
-        reason = reason or self._does_not_fit(node, floats)
+        reason = reason or self._other_result(node) or self._does_not_fit(node, floats)
         if reason:
             self.skipped.append(Skip(self._rule, node.name, reason))
             return False
@@ -164,6 +164,12 @@ class _Rewrite:
         other = types - {torch.float32, self._half}
         return f"it computes in {_type_name(other.pop())}, not float32" if other else None
 
+    def _other_result(self, node: fx.Node) -> str | None:
+        """That a call gives neither float32 nor half, as with a constant in float64; ``None`` if it does not."""
+        types = (of for of in _types(node) if of is not None and of.is_floating_point)
+        other = next((of for of in types if of not in (torch.float32, self._half)), None)
+        return f"its result is {_type_name(other)}" if other else None
+
     def _does_not_fit(self, node: fx.Node, floats: list[fx.Node]) -> str | None:
         """Which constant or number of a call the type cannot hold, or ``None`` if it holds all.
 
@@ -178,10 +184,11 @@ class _Rewrite:
             overflows, vanishes = self._misfit(operand)
             if overflows or (vanishes and operand not in added):
                 return overflows or vanishes
-        for _, kind, number in _arguments(node):
-            # Numbers combined with the operands are rounded to their type; an eps, of type float, is not.
+        for name, kind, number in _arguments(node):
+            # Numbers combined with the operands, or put beside them (pad), are rounded to their type; an eps is not.
             kind = kind.removeprefix("Optional[").removesuffix("]")
-            if kind in ("number", "Tensor") and isinstance(number, (int, float)) and not self._holds(number):
+            rounded = kind in ("number", "Tensor") or name == "value"
+            if rounded and isinstance(number, (int, float)) and not self._holds(number):
                 return f"its argument {number:g} is not a number {self._name} can hold"
         return None
 
