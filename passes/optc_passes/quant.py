@@ -21,7 +21,8 @@ from optc_passes.quant_auto import (
     worth_having,
 )
 from optc_passes.quant_budget import MIN_SQNR_DB, over_budget
-from optc_passes.quant_formats import FLOAT, INT8, WEIGHTS_ALONE, Attempt, Formats, LayerFormats
+from optc_passes.quant_formats import FLOAT, INT8, Attempt, Formats, LayerFormats
+from optc_passes.quant_local import WEIGHTS_ALONE
 from optc_passes.quantizer import SATURATES, Int8Kernels
 
 

@@ -24,8 +24,6 @@ from optc_passes.quantizer import Int8Kernels
 from optc_passes.torchao_pt2e import ObserverBase
 
 INT8, FLOAT = RULE, "float"
-WEIGHTS_ALONE = ("int8-weights", "int4-weights")
-"""Formats that need no calibration data."""
 
 Formats = Mapping[str, str]
 """By name of a layer's node, the name of its format."""
@@ -159,7 +157,7 @@ class LayerFormats:
         for node in calls(work, *CONVS, *LINEARS):
             form = formats.get(node.name, FLOAT)
             shift = self._meter.shifts.get((node.name, form)) if self._meter else None
-            if shift is not None and (form in WEIGHTS_ALONE or (form == INT8 and self.corrects_bias)):
+            if shift is not None and (form != INT8 or self.corrects_bias):
                 correct_bias(work, node, shift)
             if form in self.local:
                 changes.append(self.local[form].store(work, node, self._rounded(work, node, form)))

@@ -20,6 +20,8 @@ from optc_passes.quant_plan import LINEARS
 aten = torch.ops.aten
 decomposed = torch.ops.quantized_decomposed
 _EPS = torch.finfo(torch.float32).tiny
+WEIGHTS_ALONE = ("int8-weights", "int4-weights")
+"""Formats that need no calibration data. Where there is some, they get their bias corrected."""
 
 
 class LocalFormat(Protocol):

@@ -12,7 +12,7 @@ from optc import Program
 from optc_passes.calibration import Batch
 from optc_passes.quant_bias import mean_shift
 from optc_passes.quant_blocks import Rounded
-from optc_passes.quant_local import LocalFormat
+from optc_passes.quant_local import WEIGHTS_ALONE, LocalFormat
 from optc_passes.quant_plan import Layer, Plan
 from optc_passes.quant_reach import Reach
 from optc_passes.torchao_pt2e import ObserverBase
@@ -60,7 +60,8 @@ class NoiseMeter(fx.Interpreter):
         outputs: SQNR in dB of the model's outputs, estimated, when that layer alone has the format, by (name, format).
         sqnr: SQNR in dB of the layer's output when that layer alone has the format, by (name, format).
         uncorrected: ``sqnr`` and ``outputs`` of static int8 where the bias is left as it is; above it is corrected.
-        shifts: by how much rounding its weight moves the mean of its output, channel by channel, likewise.
+        shifts: by how much rounding its weight moves the mean of its output, channel by channel, likewise; of formats
+            whose bias may be corrected.
         rounded: what formats store of a weight where that takes long to find, likewise.
     """
 
@@ -99,13 +100,13 @@ class NoiseMeter(fx.Interpreter):
                     self.rounded[node.name, form] = rounded
             else:
                 given, weight = (self._round(node.args[i], each) for i, each in enumerate((x, exact)))
-            shift = mean_shift(node, x, weight - exact)
             operands = [given, weight, *rest]
-            if rest and rest[0] is not None and self._fits:
+            corrects = form in WEIGHTS_ALONE or form not in self._local
+            if corrects and rest and rest[0] is not None and self._fits:
                 if form not in self._local:
                     self._look(layer, form, wanted, node.target(*operands, **kwargs), *self.uncorrected)  # type: ignore[operator]
+                shift = self.shifts[node.name, form] = mean_shift(node, x, weight - exact)
                 operands[2] = rest[0] - shift
-                self.shifts[node.name, form] = shift
             self._look(layer, form, wanted, node.target(*operands, **kwargs), self.sqnr, self.outputs)  # type: ignore[operator]
         return value
 

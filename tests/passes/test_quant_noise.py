@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 import optc
+from optc import PassContext, Target
 from optc_passes.observers import ActivationObserver
+from optc_passes.quant_formats import LayerFormats
 from optc_passes.quant_local import local_formats
 from optc_passes.quant_noise import NoiseMeter, output_sqnr, sqnr_db
 from optc_passes.quant_plan import make_plan
@@ -64,3 +66,25 @@ def test_each_layer_is_measured_alone() -> None:
     assert noise["conv2d_1", "int8"] < 8
     assert noise["linear", "int8"] > 30
     assert noise["linear", "int8-weights"] > noise["linear", "int4-weights"] + 15
+
+
+class Batches:
+    description = "noise around 3"
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        torch.manual_seed(0)
+        return iter([(3 + torch.randn(16, 32),)])
+
+
+@pytest.mark.parametrize("form", ["int8", "int8-dynamic", "bf16", "int8-weights", "int4-weights"])
+def test_the_noise_of_a_layer_is_that_of_the_program_made(form: str) -> None:
+    """Whether a format's bias is corrected included, which shows where the mean of the input is not 0."""
+    torch.manual_seed(0)
+    program = optc.capture(nn.Linear(32, 8), (torch.randn(2, 32),))
+    context = PassContext(Target(threads=1), Batches())
+    layers = LayerFormats(program, context, ActivationObserver)
+    layers.calibrate(context)
+    noise = layers.noise({"linear": (form,)})
+    assert noise["linear", form] == pytest.approx(
+        layers.attempt({"linear": form}).sqnr, abs=3 if form == "bf16" else 0.1
+    )
