@@ -11,6 +11,7 @@ from torch._ops import OpOverload
 
 from optc.ops import COMPOSITES, find_composite
 from optc.rewrite import argument, is_call, replace, shape
+from optc_passes.layers import DECOMPOSED
 
 aten = torch.ops.aten
 _OTHER_LAYERS = (
@@ -21,7 +22,6 @@ _OTHER_LAYERS = (
     aten.conv_transpose1d.default,
     aten.conv_transpose2d.input,
     aten.conv_transpose3d.input,
-    aten.convolution.default,
 )
 
 
@@ -54,7 +54,11 @@ def as_layer(node: object) -> Layer | str | None:
     """The layer at a node; why not, if it is one that no composite is built on; ``None`` if it is anything else."""
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return None
+    if is_call(node, aten.convolution.default):
+        return f"{node.name} is {DECOMPOSED}"
     if is_call(node, aten.conv2d.default, aten.linear.default):
+        if len(shape(argument(node, "weight"))) < 2:
+            return f"the weight of {node.name} is a vector"
         return Layer(node, node.target, _arguments(node))  # type: ignore[arg-type]
     if is_call(node, aten.conv2d.padding):
         padding = _explicit_padding(node)
@@ -66,8 +70,7 @@ def as_layer(node: object) -> Layer | str | None:
     if row is not None and row.activation is None:
         return Layer(node, row.base, _arguments(node), residual=True)
     if is_call(node, *_OTHER_LAYERS):
-        transposed = is_call(node, aten.convolution.default) and argument(node, "transposed")
-        what = "a transposed" if transposed or "transpose" in str(node.target) else "not a 2-D"
+        what = "a transposed" if "transpose" in str(node.target) else "not a 2-D"
         return f"{node.name} is {what} convolution"
     return None
 

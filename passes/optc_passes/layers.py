@@ -23,6 +23,8 @@ CONVOLUTIONS = (
     aten.conv3d.padding,
     aten.convolution.default,
 )
+DECOMPOSED = "a decomposed layer: export the model without run_decompositions()"
+"""What ``aten.convolution`` is, for messages; of ``conv2d`` and its like, more is known."""
 TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
 
 
@@ -81,7 +83,7 @@ class Layer:
         return self.transposed or (padding != "valid" if isinstance(padding, str) else any(p != 0 for p in padding))
 
     def not_constant(self, program: Program) -> str | None:
-        """Which of weight and bias is computed rather than constant, or not floating point; ``None`` if all is well."""
+        """Which of weight and bias is no constant that can be scaled by channels, and why; ``None`` if both are."""
         for name in ("weight", "bias"):
             value = argument(self.node, name)
             if value is None and name == "bias":
@@ -91,6 +93,8 @@ class Layer:
                 return f"the {name} of {self.node.name} is not a constant"
             if not tensor.is_floating_point():
                 return f"the {name} of {self.node.name} is {str(tensor.dtype).removeprefix('torch.')}"
+            if name == "weight" and tensor.ndim < 2:
+                return f"the weight of {self.node.name} is a vector"
         return None
 
 

@@ -70,8 +70,6 @@ def _obstacle(program: Program, node: fx.Node) -> str | None:
     if reason:
         return reason
     weight = argument(node, "weight")
-    if len(shape(weight)) != 2:
-        return "its weight is a vector"
     if len(weight.users) > 1:
         return f"its weight is also used by {used_by(weight, besides=node)}"
     return None

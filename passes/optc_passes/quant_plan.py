@@ -13,6 +13,7 @@ from torch import fx
 from optc import Program, Skip
 from optc.ops import ACTIVATIONS, COMPOSITES
 from optc.rewrite import DEQUANTIZERS, QUANTIZERS, argument, calls, constant_of, dtype, is_call, only_user, shape
+from optc_passes.layers import DECOMPOSED
 
 aten = torch.ops.aten
 RULE = "int8"
@@ -55,9 +56,9 @@ FLOAT_OPS = {
     ATTENTION: "attention stays in float: softmax is sensitive to rounding",
     aten.matmul.default: "product of two activations, stays in float",
     aten.bmm.default: "product of two activations, stays in float",
-    aten.mm.default: "not a layer with a constant weight of its own",
-    aten.addmm.default: "not a layer with a constant weight of its own",
-    aten.convolution.default: "only 2-d convolutions have int8 kernels",
+    aten.mm.default: f"a product of matrices, or {DECOMPOSED}",
+    aten.addmm.default: f"a product of matrices, or {DECOMPOSED}",
+    aten.convolution.default: DECOMPOSED,
     aten.conv1d.padding: "only 2-d convolutions have int8 kernels",
     aten.conv2d.padding: "its padding is a word, which int8 layers do not have",
     aten.conv3d.padding: "only 2-d convolutions have int8 kernels",
@@ -158,6 +159,8 @@ def _why_not(program: Program, node: fx.Node, uses: Counter[int]) -> str | None:
         return "its weight is quantized already"
     if value is None:
         return "its weight is computed, not a constant"
+    if value.ndim < 2:
+        return "its weight is a vector"
     if value.dtype != torch.float32 or dtype(node) != torch.float32:
         return f"it computes in {str(dtype(node)).removeprefix('torch.')}, not float32"
     if uses[value.data_ptr()] > 1:

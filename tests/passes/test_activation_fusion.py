@@ -108,6 +108,16 @@ BLOCKED = {
     ),
     "uneven padding": (lambda m, x: m.conv_uneven(x).relu(), IMAGE, "conv2d pads one side more than the other"),
     "transposed": (lambda m, x: m.up(x).relu(), IMAGE, "conv_transpose2d is a transposed convolution"),
+    "decomposed": (
+        lambda m, x: torch.convolution(x, m.conv_valid.weight, None, [1] * 2, [0] * 2, [1] * 2, False, [0], 1).relu(),
+        IMAGE,
+        "convolution is a decomposed layer: export the model without run_decompositions()",
+    ),
+    "vector": (
+        lambda m, x: nn.functional.linear(x, m.linear.bias).relu(),
+        TOKENS,
+        "the weight of linear is a vector",
+    ),
     "one-dimensional": (lambda m, x: m.conv1d(x).relu(), TOKENS, "conv1d is not a 2-D convolution"),
 }
 

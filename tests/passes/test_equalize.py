@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import optc
 import optc.rewrite
 from optc_passes.activation_fusion import FuseActivation
+from optc_passes.constants import FoldConstants
 from optc_passes.equalize import Equalize
 from optc_passes.quant import Quant
 
@@ -134,6 +135,16 @@ def test_the_strength_says_how_much_moves() -> None:
     nothing, half, all_of_it = spread(0.0), spread(0.5), spread(1.0)
     assert nothing[0] > half[0] > all_of_it[0] == pytest.approx(1.0, rel=1e-4)
     assert pytest.approx(1.0, rel=1e-4) == nothing[1] < half[1] < all_of_it[1]
+
+
+def test_a_vector_for_a_weight_is_left_alone(tester: Callable) -> None:
+    class Vector(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(self.norm(x), self.a.weight[0])
+
+    t = tester(Vector(), TOKENS).run(FoldConstants(), Equalize())
+    assert {skip.reason for skip in t.skipped} == {"the weight of linear is a vector"}
+    t.check_close()
 
 
 class AddsItself(nn.Module):

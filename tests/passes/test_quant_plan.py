@@ -147,6 +147,24 @@ LEFT_IN_FLOAT = {
         torch.randn(2, 6),
         "input is a constant",
     ),
+    "vector": (
+        Calls(lambda m, x: functional.linear(x, m.p), p=nn.Parameter(torch.ones(6))),
+        torch.randn(2, 6),
+        "vector",
+    ),
+    "decomposed-convolution": (
+        Calls(
+            lambda m, x: torch.convolution(x, m.p, None, [1] * 2, [0] * 2, [1] * 2, False, [0], 1),
+            p=nn.Parameter(torch.randn(4, 3, 2, 2)),
+        ),
+        IMAGE,
+        "export the model without run_decompositions()",
+    ),
+    "decomposed-linear": (
+        Calls(lambda m, x: torch.addmm(m.p, x, m.a.weight.t()), a=nn.Linear(6, 6), p=nn.Parameter(torch.randn(6))),
+        torch.randn(2, 6),
+        "export the model without run_decompositions()",
+    ),
     "float64": (nn.Linear(6, 6).double(), torch.randn(2, 6, dtype=torch.float64), "computes in float64"),
     "conv_transpose": (nn.ConvTranspose2d(3, 4, 2), IMAGE, "transposed"),
     "conv1d": (nn.Conv1d(3, 4, 2), torch.randn(2, 3, 8), "only 2-d"),
