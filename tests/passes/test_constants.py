@@ -72,9 +72,35 @@ def test_large_value_of_a_constant_used_elsewhere_stays(tester: Callable) -> Non
 
 
 def test_large_value_that_replaces_its_operand_is_folded(tester: Callable) -> None:
+    class Larger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.larger = nn.Parameter(torch.randn(1, FREE_BYTES // 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.sum() + self.larger.cos()
+
+    t = tester(Larger(), X, dynamic_batch=False).run(FoldConstants()).check_applied("fold-constants", 1).check_close()
+    assert t.program.constant_bytes() == t.before.constant_bytes() > FREE_BYTES
+
+
+def test_a_value_on_the_way_that_is_too_large_stays(tester: Callable) -> None:
     model = Uses(lambda m, x: x.sum() + m.large.repeat(2, 1)[:1].cos().flip(1))
-    t = tester(model, X, dynamic_batch=False)
-    assert t.run(FoldConstants()).skipped
+    t = tester(model, X, dynamic_batch=False).run(FoldConstants()).check_untouched()
+    t.check_skipped("fold-constants", "its value would add 1.0 MiB of constants")
+
+
+def test_an_output_is_no_constant_of_the_program(tester: Callable) -> None:
+    """Callers may write into what they are given; a view of a constant would be written into with it."""
+
+    class Returns(Uses):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+            return x + self.gamma.exp(), self.gamma.exp().exp().view(2, 4)
+
+    t = tester(Returns(lambda m, x: x), X, dynamic_batch=False).run(FoldConstants()).check_close()
+    assert {skip.reason for skip in t.skipped} == {"an output would be the same tensor as a constant"}
+    t.program.run(X.double())[1].zero_()
+    t.check_close()
 
 
 def test_random_values_stay(tester: Callable) -> None:
