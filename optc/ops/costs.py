@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +40,7 @@ class NodeCost:
         node, operator, module: its name, what it calls, and the path of the module it came from (may be empty).
         operations: multiplications and additions, a fused multiply-add counted as two.
         constant_bytes: weights and other constants it reads, as they are stored.
-        reads: by the node that made the value, bytes of each value it reads; views and dequantizations are looked
+        reads: by the node that made the value, bytes of what it reads of it; views and dequantizations are looked
             through, so that what was quantized counts as integers. Inputs of the model are such nodes too.
         writes: bytes of its result, as integers where only quantizations read it.
         result: whether it is, or is viewed as, an output of the model.
@@ -71,7 +71,11 @@ def node_costs(program: Program, batch: int) -> tuple[NodeCost, ...]:
             continue
         operands = [operand for operand in node.all_input_nodes if _value(operand) is not None]
         constants = {source: _bytes(source) for operand in operands for source in _constants(operand)}
-        values = [(operand, _source(operand)) for operand in operands if not _constants(operand)]
+        reads: Counter[fx.Node] = Counter()
+        for operand in operands:
+            if not _constants(operand):  # of several views of a value it reads each, but no more than there is
+                source = _source(operand)
+                reads[source] = min(reads[source] + _elements(operand) * _item(source), _bytes(source))
         found.append(
             NodeCost(
                 node=node.name,
@@ -79,7 +83,7 @@ def node_costs(program: Program, batch: int) -> tuple[NodeCost, ...]:
                 module=_module(node),
                 operations=_operations(node, counter) * scale,
                 constant_bytes=sum(constants.values()),
-                reads={source.name: round(_elements(operand) * _item(source) * scale) for operand, source in values},
+                reads={source.name: round(size * scale) for source, size in reads.items()},
                 writes=round(_written(node) * scale),
                 result=_is_result(node),
             )
@@ -105,10 +109,15 @@ class CostGraph(dict[str, NodeCost]):
         """
         inside = set(nodes)
         mine = [self[node] for node in inside]
-        incoming = {source: size for cost in mine for source, size in cost.reads.items() if source not in inside}
+        incoming: dict[str, list[int]] = defaultdict(list)
+        for cost in mine:
+            for source in cost.reads.keys() - inside:
+                incoming[source].append(cost.reads[source])
+        written = {source: self[source].writes if source in self else 0 for source in incoming}
+        reads = sum(min(sum(sizes), max(written[source], *sizes)) for source, sizes in incoming.items())
         outgoing = sum(cost.writes for cost in mine if cost.result or not self._readers[cost.node] <= inside)
         constants = sum(cost.constant_bytes for cost in mine)
-        return sum(cost.operations for cost in mine), constants, sum(incoming.values()) + outgoing
+        return sum(cost.operations for cost in mine), constants, reads + outgoing
 
 
 def _operations(node: fx.Node, counter: FlopCounterMode) -> float:

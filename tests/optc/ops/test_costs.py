@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -96,6 +98,23 @@ def test_views_cost_nothing(name: str) -> None:
     costs = costs_of(Viewing(), (3, 4))
     assert [cost.operator for cost in costs.values()] == ["aten.relu.default"]
     assert sum(next(iter(costs.values())).reads.values()) == 3 * 4 * 4
+
+
+def test_each_part_of_a_value_counts_but_none_twice() -> None:
+    """As attention reads queries, keys and values that one product computed."""
+
+    class Parts(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            a, b = (x + 1).chunk(2, dim=1)
+            return torch.stack([torch.cat([a, b], 1), torch.cat([a, a[:, 1:], b], 1)[:, :8]]).mean(0)
+
+    costs = costs_of(Parts(), (8,))
+    first, second = of(costs, "cat")
+    assert dict(first.reads) == dict(second.reads) == {"add": 8 * 4}
+    half = NodeCost("a", "relu", "", 4.0, 0, {"x": 16}, 16, result=True)
+    source = NodeCost("x", "linear", "", 1.0, 0, {}, 32)
+    readers = [half, replace(half, node="b"), replace(half, node="c")]
+    assert [CostGraph([source, *readers]).traffic(nodes)[2] for nodes in ("a", "ab", "abc")] == [32, 64, 80]
 
 
 def test_an_operator_of_several_results_counts_by_its_first() -> None:
