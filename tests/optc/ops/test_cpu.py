@@ -50,7 +50,7 @@ def test_runs_as_one_onednn_primitive(name: str) -> None:
 
 
 @needs_onednn
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.data())
 def test_convolutions_equal_their_decomposition_at_any_geometry(data: st.DataObject) -> None:
     draw = data.draw
