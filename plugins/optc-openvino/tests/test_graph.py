@@ -116,9 +116,9 @@ def test_the_rounding_before_an_activation_goes(activation: nn.Module, dropped: 
 
 def test_the_quantized_layers_are_those_of_the_program(vit: optc.Optimized, vit_int8: optc.Optimized) -> None:
     layers = quantized_layers(read(vit_int8.files[0]))
-    assert len(layers) == len(set(layers.values())) == 50 + 2 * 12  # of the 12 projections, three parts each
+    assert len(layers) == len(set(layers.values())) == 18 + 2 * 4  # of the 4 projections, three parts each
     weights = {whole(name) for name in layers.values()}
-    assert len(weights) == 50
+    assert len(weights) == 18
     assert {"patch_embed.proj.weight", "head.weight", "blocks.0.attn.qkv.weight.T"} <= weights
     assert quantized_layers(read(vit.files[0])) == {}
 
