@@ -131,12 +131,18 @@ def _outputs(loaded: LoadedModel) -> int:
     """How many classes a model scores.
 
     Raises:
+        CaptureError: it does not run on its example inputs.
         DataError: it does not return scores of shape (batch, classes).
     """
     import torch
 
-    with torch.no_grad():
-        scores = loaded.module(*loaded.example_inputs)
+    from optc.frontend.capture import capture_error
+
+    try:
+        with torch.no_grad():
+            scores = loaded.module(*loaded.example_inputs)
+    except Exception as error:
+        raise capture_error(loaded.module, error) from error
     if not isinstance(scores, torch.Tensor) or scores.ndim != 2:
         raise DataError(f"'{loaded.info.name}' does not return one score per class", "leave --data away")
     return int(scores.shape[1])

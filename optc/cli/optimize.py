@@ -21,11 +21,13 @@ from optc.cli.options import (
     verbosity_options,
 )
 from optc.cli.terminal import stdout
-from optc.errors import ArtifactError
+from optc.errors import ArtifactError, UnknownNameError
 from optc.plugins.registry import registry
 
 if TYPE_CHECKING:
-    from optc.passmanager.contract import Instrument
+    from collections.abc import Sequence
+
+    from optc.passmanager.contract import Instrument, Pass
 
 
 @click.command("optimize")
@@ -129,7 +131,8 @@ def command(
     if bisect_limit is not None:
         instruments.append(Bisect(bisect_limit, lambda line: click.echo(line, err=True)))
     if print_after:
-        instruments.append(PrintAfter(set(print_after), lambda text: click.echo(text, err=True)))
+        printed = _leaves_printed(print_after, [each for passes in asked.lists.values() for each in passes.passes])
+        instruments.append(PrintAfter(printed, lambda text: click.echo(text, err=True)))
     loaded, dataset = load(model, weights, data, seed, progress)
     role = Data(loaded, dataset)
     evaluate = role.metric("test", agree=max_drop is not None)
@@ -177,6 +180,20 @@ def command(
             document = optimized_document(optimized.report, path, [command_line()], inside)
             found = {"artifact": str(path), **optimized.report.to_dict(), "inside": jsonable(asdict(inside))}
             write_report(report, document, found)
+
+
+def _leaves_printed(names: Sequence[str], passes: Sequence[Pass]) -> set[str]:
+    """The leaf passes after which to print, of the ``passes`` to run: the last one of a group.
+
+    Raises:
+        UnknownNameError: none of them has one of the names.
+    """
+    runs = [(each, leaf.name) for each in passes for leaf in each.leaves()]
+    last = {"all": "all", **{leaf: leaf for _, leaf in runs}, **{each.name: leaf for each, leaf in runs}}
+    for name in names:
+        if name not in last:
+            raise UnknownNameError("pass in --print-after", name, last, hint=f"known: {', '.join(last)}")
+    return {last[name] for name in names}
 
 
 def free_name(model: str) -> Path:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext, redirect_stdout
+from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 from rich.console import Console
@@ -15,11 +18,21 @@ from rich.table import Column, Table
 from optc.cli.terminal import TerminalProgress, silence_third_parties
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+_STDOUT = "optc.stdout"
+"""Under this name the context of a command keeps standard output as it was."""
 
 
 def json_option(command: Command) -> Command:
-    """``--json``: machine-readable output on stdout."""
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout instead of text.")(command)
+    """``--json``: machine-readable output on stdout, and nothing else: what models and plugins print goes to stderr."""
+
+    @wraps(command)
+    def alone(*arguments: Any, as_json: bool, **options: Any) -> Any:
+        click.get_current_context().meta[_STDOUT] = sys.stdout
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+            return command(*arguments, as_json=as_json, **options)
+
+    option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout instead of text.")
+    return cast(Command, option(alone))
 
 
 def options_table(name: str, options: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -105,5 +118,6 @@ def silence_unless(verbose: bool) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print a JSON-ready value on stdout."""
-    click.echo(json.dumps(value, indent=2, default=str, allow_nan=False))
+    """Print a JSON-ready value on stdout, of a command with :func:`json_option`."""
+    stdout = click.get_current_context().meta[_STDOUT]
+    click.echo(json.dumps(value, indent=2, default=str, allow_nan=False), file=stdout)

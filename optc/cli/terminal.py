@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -17,7 +19,11 @@ from optc.progress import Progress, Step
 
 
 def stdout() -> Console:
-    """Standard output, for names and pip lines as they are: brackets in them are no markup."""
+    """Standard output, for names and pip lines as they are: brackets in them are no markup, and letters that the
+    terminal's encoding lacks are escaped.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     return Console(highlight=False, markup=False)
 
 

@@ -19,6 +19,9 @@ from torch.utils import _pytree as pytree
 from optc.errors import CaptureError
 from optc.evaluation import evaluation_mode
 from optc.program import ModelInfo, Program, complete_meta, graph_module
+from optc.rewrite import argument, calls, set_argument, shape
+
+aten = torch.ops.aten
 
 
 def capture(
@@ -64,7 +67,7 @@ def capture(
             exported = torch.export.export(model, given)
             program = program_from_exported(exported, given, False, info)
         except Exception as error:
-            raise _capture_error(model, error) from error
+            raise capture_error(model, error) from error
     if dynamic_batch:
         note = (
             f"captured for batch size {given[0].shape[0]} only, the batch cannot vary: {_reason(dynamic_error)}"
@@ -107,7 +110,24 @@ def program_from_exported(
             new.meta["dims"] = tuple(size if isinstance(size, int) else str(size) for size in sizes)
     program = Program(graph_module(unlifted, graph), inputs, dynamic_batch, info, exported.call_spec.out_spec)
     complete_meta(program)
+    _number_paddings(program)
     return program
+
+
+_WORDED = {getattr(aten, name).padding: getattr(aten, name).default for name in ("conv1d", "conv2d", "conv3d")}
+
+
+def _number_paddings(program: Program) -> None:
+    """Write ``"same"`` and ``"valid"`` as numbers, in place; what pads one side more than the other has none."""
+    for node in calls(program, *_WORDED):
+        weight, word, dilation = (argument(node, name) for name in ("weight", "padding", "dilation"))
+        kernel = shape(weight)[2:]
+        steps = list(dilation) * (len(kernel) // len(dilation))
+        total = [step * (size - 1) if word == "same" else 0 for size, step in zip(kernel, steps, strict=True)]
+        if not any(pad % 2 for pad in total):
+            node.target = _WORDED[node.target]  # type: ignore[index]
+            set_argument(node, "padding", [pad // 2 for pad in total])
+    program.module.recompile()
 
 
 def _refuse_fixed_batch(model: torch.nn.Module) -> None:
@@ -141,7 +161,8 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _capture_error(model: torch.nn.Module, error: Exception) -> CaptureError:
+def capture_error(model: torch.nn.Module, error: Exception) -> CaptureError:
+    """What a model raised when it was run or exported, with the line of its code, as one line for people."""
     hint = "make it independent of tensor values (torch.where, torch.cond)" if _depends_on_data(error) else ""
     return CaptureError(f"cannot capture {type(model).__name__}: {_reason(error)}{_place(error)}", hint)
 
@@ -162,6 +183,6 @@ def _depends_on_data(error: Exception) -> bool:
 
 def _place(error: Exception) -> str:
     """`` (file:line, source)`` of the innermost frame that is neither torch's nor optc's, or nothing."""
-    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*ours, "<"))]
     return f" ({frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line})" if frames else ""

@@ -5,6 +5,7 @@ Commands run in this process, which has imported torch already; one test starts 
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import re
@@ -42,6 +43,13 @@ class Branches(nn.Module):
 
 def branches():
     return Branches(), (torch.randn(1, 3),)
+
+class Broken(nn.Module):
+    def forward(self, x):
+        raise ValueError("three\\nlines\\nlong")
+
+def broken():
+    return Broken(), (torch.randn(1, 3, 16, 16),)
 """
 
 
@@ -126,6 +134,16 @@ def test_print_after_and_bisect(folder: Path, optc: Run) -> None:
     assert "BISECT: NOT running pass (2) fuse-activation" in done.stderr
 
 
+def test_print_after_a_group_prints_after_its_last_pass_and_an_unknown_one_is_refused(folder: Path, optc: Run) -> None:
+    arguments = ("optimize", "mine:small", "--passes", "fuse", *ORT, "--no-measure", "-q", "-o", "out")
+    done = optc(*arguments, "--print-after", "fold-batchnorm")
+    assert "unknown pass in --print-after 'fold-batchnorm' — did you mean fold-batch-norm" in done.stderr
+    done = optc(*arguments, "--print-after", "fuse")
+    assert done.returncode == 0, done.stderr
+    last = json.loads((folder / "out" / "manifest.json").read_text())["report"]["passes"][-1]["name"]
+    assert f"# graph after {last} (" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -147,6 +165,7 @@ def test_print_after_and_bisect(folder: Path, optc: Run) -> None:
             "sees no GPU",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
         ),
+        (["optimize", "mine:broken", "--data", "digits"], "mine.py:20: raise ValueError"),
         (["profile", "empty"], "is no optc artifact"),
         (["optimise"], "unknown command 'optimise' — did you mean optimize"),
     ],
@@ -324,9 +343,14 @@ from torch import nn
 
 print("imported")
 
+class Loud(nn.Sequential):
+    def forward(self, x):
+        print("running")
+        return super().forward(x)
+
 def four():
     print("called")
-    return nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(1568, 3)), (torch.randn(1, 4, 16, 16),)
+    return Loud(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(1568, 3)), (torch.randn(1, 4, 16, 16),)
 """
 
 
@@ -335,7 +359,7 @@ def test_a_model_of_four_channels_that_prints_leaves_stdout_alone(folder: Path, 
     done = optc("optimize", "noisy:four", "--passes", "fuse", *ORT, "--no-measure", "--json", "-q", "-o", "out")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["backend"] == "onnxruntime"
-    assert "imported" in done.stderr
+    assert all(word in done.stderr for word in ("imported", "called", "running"))
     refused = optc("optimize", "noisy:four", "--data", "digits", *ORT, "-q", "-o", "other")
     assert "takes 4 channels, and images have one or three" in refused.stderr
 
@@ -345,6 +369,13 @@ def test_a_pip_line_is_printed_whole(command: str, optc: Run) -> None:
     done = optc(command)
     assert done.returncode == 0, done.stderr
     assert "…" not in done.stdout
+
+
+def test_letters_that_a_terminal_lacks_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="latin-1"))
+    stdout().print("café → 3 µs")
+    sys.stdout.flush()
+    assert sys.stdout.buffer.getvalue().decode("latin-1") == "café \\u2192 3 µs\n"  # type: ignore[attr-defined]
 
 
 def test_brackets_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
