@@ -18,7 +18,7 @@ from optc.bench.results import Candidate
 from optc.errors import BackendError
 from optc.lowering.agreement import as_array
 from optc.lowering.backend import Array, Backend
-from optc.lowering.lowering import Lowering, has_own_process, kept, lower_all
+from optc.lowering.lowering import Lowering, has_own_process, kept, lower_all, reason_of
 from optc.lowering.variants import Refused, offers_variants, variants
 from optc.options import options_text
 from optc.passmanager.alternatives import SEPARATOR
@@ -164,7 +164,7 @@ class Contest:
                     continue
             except BackendError as error:
                 failure = failure or error
-                self.left += [Outcome(each.name, False, str(error), passes=passes) for each in group]
+                self.left += [Outcome(each.name, False, reason_of(error), passes=passes) for each in group]
                 continue
             reason = "not tried: it computes quantized layers in float"
             rest = [each for group in groups[number + 1 :] for each in group]

@@ -67,7 +67,15 @@ class VerificationError(OptcError):
 
 
 class BackendError(OptcError):
-    """A backend cannot lower or load the model."""
+    """A backend cannot lower or load the model.
+
+    Args:
+        passing: whether it may go well another time, such as where memory ran out.
+    """
+
+    def __init__(self, message: str, hint: str = "", passing: bool = False) -> None:
+        super().__init__(message, hint)
+        self.passing = passing
 
 
 class ArtifactError(OptcError):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from optc.contest import Contest, TemporaryFolder, arrays, candidates, measured_
 from optc.errors import OptcError
 from optc.evaluation import evaluation_mode
 from optc.lowering.backend import Backend
-from optc.lowering.lowering import Lowering
+from optc.lowering.lowering import Lowering, Passing
 from optc.lowering.variants import offers_variants
 from optc.passmanager.alternatives import Made
 from optc.program import Program
@@ -65,19 +66,27 @@ def select(
     remembered = None
     with_variants = (automatic or measure or len(programs) > 1) and any(map(offers_variants, chosen))
     if (automatic and len(chosen) > 1) or len(programs) > 1 or with_variants:
-        steady = {passes: None if measured_on(program) else program for passes, program in programs.items()}
-        remembered = choice_cache.file_of(steady if any(steady.values()) else programs, target, chosen)
+        remembered = choice_cache.file_of(programs, target, chosen, _varying(made))
+
+    def measured(contest: Contest) -> tuple[dict[str, Lowering], Measurement | None]:
+        names = contest.names(several=automatic)
+        return names, _measure(run, model, inputs, names, target, measure) if measure or len(names) > 1 else None
+
     known = choice_cache.recall(remembered) if remembered else None
     contest = _recalled(run, inputs, programs, chosen, target, known.outcomes[0]) if known else None
+    if contest is not None:
+        names, measurement = measured(contest)
+        if failures := _failures(names, measurement):
+            run.note(f"what was kept before failed when measured ({failures[0]}): everything is measured anew")
+            contest = None
     if contest is None:
         known = None
         contest = Contest(run, inputs, target, with_variants)
         contest.enter(programs, chosen)
-    names = contest.names(several=automatic)
-    measurement = _measure(run, model, inputs, names, target, measure) if measure or len(names) > 1 else None
+        names, measurement = measured(contest)
     kept, outcomes, notes = next(iter(names.values())), tuple[Outcome, ...](), tuple[str, ...]()
     several = automatic or bool(contest.left) or max(len(names), len(programs) + len(made.dropped)) > 1
-    failed = any(measurement[name].error for name in names) if measurement else bool(contest.left)
+    failed = bool(_failures(names, measurement))
     if known:
         outcomes = known.outcomes
         notes = (f"chosen by the measurement of {known.measured}; to measure again, delete {remembered}",)
@@ -88,13 +97,29 @@ def select(
             *(Outcome("", False, reason, passes=passes) for passes, reason in made.dropped.items()),
         ]
         kept, outcomes = choose(names, left, measurement)
-        if remembered and not failed:  # what failed may run another time
+        passing = any(isinstance(each.reason, Passing) for each in contest.left)
+        if remembered and not failed and not passing:  # what failed may run another time
             choice_cache.remember(remembered, outcomes)
     if not several and len(outcomes) == 1:
         outcomes = ()  # there was nothing to choose
     for folder in {each.folder for each in contest.lowerings} - {kept.folder}:
         shutil.rmtree(folder, ignore_errors=True)
     return Selection(kept, outcomes, measurement, notes, contest.folder)
+
+
+def _varying(made: Made) -> dict[str, Any]:
+    """What stands for programs whose formats were measured; for none where that are all."""
+    found = {
+        passes: [made.given, [(record.name, record.options) for record in program.history]]
+        for passes, program in made.programs.items()
+        if measured_on(program)
+    }
+    return found if len(found) < len(made.programs) else {}
+
+
+def _failures(names: Iterable[str], measurement: Measurement | None) -> list[str]:
+    """What went wrong with each lowering that failed when measured."""
+    return [error for name in names if (error := measurement[name].error)] if measurement else []
 
 
 def _recalled(

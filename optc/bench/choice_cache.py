@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from optc.bench.cache import cache_file, cache_folder, write_cache
 from optc.bench.choice import Outcome
@@ -32,16 +33,25 @@ def folder() -> Path:
     return cache_folder("choices")
 
 
-def file_of(programs: Mapping[str, Program | None], target: Target, backends: Sequence[Backend]) -> Path:
+def file_of(
+    programs: Mapping[str, Program],
+    target: Target,
+    backends: Sequence[Backend],
+    varying: Mapping[str, Any] | None = None,
+) -> Path:
     """The file of a choice: named by a hash of the programs with their weights, by the lists of passes that made them,
     the target, the machine and the versions of everything the choice may depend on, plugins included.
 
     Args:
-        programs: ``None`` for one that comes out otherwise each time though from the same model; not all of them.
+        varying: what stands for programs that come out otherwise each time though from the same model: by the list of
+            passes what they were made with, JSON-ready. Not for all of them, as the others tell the model.
     """
-    first = next(program for program in programs.values() if program is not None)
+    first, varying = next(iter(programs.values())), varying or {}
     parts = {
-        "programs": {passes: program and program.fingerprint(contents=True) for passes, program in programs.items()},
+        "programs": {
+            passes: varying[passes] if passes in varying else program.fingerprint(contents=True)
+            for passes, program in programs.items()
+        },
         "inputs": [[str(t.dtype), *t.shape[first.dynamic_batch :]] for t in first.example_inputs],
         "target": asdict(target),
         "backends": sorted(backend.name for backend in backends),

@@ -27,6 +27,15 @@ _SIDE_BY_SIDE_SHARE = 0.1
 process and an exporter hold several copies of them each."""
 
 
+class Passing(str):
+    """The reason of a failure that may go well another time, so that no choice is to be remembered."""
+
+
+def reason_of(error: OptcError) -> str:
+    """An error as a reason, marked if it is a :class:`Passing` one."""
+    return Passing(error) if isinstance(error, BackendError) and error.passing else str(error)
+
+
 @dataclass(frozen=True)
 class Lowering:
     """A program in one runtime's files, opened once to see what really runs.
@@ -190,7 +199,8 @@ def lower_all(
         shutil.rmtree(folder / name, ignore_errors=True)
     if not done and needed:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
-        raise BackendError(f"no backend takes this model: {reasons}")
+        passing = any(isinstance(reason, Passing) for reason in refused.values())
+        raise BackendError(f"no backend takes this model: {reasons}", passing=passing)
     return done, refused
 
 
@@ -205,6 +215,8 @@ def kept(
 ) -> Iterator[None]:
     """Keep a backend's refusal as a reason under ``key``, its name by default, unless it was the only one asked for.
 
+    What is not raised on purpose counts as :class:`Passing`.
+
     Args:
         name, origin: of the backend; what goes wrong inside it has both.
     """
@@ -214,10 +226,10 @@ def kept(
     except OptcError as error:
         if alone:
             raise
-        refused[key] = str(error)
+        refused[key] = reason_of(error)
     except Exception as error:
         text = next(iter(str(error).strip().splitlines()), "")
         what = f"backend '{name}' (from {origin}) raised {type(error).__name__}: {text}"
         if alone:
-            raise BackendError(what, "run with -v for the traceback") from error
-        refused[key] = what
+            raise BackendError(what, "run with -v for the traceback", passing=True) from error
+        refused[key] = Passing(what)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from optc.errors import DataError, OptcError, UnknownNameError
@@ -27,10 +27,17 @@ SEPARATOR = " | "
 
 @dataclass(frozen=True)
 class Made:
-    """What alternatives came to: programs by the list of passes that made them, and why there is none of others."""
+    """What alternatives came to.
+
+    Attributes:
+        programs: by the list of passes that made them.
+        dropped: why there is none of other lists.
+        given: what the passes had besides the model and their options: calibration data and budget, JSON-ready.
+    """
 
     programs: Mapping[str, Program]
     dropped: Mapping[str, str]
+    given: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Alternatives:
@@ -109,7 +116,7 @@ class Alternatives:
         """
         if len(self.lists) == 1:
             ((text, manager),) = self.lists.items()
-            return Made({text: manager(program, context).program}, {})
+            return Made({text: manager(program, context).program}, {}, _given(context))
         made: dict[tuple[str, ...], Program] = {(): program}
         programs: dict[str, Program] = {}
         prints: dict[str, str] = {}
@@ -134,7 +141,7 @@ class Alternatives:
                 dropped[text] = f"does the same as {twin} here"
         if not programs and failure is not None:
             raise failure
-        return Made(programs, dropped)
+        return Made(programs, dropped, _given(context))
 
     def _pointless(self, text: str, manager: PassManager, program: Program, context: PassContext) -> str:
         """Why a list that nobody asked for cannot be faster than the others, or takes too long to find out."""
@@ -163,3 +170,9 @@ def _run(manager: PassManager, made: dict[tuple[str, ...], Program], context: Pa
         if path not in made:
             made[path] = each(made[before], context).program
     return made[path]
+
+
+def _given(context: PassContext) -> dict[str, Any]:
+    data, budget = context.calibration, context.budget
+    limits = (budget.metric.name, budget.metric.data, budget.max_drop, budget.min_sqnr_db) if budget else None
+    return {"calibration": data.description if data is not None else None, "budget": limits}

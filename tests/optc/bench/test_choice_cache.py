@@ -47,10 +47,18 @@ def test_the_same_model_has_the_same_file_and_another_has_not() -> None:
 
 def test_a_program_that_comes_out_otherwise_each_time_counts_by_its_passes() -> None:
     found, _ = backends(AUTO, TARGET)
-    file = file_of({"int8": program(), "measured": None}, TARGET, found)
-    assert file == file_of({"int8": program(), "measured": None}, TARGET, found)
-    assert file != file_of({"int8": program()}, TARGET, found)
-    assert file != file_of({"int8": program(seed=1), "measured": None}, TARGET, found)
+    made, otherwise = ({"int8": program(), "measured": program(seed=seed)} for seed in (1, 2))
+    varying = {"measured": ["mixed", {"block": 128}]}
+    file = file_of(made, TARGET, found, varying)
+    assert file == file_of(otherwise, TARGET, found, varying)
+    others = {
+        file_of(made, TARGET, found),
+        file_of(made, TARGET, found, {"measured": ["mixed", {"block": 64}]}),
+        file_of({"int8": program()}, TARGET, found, varying),
+        file_of({**made, "int8": program(seed=1)}, TARGET, found, varying),
+    }
+    assert len(others) == 4
+    assert file not in others
 
 
 def test_models_of_one_batch_size_have_a_file_for_each() -> None:

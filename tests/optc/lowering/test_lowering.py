@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ import torch
 import optc
 from optc import Backend, BackendError, Lowered, Program, Runner, Target
 from optc.errors import OptcError
+from optc.lowering import inductor
 from optc.lowering.eager import EagerBackend
-from optc.lowering.lowering import AUTO, backends, lower_all
+from optc.lowering.lowering import AUTO, Passing, backends, lower_all
 
 
 class Refuses(Backend):
@@ -86,6 +88,32 @@ def test_a_bug_in_one_backend_is_its_reason_and_names_its_plugin(program: Progra
         BackendError, match=r"^backend 'breaks' \(from a-plugin\) raised KeyError: 'weights' — run with"
     ):
         lower_all([Breaks()], program, Target(threads=1), alone, lambda text: None)
+
+
+class Killed(Refuses):
+    """Its compiling process ends, by a signal or not."""
+
+    name = "killed"
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def lower(self, program: Program, target: Target, folder: Path) -> Lowered:
+        (folder / "log").touch()
+        inductor._result(subprocess.Popen(["sh", "-c", self.how]), folder)
+        raise AssertionError("it has no result")
+
+
+@pytest.mark.parametrize(("how", "passing"), [("kill -9 $$", True), ("exit 1", False)])
+def test_a_process_that_was_killed_may_do_better_another_time(
+    how: str, passing: bool, program: Program, tmp_path: Path
+) -> None:
+    _, refused = lower_all([EagerBackend(), Killed(how)], program, Target(threads=1), tmp_path, lambda text: None)
+    assert isinstance(refused["killed"], Passing) == passing
+    (tmp_path / "none").mkdir()
+    with pytest.raises(BackendError, match="no backend takes this model") as caught:
+        lower_all([Killed(how), Refuses()], program, Target(threads=1), tmp_path / "none", lambda text: None)
+    assert caught.value.passing == passing
 
 
 def test_the_only_backend_raises_its_own_reason(program: Program, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,12 +18,14 @@ import optc
 from optc.bench.choice import rows
 from optc.bench.measure import measure
 from optc.contest import Contest
-from optc.lowering.backend import Array, Lowered, Runner
+from optc.lowering.backend import Array, Backend, Lowered, Runner
 from optc.lowering.eager import EagerBackend
 from optc.lowering.torch_memory import TorchOptions
 from optc.passmanager.alternatives import Made
+from optc.passmanager.contract import PassRecord
 from optc.progress import Progress, Run
-from optc.selection import select
+from optc.report.account import KEYS
+from optc.selection import Selection, _varying, select
 
 TARGET = optc.Target(threads=1, batch=2, options={"offering": {"level": 1}})
 X = torch.randn(2, 8)
@@ -184,6 +187,88 @@ def test_where_what_was_kept_cannot_be_made_again_all_are_measured_anew(
     assert again.kept.backend.name == "slow"
     assert run.notes == ["what was kept before cannot be made again (no memory left): everything is measured anew"]
     assert {each.backend: each.reason for each in again.outcomes if not each.chosen} == {"offering": "no memory left"}
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_where_what_was_kept_fails_when_measured_all_are_measured_anew(
+    program: optc.Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert selected(program, Offering(), Slow(), automatic=True).kept.backend.name == "offering"
+
+    load, opened = Offering.load, list[Offering]()
+
+    def once(self: Offering, folder: Path, files: tuple[str, ...], target: optc.Target) -> Runner:
+        if self in opened:
+            raise optc.BackendError("once is enough")
+        if type(self) is Offering:
+            opened.append(self)
+        return load(self, folder, files, target)
+
+    monkeypatch.setattr(Offering, "load", once)
+    run = Run(Progress())
+    again = selected(program, Offering(), Slow(), automatic=True, measure=True, run=run)
+    assert again.kept.backend.name == "slow"
+    assert run.notes == ["what was kept before failed when measured (once is enough): everything is measured anew"]
+    assert again.notes == ()
+
+
+def test_what_was_chosen_for_formats_that_were_measured_is_not_recalled_for_others(
+    program: optc.Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    account = {"account": [dict.fromkeys(KEYS, None) | {"layer": "linear", "backend": "slow"}]}
+
+    def made(block: int = 64, points: float = 1.0) -> Made:
+        formats = replace(program.fork(), history=(PassRecord("quant", {"block": block}, True, (), (), account),))
+        return Made({"int8": program, "mixed": formats}, {}, {"budget": points})
+
+    def notes(made: Made) -> tuple[str, ...]:
+        chosen: list[Backend] = [Slow()]
+        run, model = Run(Progress()), nn.Linear(8, 8)
+        found: Selection = select(run, model, (X,), made, chosen, {}, TARGET, automatic=False, measure=False)
+        return found.notes
+
+    assert notes(made()) == ()
+    assert "chosen by the measurement of" in notes(made())[0]
+    assert notes(made(points=0.5)) == ()
+    assert _varying(made()) == _varying(made()) != _varying(made(block=32))
+
+
+class Exhausted(Slow):
+    """Has no memory the first time."""
+
+    name = "exhausted"
+    failed = False
+
+    def lower(self, program: optc.Program, target: optc.Target, folder: Path) -> Lowered:
+        if not Exhausted.failed:
+            Exhausted.failed = True
+            raise MemoryError
+        return super().lower(program, target, folder)
+
+
+class Refusing(Slow):
+    name = "refusing"
+
+    def lower(self, program: optc.Program, target: optc.Target, folder: Path) -> Lowered:
+        raise optc.BackendError("no kernel for it")
+
+
+def test_a_choice_is_remembered_unless_something_failed_that_may_pass(
+    program: optc.Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first, second, third = (selected(program, Slow(), Exhausted(), automatic=True) for _ in range(3))
+    assert [each.backend for each in first.outcomes] == ["slow", "exhausted"]
+    assert "raised MemoryError" in first.outcomes[1].reason
+    assert second.notes == ()
+    assert all(each.p50_ms for each in second.outcomes), "both were measured"
+    assert "chosen by the measurement of" in third.notes[0]
+
+    first, second = (selected(program, Slow(), Refusing(), automatic=True) for _ in range(2))
+    assert first.measurement is None, "there was one to measure"
+    assert "chosen by the measurement of" in second.notes[0]
 
 
 @pytest.mark.usefixtures("uncompiled")

@@ -53,6 +53,7 @@ class Batches:
 def test_auto_makes_one_program_for_each_precision(captured: optc.Program, images: list[torch.Tensor]) -> None:
     made = Alternatives.of("auto").run(captured, context(images))
     assert set(made.programs) | set(made.dropped) == set(AUTO_PASSES)
+    assert made.given == {"calibration": "noise", "budget": None}
     records = {text: [r.name for r in p.history if r.modified] for text, p in made.programs.items()}
     assert "quant" in records["fuse,quant"]
     assert "bf16" in records["fuse,bf16"]
