@@ -290,6 +290,7 @@ def _result(process: subprocess.Popen[bytes], folder: Path) -> dict[str, Any]:
         raise BackendError(
             f"the compiling process {how}: {said[-1] if said else 'it said nothing'}",
             "is there enough memory?" if status == -signal.SIGKILL else "",
+            passing=status < 0,
         ) from None
     if "error" in result:
         raise BackendError(f"inductor cannot compile the model: {result['error']}")
