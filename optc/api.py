@@ -160,10 +160,13 @@ def optimize(
         captured = capture(model, inputs, info=info)
         model_bytes = captured.constant_bytes()
         step.done(f"{captured.operator_count()} operators, {model_bytes / 1e6:.1f} MB")
-    if target.batch not in (1, fixed_batch(captured) or target.batch):
-        taken = f"the model takes a batch of {fixed_batch(captured)} only, not of {target.batch}"
-        raise CaptureError(taken, "export it with that batch, or with the batch dynamic")
-    target = replace(target, batch=fixed_batch(captured) or target.batch)
+    fixed = fixed_batch(captured) or target.batch
+    in_parts = [each.name for each in asked.first.leaves()][-1:] == ["partition"]  # which are of the fixed batch each
+    if target.batch != 1 and (target.batch % fixed if in_parts else target.batch != fixed):
+        taken = f"the model takes a batch of {fixed} only, not of {target.batch}"
+        multiple = "give a multiple of it, or " if in_parts else ""
+        raise CaptureError(taken, f"{multiple}export it with that batch, or with the batch dynamic")
+    target = replace(target, batch=fixed)
     inputs = at_batch(inputs, captured, target.batch)
     watchers: list[Instrument] = [Timing(), Statistics()]
     ranges = as_calibration(calibration, captured)

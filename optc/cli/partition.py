@@ -133,8 +133,9 @@ def command(
     console = stdout()
     console.print(render(prediction))
     if path is not None:
-        run = f"torchrun --nproc-per-node {len(prediction.account)} -m optc.distributed {path}"
-        console.print(Text(f"Artifact: {path} (optc profile {path}, or {run})"))
+        stages = len(prediction.account)
+        run = f", or torchrun --nproc-per-node {stages} -m optc.distributed {path}" if stages > 1 else ""
+        console.print(Text(f"Artifact: {path} (optc profile {path}{run})"))
 
 
 def _default_weights(model: str, simulate: str | None) -> str:

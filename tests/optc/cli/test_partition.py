@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import optc
+from optc.lowering.pipeline_file import read_pipeline
 
 Command = Callable[..., Any]
 RESIDUALS = """
@@ -97,6 +98,24 @@ def test_a_plan_is_verified_lowered_and_runs(command: Command, folder: Path) -> 
         np.testing.assert_allclose(runner(images.numpy())[0], expected, rtol=1e-4, atol=1e-5)
     finally:
         runner.close()
+
+
+def test_a_file_for_one_batch_size_is_cut_into_stages_for_that(command: Command) -> None:
+    import mine_in_stages
+
+    model, inputs = mine_in_stages.residuals()
+    torch.export.save(torch.export.export(model.eval(), inputs), "one.pt2")
+    options = ("--stages", "2", "--microbatches", "3", "--threads", "2", "-o", "one.pipe", "-q")
+    done = command("partition", "one.pt2", *options)
+    assert done.returncode == 0, done.stderr
+    assert "torchrun --nproc-per-node 2 -m optc.distributed one.pipe" in " ".join(done.stdout.split())
+    assert read_pipeline(Path("one.pipe")).rows == 1
+
+
+def test_one_stage_is_an_ordinary_artifact(command: Command) -> None:
+    done = command("partition", MODEL, "--stages", "1", "--backend", "eager", "-o", "one", "-q")
+    assert done.returncode == 0, done.stderr
+    assert "Artifact: one (optc profile one)" in done.stdout
 
 
 @pytest.mark.parametrize(
