@@ -33,7 +33,7 @@ class Prediction:
         schedule: the batch on its way through the stages.
         images: in a batch.
         alone_seconds, alone_device: the same microbatches one after the other on one of the devices, the fastest.
-        alone_fits: whether the whole model fits into that device's memory.
+        alone_fits: whether the whole model fits into that device's memory, none of which other stages have then.
         timing: ``"measured"``, ``"roofline"``, or both where stages differ.
     """
 
@@ -61,7 +61,7 @@ class Prediction:
             images=microbatches * int(account[0]["microbatch"]),
             alone_seconds=microbatches * alone["whole_seconds"],
             alone_device=alone["device"],
-            alone_fits=alone["memory_bytes"] is None or alone["whole_bytes"] <= alone["memory_bytes"],
+            alone_fits=alone["whole_memory_bytes"] is None or alone["whole_bytes"] <= alone["whole_memory_bytes"],
             timing=" and ".join(sorted({row["timing"] for row in account})),
         )
 

@@ -37,7 +37,9 @@ class Partition(Pass):
             "", description="4xh100, 1xh100,2xa100, 2xcpu:1 or a TOML file, one device a stage; empty: the target's own"
         )
         microbatches: int = Field(1, ge=1, description="parts that a batch goes through the stages in")
-        batch: int | None = Field(None, ge=1, description="images in a batch; none: one in each microbatch")
+        batch: int | None = Field(
+            None, ge=1, description="images in a batch; none: the target's, or one in each microbatch"
+        )
         simulate: bool = Field(False, description="measure nothing here: times are the devices' rooflines")
 
     options: Options
@@ -49,7 +51,7 @@ class Partition(Pass):
             OptcError: an option does not fit the model or the devices; a stage cannot fit into its device's memory.
         """
         devices = self._devices(context)
-        microbatch = self._microbatch(program)
+        microbatch = self._microbatch(program, context.target.batch)
         work = Work(program, microbatch)
         if len(devices) > len(work.units):
             raise OptcError(f"{len(devices)} stages for {len(work.units)} operators", "ask for fewer stages")
@@ -81,30 +83,39 @@ class Partition(Pass):
     def _devices(self, context: PassContext) -> tuple[Device, ...]:
         stages = self.options.stages
         if not self.options.devices:
-            return self._limited(local_devices(context, stages or 2), context)
+            return self._on_this_machine(local_devices(context, stages or 2), context)
         devices = parse(self.options.devices)
         if stages is not None and stages != len(devices):
             raise OptcError(
                 f"{len(devices)} devices ('{self.options.devices}') for {stages} stages",
                 "give one device for each stage",
             )
-        return self._limited(devices, context)
+        return self._on_this_machine(devices, context)
 
-    def _limited(self, devices: tuple[Device, ...], context: PassContext) -> tuple[Device, ...]:
-        """Stages on this machine's CPU share its memory."""
+    def _on_this_machine(self, devices: tuple[Device, ...], context: PassContext) -> tuple[Device, ...]:
+        """Stages on this machine's CPU share its memory, and are told of if they must share threads."""
+        if self.options.simulate:
+            return devices
+        threads = sum(device.threads for device in devices)
+        if context.target.device == "cpu" and threads > context.target.threads:
+            context.note(
+                f"the stages have {threads} threads, and {context.target.threads} are at hand: they will take turns,"
+                " and the pipeline is slower than predicted"
+            )
         sharing = sum(device.threads > 0 and device.memory is None for device in devices)
-        if not sharing or context.memory is None or self.options.simulate:
+        if not sharing or context.memory is None:
             return devices
         share = context.memory // sharing
         return tuple(
-            replace(device, memory=share) if device.threads and device.memory is None else device for device in devices
+            replace(device, memory=share, sharing=sharing) if device.threads and device.memory is None else device
+            for device in devices
         )
 
-    def _microbatch(self, program: Program) -> int:
-        """Images in a microbatch."""
+    def _microbatch(self, program: Program, query: int) -> int:
+        """Images in a microbatch; ``query``: as many as the target has in a batch."""
         count = self.options.microbatches
         fixed = None if program.dynamic_batch else len(program.example_inputs[0])
-        batch = self.options.batch or count * (fixed or 1)
+        batch = self.options.batch or (count * fixed if fixed else max(count, query))
         if batch % count:
             raise OptcError(
                 f"{count} microbatches do not divide a batch of {batch}", "choose a number of microbatches that does"
@@ -202,6 +213,7 @@ def _account(plan: _Plan, times: Times) -> list[dict[str, Any]]:
                 "send_bytes": 0 if last else int(each.carried[end]),
                 "cut": [] if last else [_tensor(each.work, node) for node in each.crossing(end)],
                 "whole_seconds": float(chain.seconds[stage].sum()),
+                "whole_memory_bytes": None if device.memory is None else device.memory * device.sharing,
                 "whole_bytes": each.weights(0, len(each.units)) + int(each.live.max()),
             }
         )

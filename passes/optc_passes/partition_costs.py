@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,8 @@ def local_devices(context: PassContext, stages: int) -> tuple[Device, ...]:
     found = next((device for key, device in sorted(KNOWN.items(), reverse=True) if key in name.split()), None)
     if found is None:
         raise OptcError(f"nothing is known of the device '{name}'", "describe it in a TOML file: see docs/partition.md")
+    if found.memory is not None and (here := _memory_at_hand(context)) is not None:
+        found = replace(found, memory=min(found.memory, here))  # a model of it may have less than the data sheet's
     return (found,) * stages
 
 
@@ -38,6 +41,13 @@ def _gpu_at_hand(context: PassContext) -> str | None:
     if context.target.device != "cuda" or not torch.cuda.is_available():
         return None
     return torch.cuda.get_device_name().lower().replace("-", " ")
+
+
+def _memory_at_hand(context: PassContext) -> int | None:
+    """Bytes of the GPU at hand."""
+    import torch
+
+    return None if _gpu_at_hand(context) is None else torch.cuda.get_device_properties(0).total_memory
 
 
 def node_seconds(

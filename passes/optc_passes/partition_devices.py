@@ -32,7 +32,8 @@ class Device:
         memory: bytes, ``None`` where there is no limit.
         link_bandwidth: bytes a second to a neighbour, one way.
         link_latency: seconds until the first byte of a message arrives.
-        threads: of a CPU; 0 for what is none.
+        threads: of this machine's CPU; 0 for what is none.
+        sharing: stages that share its memory, of which ``memory`` is one's part.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Device:
     link_bandwidth: float
     link_latency: float
     threads: int = 0
+    sharing: int = 1
 
     def peak(self, kind: str) -> float:
         """Operations a second in a type."""
@@ -182,5 +184,5 @@ def _described(entry: _Entry, where: str) -> Device:
         memory,
         given(entry.link_gb_s, GB, base.link_bandwidth if base else None),
         given(entry.link_us, MICRO, base.link_latency if base else None),
-        base.threads if base else 0,
+        base.threads if base and base.name == entry.name else 0,  # described otherwise, it is not this machine's
     )

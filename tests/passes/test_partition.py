@@ -15,10 +15,12 @@ from torch import nn
 import optc
 from optc.lowering.node_times import node_times
 from optc.program import Program
+from optc.report.stages import Prediction
 from optc.stages import run_stages, split
 from optc.torchvision_ops import declare_torchvision_ops
 from optc_passes.fuse import Fuse
 from optc_passes.partition import Partition
+from optc_passes.partition_costs import local_devices
 from optc_passes.partition_devices import KNOWN, parse
 from optc_passes.partition_graph import Work, few_alive, row
 
@@ -102,6 +104,25 @@ def test_a_microbatch_of_several_images_takes_and_sends_as_many_times_as_much(vi
     assert four[0]["activation_bytes"] == 4 * one[0]["activation_bytes"]
     assert four[0]["cut"][0]["shape"] == [4, *one[0]["cut"][0]["shape"][1:]]
     assert one[0]["compute_seconds"] < four[0]["compute_seconds"] <= 4 * one[0]["compute_seconds"]
+
+
+def test_a_microbatch_is_a_part_of_the_targets_batch(vit: Program) -> None:
+    six = optc.PassContext(target=optc.Target(batch=6))
+    assert account_of(Partition(devices="2xl4", microbatches=2)(vit, six))[0]["microbatch"] == 3
+    assert account_of(Partition(devices="2xl4", microbatches=8)(vit, six))[0]["microbatch"] == 1
+    with pytest.raises(optc.OptcError, match="4 microbatches do not divide a batch of 6"):
+        Partition(devices="2xl4", microbatches=4)(vit, six)
+
+
+def test_threads_that_are_not_there_are_noted(vit: Program) -> None:
+    notes: list[str] = []
+    context = optc.PassContext(target=optc.Target(threads=2), note=notes.append)
+    Partition(devices="2xcpu:1")(vit, context)
+    assert not notes
+    Partition(devices="2xcpu:4")(vit, context)
+    assert notes == [
+        "the stages have 8 threads, and 2 are at hand: they will take turns, and the pipeline is slower than predicted"
+    ]
 
 
 def test_the_faster_device_gets_more(vit: Program, tmp_path: Path) -> None:
@@ -293,6 +314,10 @@ def test_a_stage_too_large_for_its_device_is_refused_with_the_numbers(vit: Progr
     assert all(each["weight_bytes"] + each["activation_bytes"] <= limit for each in account)
     with pytest.raises(optc.OptcError, match="too large for its device"):  # the CPU's memory, shared by its stages
         Partition(devices="2xcpu:1")(vit, optc.PassContext(memory=whole))
+    halves = Partition(devices="2xcpu:1")(vit, optc.PassContext(memory=round(1.4 * whole)))
+    assert account_of(halves)[0]["memory_bytes"] < whole
+    assert Prediction.of(halves.program.history).alone_fits  # alone it would have all of the memory
+    assert not Prediction.of(Partition(devices=str(small))(vit).program.history).alone_fits
 
 
 @pytest.mark.parametrize(
@@ -327,6 +352,21 @@ def test_a_file_describes_devices(tmp_path: Path) -> None:
     assert own_one == own_two
     assert (own_one.peak("bfloat16"), own_one.memory, own_one.link_latency) == (10e12, None, pytest.approx(30e-6))
     assert [device.name for device in parse("1xh100, 2xa100,l4")] == ["h100", "a100", "a100", "l4"]
+
+
+def test_a_cpu_is_this_machines_where_it_is_named_so(tmp_path: Path) -> None:
+    path = tmp_path / "devices.toml"
+    path.write_text("[[device]]\nname = 'cpu:8'\nbase = 'cpu:8'\nlink_us = 5\n[[device]]\nname = 'x'\nbase = 'cpu:8'\n")
+    here, other = parse(str(path))
+    assert (here.threads, other.threads) == (8, 0)  # what has no threads here is not measured here
+    assert other.flops == here.flops
+
+
+@pytest.mark.gpu
+def test_the_gpu_at_hand_has_no_more_memory_than_it_has() -> None:
+    (device,) = local_devices(optc.PassContext(target=optc.Target(device="cuda")), 1)
+    assert device.memory is not None
+    assert device.memory <= torch.cuda.get_device_properties(0).total_memory
 
 
 def test_ten_thousand_nodes_into_64_stages() -> None:
