@@ -30,23 +30,31 @@ class _Base:
         nonfinite: batches whose outputs held a NaN or an infinity.
     """
 
-    def __init__(self, runner: Runner, samples: Samples, name: str, *, classes: bool) -> None:
-        """``classes``: answer with the class of the largest score, as float32, which LoadGen logs in accuracy mode."""
+    def __init__(self, runner: Runner, samples: Samples, name: str, batch: int, *, classes: bool) -> None:
+        """
+        Args:
+            batch: how many samples are run at once.
+            classes: answer with the class of the largest score, as float32, which LoadGen logs in accuracy mode.
+        """
         self.name = name
         self.latencies_ns: list[int] = []
         self.nonfinite = 0
         self.failure: BaseException | None = None
         self.failed_samples: tuple[int, ...] = ()
-        self._runner, self._samples, self._classes = runner, samples, classes
+        self._runner, self._samples, self._batch, self._classes = runner, samples, batch, classes
         loadgen = library()
         self._complete: Callable[[list[Any]], None] = loadgen.QuerySamplesComplete
         self._response: Callable[[int, int, int], Any] = loadgen.QuerySampleResponse
 
     def run(self, indices: Sequence[int]) -> tuple[Array, ...]:
-        """The outputs for some samples, put into one batch if there are several."""
-        if len(indices) == 1:
+        """The outputs for some samples, put into one batch. A short one is filled up: code that is compiled for a batch
+        size would be compiled anew for it, within the run.
+        """
+        if self._batch == 1:
             return self._runner(*self._samples[indices[0]])
-        return self._runner(*map(np.concatenate, zip(*(self._samples[index] for index in indices), strict=True)))
+        filled = [*indices, *[indices[-1]] * (self._batch - len(indices))]
+        outputs = self._runner(*map(np.concatenate, zip(*(self._samples[index] for index in filled), strict=True)))
+        return outputs if len(filled) == len(indices) else tuple(output[: len(indices)] for output in outputs)
 
     def answer(self, ids: Sequence[int], outputs: tuple[Array, ...] | None) -> None:
         """Tell LoadGen that samples are done; without outputs, that they came to nothing."""
@@ -92,8 +100,8 @@ class BatchSystem(_Base):
     """Answers a query of any number of samples at once, ``batch`` at a time: SingleStream, MultiStream, Offline."""
 
     def __init__(self, runner: Runner, samples: Samples, name: str, batch: int, *, classes: bool = False) -> None:
-        super().__init__(runner, samples, name, classes=classes)
-        self._batch, self._interruptible = batch, False
+        super().__init__(runner, samples, name, batch, classes=classes)
+        self._interruptible = False
 
     def issue(self, query_ids: Sequence[int], sample_indices: Sequence[int]) -> None:
         """Run the query's samples, batch after batch; after a failure answer at once, so that the run ends."""
@@ -140,8 +148,8 @@ class QueueSystem(_Base):
 
     def __init__(self, runner: Runner, samples: Samples, name: str, threads: int, batch: int = 1) -> None:
         """``batch``: how many of the samples that arrive together are run at once."""
-        super().__init__(runner, samples, name, classes=False)
-        self._threads, self._batch = threads, batch
+        super().__init__(runner, samples, name, batch, classes=False)
+        self._threads = threads
         self._arrived: queue.SimpleQueue[tuple[Sequence[int], Sequence[int], int] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._outstanding: set[int] = set()

@@ -16,6 +16,7 @@ import pytest
 from optc import Runner
 from optc.bench.scenarios import Plan, run_scenario
 from optc.bench.settings import SCENARIOS, Scenario
+from optc.bench.suts import BatchSystem
 from optc.errors import MeasurementError
 
 Arrays = tuple[np.ndarray, ...]
@@ -92,6 +93,14 @@ def test_a_runner_that_takes_one_sample_only_gets_them_one_by_one_and_it_is_said
     assert result.queries == result.loadgen.parameters["min_query_count"]  # type: ignore[union-attr]
     assert len(result.latencies_ns) == 8 * result.queries
     assert "takes no batch of 8" in result.notes[0]
+
+
+def test_a_short_batch_is_filled_up(samples: list[Arrays]) -> None:
+    runner = _Calls(lambda x: (x,))
+    system = BatchSystem(runner, samples, "m", 3)
+    (found,) = system.run([4, 2])
+    assert runner.batches == [3]
+    np.testing.assert_array_equal(found, [[4.0] * 3, [2.0] * 3])
 
 
 def test_offline_takes_the_batch_with_the_highest_throughput(samples: list[Arrays]) -> None:
