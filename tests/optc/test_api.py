@@ -80,6 +80,7 @@ def test_measurement_has_the_baselines_and_a_verdict(net: Net) -> None:
     assert optimized.report.to_dict()["verdict"] == optimized.report.verdict
 
 
+@pytest.mark.usefixtures("briefly")
 def test_auto_keeps_the_fastest_backend_and_says_why(net: Net, tmp_path: Path) -> None:
     inputs = torch.randn(1, 3, 16, 16)
     optimized = optc.optimize(net, inputs, ["fuse"], measure=False, target=optc.Target(threads=1))
@@ -89,7 +90,9 @@ def test_auto_keeps_the_fastest_backend_and_says_why(net: Net, tmp_path: Path) -
     assert kept.chosen
     assert optimized.report.backend == kept.backend
     assert all(outcome.reason for outcome in outcomes.values())
-    assert kept.p50_ms == min(outcome.p50_ms for outcome in outcomes.values() if outcome.p50_ms is not None)
+    if not kept.options:  # other options take the place of none only where they are shown to be faster
+        rivals = [outcome for outcome in optimized.report.backends if not outcome.options]
+        assert kept.p50_ms == min(outcome.p50_ms for outcome in rivals if outcome.p50_ms is not None)
     net.eval()
     expected = net(inputs)["scores"].detach()
     net.train()

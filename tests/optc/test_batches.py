@@ -91,6 +91,7 @@ class OfThree(nn.Module):
         return x.reshape(3, 2) @ x.reshape(2, 3)
 
 
+@pytest.mark.usefixtures("uncompiled", "briefly")
 def test_a_model_of_one_batch_size_is_measured_with_that() -> None:
     model = OfThree()
     made = optc.optimize(model, torch.randn(3, 2), "fuse", backend="onnxruntime", target=optc.Target(threads=1))

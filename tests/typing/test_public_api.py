@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow  # `make lint` checks the same file in the same way
 def test_the_public_interface_is_typed_as_promised() -> None:
     # strict reports unused ignores too, so each ignored line is an error that mypy does find.
     command = [

@@ -8,18 +8,21 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
 from optc import Runner, Target
+from optc.bench.loadgen import SingleStreamRun
 from optc.bench.measure import FAR, NEAR_BLOCKS, SETTLING_BLOCKS, WAYS_BLOCKS, measure
 from optc.bench.results import Candidate, Measurement
+from optc.bench.summary import LoadGenSummary
 
 Arrays = tuple[np.ndarray, ...]
 TIED = ((1, 3), (3, 1))
 """Milliseconds in one block and in the next, of two that nothing tells apart."""
 
 
-class Sleeping(Runner):
-    """Takes as long as it is told to."""
+class Told(Runner):
+    """Is said to take as long as it is told to."""
 
     provider, precision = "test runtime", "float32"
 
@@ -27,8 +30,20 @@ class Sleeping(Runner):
         self.seconds = seconds
 
     def __call__(self, *inputs: np.ndarray) -> Arrays:
-        time.sleep(self.seconds())
         return inputs
+
+
+@pytest.fixture(autouse=True)
+def _as_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LoadGen and the clock are left out: which blocks follow from which latencies is what is tested."""
+    noise = np.random.default_rng(0)
+
+    def block(runner: Told, samples: object, queries: int, **_: object) -> SingleStreamRun:
+        latency = round(runner.seconds() * 1e9 * noise.uniform(0.999, 1.001))
+        summary = LoadGenSummary("SingleStream", True, (), {}, latency, latency, latency)
+        return SingleStreamRun(np.full(min(queries, 20), latency), summary, 0, None)
+
+    monkeypatch.setattr("optc.bench.measure.single_stream", block)
 
 
 def settled(
@@ -52,7 +67,7 @@ def settled(
         Target(threads=1),
         optimized=optimized,
         blocks=blocks,
-        block_seconds=0.1,
+        block_seconds=0.025,
         limit_seconds=limit_seconds,
         together=True,
         progress=progress,
@@ -64,13 +79,13 @@ def test_candidates_that_are_not_told_apart_get_further_blocks() -> None:
 
     def twin(name: str, lead: int) -> Candidate:
         """Three times as fast as its twin in one block, and in the next the other way round."""
-        return Candidate(name, "", True, lambda: Sleeping(lambda: 0.003 if (measured[name] + lead) % 2 else 0.001))
+        return Candidate(name, "", True, lambda: Told(lambda: 0.003 if (measured[name] + lead) % 2 else 0.001))
 
     candidates = [
         twin("first twin", 0),
         twin("second twin", 1),
-        Candidate("slow", "", True, lambda: Sleeping(lambda: 0.05)),
-        Candidate("baseline", "", False, lambda: Sleeping(lambda: 0.03)),
+        Candidate("slow", "", True, lambda: Told(lambda: 0.05)),
+        Candidate("baseline", "", False, lambda: Told(lambda: 0.03)),
     ]
     result = settled(candidates, ("first twin", "second twin", "slow"), opened, measured)
     twins = 4 + SETTLING_BLOCKS
@@ -85,9 +100,9 @@ def test_candidates_that_are_not_told_apart_get_further_blocks() -> None:
 
 def test_the_further_behind_the_fewer_blocks() -> None:
     candidates = [
-        Candidate("fast", "", True, lambda: Sleeping(lambda: 0.02)),
-        Candidate("behind", "", True, lambda: Sleeping(lambda: 0.0275)),
-        Candidate("far behind", "", True, lambda: Sleeping(lambda: 0.08)),
+        Candidate("fast", "", True, lambda: Told(lambda: 0.02)),
+        Candidate("behind", "", True, lambda: Told(lambda: 0.0275)),
+        Candidate("far behind", "", True, lambda: Told(lambda: 0.08)),
     ]
     measured = Counter[str]()
     settled(candidates, ("fast", "behind", "far behind"), Counter(), measured, blocks=5)
@@ -98,8 +113,8 @@ def test_what_is_far_behind_and_not_told_apart_goes_on() -> None:
     measured = Counter[str]()
     seconds = (0.07, 0.035)
     candidates = [
-        Candidate("fast", "", True, lambda: Sleeping(lambda: 0.02)),
-        Candidate("unsteady", "", True, lambda: Sleeping(lambda: seconds[(measured["unsteady"] + 1) % 2])),
+        Candidate("fast", "", True, lambda: Told(lambda: 0.02)),
+        Candidate("unsteady", "", True, lambda: Told(lambda: seconds[(measured["unsteady"] + 1) % 2])),
     ]
     settled(candidates, ("fast", "unsteady"), Counter(), measured, blocks=4)
     assert measured["unsteady"] > min(FAR), "3.5 and 1.75 times: two blocks leave the interval beyond 1"
@@ -113,13 +128,13 @@ def test_what_is_near_the_fastest_is_opened_anew() -> None:
         nonlocal openings
         openings += 1
         seconds = 0.0105 if openings == 1 else 0.008
-        return Sleeping(lambda: seconds)
+        return Told(lambda: seconds)
 
     candidates = [
         Candidate("unlucky", "", True, unlucky),
-        Candidate("lucky", "", True, lambda: Sleeping(lambda: 0.01)),
-        Candidate("far", "", True, lambda: Sleeping(lambda: 0.02)),
-        Candidate("baseline", "", False, lambda: Sleeping(lambda: 0.03)),
+        Candidate("lucky", "", True, lambda: Told(lambda: 0.01)),
+        Candidate("far", "", True, lambda: Told(lambda: 0.02)),
+        Candidate("baseline", "", False, lambda: Told(lambda: 0.03)),
     ]
     opened, measured = Counter[str](), Counter[str]()
     result = settled(candidates, ("unlucky", "lucky", "far"), opened, measured, blocks=3)
@@ -135,7 +150,7 @@ def unsteady(name: str, milliseconds: tuple[float, ...], measured: Counter[str],
         name,
         "",
         True,
-        lambda: Sleeping(lambda: milliseconds[measured[name] % len(milliseconds)] / 1000),
+        lambda: Told(lambda: milliseconds[measured[name] % len(milliseconds)] / 1000),
         instead_of=instead_of,
     )
 
@@ -156,7 +171,7 @@ def test_what_is_slow_to_open_gets_several_blocks_each_time() -> None:
 
     def slow_to_open(candidate: Candidate) -> Candidate:
         def open_() -> Runner:
-            time.sleep(0.4)
+            time.sleep(0.1)
             return candidate.open()
 
         return replace(candidate, open=open_)
@@ -166,11 +181,11 @@ def test_what_is_slow_to_open_gets_several_blocks_each_time() -> None:
     settled(candidates, names, opened, measured)
     for name in names:
         assert measured[name] == 4 + SETTLING_BLOCKS
-        assert 2 <= opened[name] - 1 <= SETTLING_BLOCKS // 3, "its blocks of 0.1 s take as long as opening it"
+        assert 2 <= opened[name] - 1 <= SETTLING_BLOCKS // 3, "four blocks of 0.025 s take as long as opening it"
 
 
 def test_settling_ends_with_the_time() -> None:
-    candidates = [Candidate(name, "", True, lambda: Sleeping(lambda: 0.001)) for name in ("twin", "other twin")]
+    candidates = [Candidate(name, "", True, lambda: Told(lambda: 0.001)) for name in ("twin", "other twin")]
     opened = Counter[str]()
     result = settled(candidates, ("twin", "other twin"), opened, Counter(), limit_seconds=0.0)
     assert [len(each.blocks) for each in result.results] == [2, 2]
