@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from optc.errors import DataError
+from optc.plugins.registry import blamed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from optc.budget import Metric
-    from optc.data.dataset import Dataset, SplitName
+    from optc.data.dataset import Dataset, Split, SplitName
     from optc.frontend.load import LoadedModel
     from optc.passmanager.contract import Calibration
     from optc.progress import Progress
@@ -85,15 +86,14 @@ class Data:
             return None
         count = BIG_MODEL_IMAGES if self._big else CALIBRATION_IMAGES
         batch = BIG_MODEL_BATCH if self._big else CALIBRATION_BATCH
-        return DatasetCalibration(self._images.split("train", self._loaded.info.preprocessing), batch, count // batch)
+        return DatasetCalibration(self._split("train"), batch, count // batch)
 
     def verification(self) -> list[tuple[Tensor, ...]] | None:
         """Batches of the validation split, to compare outputs on."""
         if not self._is_image_model:
             return None
         count = BIG_MODEL_IMAGES if self._big else VERIFICATION_IMAGES
-        split = self._images.split("validation", self._loaded.info.preprocessing)
-        return [(images,) for images, _ in split.batches(BIG_MODEL_BATCH if self._big else 8, limit=count)]
+        return self._batches(self._split("validation"), BIG_MODEL_BATCH if self._big else 8, count)
 
     @property
     def no_accuracy(self) -> str:
@@ -116,15 +116,23 @@ class Data:
 
         if not self._is_image_model or (self.no_accuracy and not agree):
             return None
-        part = self._images.split(split, self._loaded.info.preprocessing)
+        part = self._split(split)
         if not self.no_accuracy:
             what = f"{len(part)} {split} images of {part.dataset}"
             return Metric(ACCURACY, lambda call: evaluate(call, part, EVALUATION_BATCH).top1, what)
         count = min(BIG_MODEL_IMAGES if self._big else AGREEMENT_IMAGES, len(part))
-        batches = [(images,) for images, _ in part.batches(min(EVALUATION_BATCH, count), limit=count)]
+        batches = self._batches(part, min(EVALUATION_BATCH, count), count)
         # As many at a time as its example inputs are: it may take no other number.
         model = in_batches_of(len(self._loaded.example_inputs[0]), self._loaded.module)
         return agreement(model, batches, f"{count} {split} images of {part.dataset}")
+
+    def _split(self, name: SplitName) -> Split:
+        with blamed("dataset", self._images.name, self._images.origin):
+            return self._images.split(name, self._loaded.info.preprocessing)
+
+    def _batches(self, split: Split, batch: int, count: int) -> list[tuple[Tensor, ...]]:
+        with blamed("dataset", self._images.name, self._images.origin):
+            return [(images,) for images, _ in split.batches(batch, limit=count)]
 
 
 def _outputs(loaded: LoadedModel) -> int:

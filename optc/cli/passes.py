@@ -11,7 +11,7 @@ from rich.text import Text
 from optc.cli.options import json_option, options_table, print_json
 from optc.cli.terminal import stdout
 from optc.options import described
-from optc.plugins.registry import Registered, registry
+from optc.plugins.registry import Registered, blamed, registry
 
 
 @click.command("passes")
@@ -42,6 +42,8 @@ def describe(name: str) -> dict[str, Any]:
     """A pass's summary, promise, documentation and options, JSON-ready. Imports the pass."""
     registered = registry().get("pass", name)
     cls = registry().load("pass", name)
+    with blamed("pass", name, cls.origin):
+        members = [leaf.name for leaf in cls().leaves() if leaf.name != name]
     promise = cls.numerics
     return {
         **_listed(registered),
@@ -50,7 +52,7 @@ def describe(name: str) -> dict[str, Any]:
         else {"min_sqnr_db": promise.min_sqnr_db, "min_top1_agreement": promise.min_top1_agreement},
         "documentation": (cls.__doc__ or "").strip(),
         "options": described(cls.Options),
-        "members": [leaf.name for leaf in cls().leaves() if leaf.name != name],
+        "members": members,
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,9 +20,10 @@ from optc.bench.scenarios import SECONDS, Plan, run_scenario
 from optc.bench.settings import Scenario
 from optc.bench.submission import Submission, slug
 from optc.bench.surroundings import surroundings
-from optc.errors import DataError, MeasurementError
+from optc.errors import MeasurementError, OptcError
 from optc.frontend.load import find_source
 from optc.lowering.backend import Runner
+from optc.plugins.registry import blamed
 
 if TYPE_CHECKING:
     from optc.cli.targets import Subject
@@ -201,10 +201,10 @@ def _scenarios(found: Profile, request: Request, submission: Submission | None, 
                 with progress.step(f"{scenario}: {candidate.name}") as step, _Opened(candidate) as opened:
                     if in_full:
                         found.scenarios.append(_performance(scenario, candidate, opened.runner_or_reason, plan, step))
-                    if split is not None and opened.runner is not None:
+                    if split is not None and request.dataset is not None and opened.runner is not None:
                         folder = submission.accuracy(candidate.name, scenario) if submission else None
-                        check = request.dataset.check_classes if request.dataset else None
-                        _accuracy(found, scenario, candidate.name, opened.runner, split, plan, batch, folder, check)
+                        named = (scenario, candidate.name)
+                        _accuracy(found, *named, opened.runner, request.dataset, split, plan, batch, folder)
 
 
 def _split(subject: Subject, dataset: Dataset | None, notes: list[str]) -> Split | None:
@@ -217,8 +217,9 @@ def _split(subject: Subject, dataset: Dataset | None, notes: list[str]) -> Split
         notes.append(f"{subject.name}: no accuracy, it takes {channels} channels, and images have one or three")
         return None
     try:
-        return dataset.split("test", subject.preprocessing)
-    except DataError as error:
+        with blamed("dataset", dataset.name, dataset.origin):
+            return dataset.split("test", subject.preprocessing)
+    except OptcError as error:
         notes.append(f"{subject.name}: no accuracy: {error}")
         return None
 
@@ -245,27 +246,27 @@ def _accuracy(
     scenario: Scenario,
     name: str,
     runner: Runner,
+    dataset: Dataset,
     split: Split,
     plan: Plan,
     batch: int,
     folder: Path | None,
-    check_classes: Callable[[int], None] | None,
 ) -> None:
     try:
-        found.accuracies.append(
-            measure_accuracy(
+        with blamed("dataset", dataset.name, dataset.origin):
+            result = measure_accuracy(
                 scenario,
                 runner,
                 split,
                 name,
                 model=plan.model,
                 batch=batch,
-                check_classes=check_classes,
+                check_classes=dataset.check_classes,
                 user_conf=plan.user_conf,
                 log_folder=folder,
             )
-        )
-    except (MeasurementError, DataError) as error:
+        found.accuracies.append(result)
+    except OptcError as error:
         found.notes.append(f"{name}: no accuracy in {scenario}: {error}")
 
 

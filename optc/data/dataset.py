@@ -154,12 +154,13 @@ def open_dataset(spec: str) -> Dataset:
     Raises:
         UnknownNameError: neither; suggests the closest names.
         DataError: the folder has no images.
+        PluginError: the dataset raised something else.
     """
     from optc.data.folder import FolderDataset
 
     table = registry().all("dataset")
     if spec in table:
-        dataset: Dataset = registry().load("dataset", spec)()
+        dataset: Dataset = registry().make("dataset", spec)
         return dataset
     path = Path(spec).expanduser()
     if path.is_dir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from optc.errors import OptcError, UnknownNameError, WeightsError
 from optc.evaluation import set_evaluation_mode
 from optc.frontend.source import BuiltModel, ModelSource, PretrainedUnavailable
 from optc.frontend.weights import Checkpoint, apply_checkpoint, classes_in_checkpoint, read_checkpoint
-from optc.plugins.registry import registry
+from optc.plugins.registry import blamed, registry
 from optc.program import ModelInfo
 
 
@@ -39,6 +40,7 @@ def load_model(spec: str, weights: str = "pretrained", num_classes: int | None =
     Raises:
         UnknownNameError: no source knows the name; suggests the closest.
         WeightsError: the checkpoint cannot be read or does not fit.
+        PluginError: the model source raised something else; names the plugin.
     """
     source, name = find_source(spec)
     checkpoint = None if weights in ("pretrained", "random") else read_checkpoint(Path(weights).expanduser())
@@ -47,7 +49,7 @@ def load_model(spec: str, weights: str = "pretrained", num_classes: int | None =
         if weights == "pretrained":
             built = _pretrained_or_random(source, name, num_classes, seed)
         else:
-            built = source.build(name, pretrained=False, num_classes=num_classes, seed=seed)
+            built = _built(source, name, False, num_classes, seed)
         inputs = built.example_inputs
         if inputs is None:
             inputs = (torch.randn(1, *built.preprocessing.input_size),)
@@ -70,34 +72,47 @@ def find_source(spec: str) -> tuple[ModelSource, str]:
     prefix, colon, name = spec.partition(":")
     if colon and prefix in table:
         source = _source(prefix)
-        if not source.claims(name):
-            raise UnknownNameError(f"{prefix} model", name, source.names())
+        if not _claims(source, name):
+            raise UnknownNameError(f"{prefix} model", name, _names(source))
         return source, name
-    others: list[ModelSource] = []
+    known: dict[str, None] = {}
     hints = ["give a timm or torchvision name, package.module:factory, or a .pt2 file"]
     for each in table:
         try:
             source = _source(each)
+            if _claims(source, spec):
+                return source, spec
+            known |= dict.fromkeys(_names(source))
         except OptcError as error:  # others may know it
             hints.append(str(error))
-            continue
-        if source.claims(spec):
-            return source, spec
-        others.append(source)
-    known = dict.fromkeys(name for source in others for name in source.names())
     raise UnknownNameError("model", spec, known, hint="; ".join(hints))
 
 
 def _source(name: str) -> ModelSource:
-    source: ModelSource = registry().load("model source", name)()
+    source: ModelSource = registry().make("model source", name)
     return source
+
+
+def _claims(source: ModelSource, name: str) -> bool:
+    with blamed("model source", source.name, source.origin):
+        return source.claims(name)
+
+
+def _names(source: ModelSource) -> Sequence[str]:
+    with blamed("model source", source.name, source.origin):
+        return source.names()
+
+
+def _built(source: ModelSource, name: str, pretrained: bool, num_classes: int | None, seed: int) -> BuiltModel:
+    with blamed("model source", source.name, source.origin):
+        return source.build(name, pretrained=pretrained, num_classes=num_classes, seed=seed)
 
 
 def _pretrained_or_random(source: ModelSource, name: str, num_classes: int | None, seed: int) -> BuiltModel:
     try:
-        return source.build(name, pretrained=True, num_classes=num_classes, seed=seed)
+        return _built(source, name, True, num_classes, seed)
     except PretrainedUnavailable as reason:
-        built = source.build(name, pretrained=False, num_classes=num_classes, seed=seed)
+        built = _built(source, name, False, num_classes, seed)
         note = (
             f"pretrained weights for {name} could not be downloaded ({reason.message}):"
             " using random weights; accuracy cannot be measured"
@@ -110,6 +125,6 @@ def _with_checkpoint(
 ) -> BuiltModel:
     classes = classes_in_checkpoint(built.module, checkpoint)
     if classes is not None and num_classes is None and built.weights == "random":
-        built = source.build(name, pretrained=False, num_classes=classes, seed=seed)
+        built = _built(source, name, False, classes, seed)
     apply_checkpoint(built.module, name, checkpoint)
     return replace(built, weights=checkpoint.file, weights_detail=f"sha256:{checkpoint.sha256}")

@@ -129,7 +129,7 @@ def write_artifact(
     """
     if path.exists() or path.is_symlink():
         raise ArtifactError(f"output folder '{path}' exists", "choose another -o or remove it")
-    with folder_written_whole(path) as temporary:
+    with _told(path), folder_written_whole(path) as temporary:
         for name in lowered.files:
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             _link_or_copy(source / name, temporary / name)
@@ -159,28 +159,36 @@ def folder_written_whole(path: Path) -> Iterator[Path]:
     """A folder that becomes ``path`` if the block succeeds, and goes, with the parents made for it, if it does not.
 
     Raises:
-        ArtifactError: nothing can be written there.
+        ArtifactError: there can be no such folder; what the block raises is left as it is.
     """
     parents = [parent for parent in path.parents if not parent.exists()]
     temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        with _told(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
         yield temporary
-        temporary.chmod(0o755)
-        temporary.rename(path)
-    except BaseException as error:
+        with _told(path):
+            temporary.chmod(0o755)
+            temporary.rename(path)
+    except BaseException:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
         for parent in parents:
             with suppress(OSError):  # a parent that others have put something into stays
                 parent.rmdir()
-        if isinstance(error, OSError):
-            raise ArtifactError(
-                f"cannot write '{path}': {error.strerror or error}; nothing was written",
-                "free some space or choose another -o",
-            ) from error
         raise
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot write '{path}': {error.strerror or error}; nothing was written",
+            "free some space or choose another -o",
+        ) from error
 
 
 def _inputs(program: Program) -> tuple[TensorEntry, ...]:

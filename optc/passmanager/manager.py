@@ -68,7 +68,7 @@ def build_passes(
             continue
         name, own = read_pass(item)
         if name:
-            built.append(registry().load("pass", name)(**{**given.pop(name, {}), **own}))
+            built.append(registry().make("pass", name, **{**given.pop(name, {}), **own}))
     if given:
         raise UnknownNameError(
             "pass in the options", next(iter(given)), [p.name for p in built], hint="add it to the passes"

@@ -6,7 +6,8 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -27,6 +28,19 @@ KINDS = {
 }
 ELSEWHERE = {("backend", "openvino"): "optc-openvino"}
 """What comes with a package of its own, by kind and name."""
+
+
+@contextmanager
+def blamed(kind: str, name: str, origin: str) -> Iterator[None]:
+    """Turn whatever a plugin's part raises into a :class:`PluginError` that names the part and the plugin."""
+    try:
+        yield
+    except OptcError:
+        raise
+    except Exception as error:
+        raise PluginError(
+            f"{kind} '{name}' (from {origin}) raised {type(error).__name__}: {error}", "run with -v for the traceback"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -128,6 +142,16 @@ class Registry:
                 )
         cls.origin = registered.plugin
         return cls
+
+    def make(self, kind: str, name: str, /, **options: Any) -> Any:
+        """An instance of the class behind a name.
+
+        Raises:
+            OptcError: as :meth:`load` does; a :class:`PluginError` that names the plugin for what the class raises.
+        """
+        cls = self.load(kind, name)
+        with blamed(kind, name, cls.origin):
+            return cls(**options)
 
 
 @lru_cache(maxsize=1)

@@ -15,6 +15,7 @@ import pytest
 from optc.bench.cache import cache_folder
 from optc.bench.run import read_run
 from optc.cli import profiling
+from optc.data.digits import DigitsDataset, _DigitsSplit
 from optc.lowering.onnxruntime import OnnxRuntimeRunner
 
 Command = Callable[..., Any]
@@ -80,7 +81,7 @@ def test_the_table_says_what_is_valid_and_what_was_in_force(artifacts: Path, com
     assert f"1 thread, on CPU {cpu}, at most 68719 MB of memory" in words
     assert "samples/s" in words
     assert "VALID" in words
-    assert "null backend" in words
+    assert "of each latency by LoadGen's clock (null backend), which p50, p90 and p99 are without" in words
     assert "SingleStream" not in words
 
 
@@ -110,6 +111,22 @@ def test_accuracy_is_loadgens_and_stands_in_the_table(command: Command, folder: 
     assert f"{accuracy['top1']:.2%}" in done.stdout
     (text,) = (folder / "out").rglob("accuracy/accuracy.txt")
     assert f"good={accuracy['correct']}, total=359" in text.read_text()
+
+
+@pytest.mark.parametrize("place", ["split", "batches"])
+def test_a_dataset_that_fails_costs_the_accuracy_only(
+    place: str, artifacts: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise KeyError("images")
+
+    monkeypatch.setattr(DigitsDataset if place == "split" else _DigitsSplit, place, fail)
+    done = command("profile", str(artifacts / "plain"), "--data", "digits", "--json", "-q", *ALONE)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["results"][0]["percentiles"]["count"] > 0
+    (note,) = document["notes"]
+    assert "dataset 'digits' (from optc.builtin) raised KeyError: 'images'" in note
 
 
 def test_random_weights_have_no_accuracy(artifacts: Path, command: Command, folder: Path) -> None:

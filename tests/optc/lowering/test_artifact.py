@@ -21,7 +21,7 @@ import optc
 from optc import Lowered, Program, Target
 from optc.errors import ArtifactError
 from optc.lowering import artifact as artifact_module
-from optc.lowering.artifact import load_artifact, write_artifact
+from optc.lowering.artifact import folder_written_whole, load_artifact, write_artifact
 from optc.lowering.onnx_export import export_onnx
 from optc.lowering.onnxruntime import OnnxRuntimeBackend
 
@@ -68,6 +68,15 @@ def test_a_saved_artifact_loads_and_computes_the_same(cnn: Program, saved: Path)
     assert artifact.bytes == (saved / "model.onnx").stat().st_size
     assert [array.shape for array in artifact.example_query(3)] == [(3, 3, 16, 16)]
     assert artifact.manifest.model["name"] == "Cnn"
+
+
+def test_only_what_concerns_the_folder_is_called_an_error_of_writing(tmp_path: Path) -> None:
+    with pytest.raises(ConnectionError), folder_written_whole(tmp_path / "a" / "out"):
+        raise ConnectionError("not of the folder")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(ArtifactError, match=r"cannot write '.*out'"), folder_written_whole(tmp_path / "file" / "out"):
+        pass
 
 
 def test_it_can_be_moved(saved: Path, tmp_path: Path) -> None:

@@ -11,7 +11,10 @@ import pluggy
 import pytest
 
 from optc import Entry, OptcError, hookimpl
+from optc.data.dataset import open_dataset
 from optc.errors import PluginError, UnknownNameError
+from optc.frontend.load import find_source, load_model
+from optc.passmanager.manager import build_passes
 from optc.plugins import hookspecs
 from optc.plugins.registry import DEFAULT_PLUGINS, Registry, registry
 
@@ -70,6 +73,30 @@ def test_an_installed_plugin_is_found_by_its_entry_point(installed: Path) -> Non
     found = registry().get("pass", "acme-pass")
     assert found.plugin == "acme"
     assert registry().load("pass", "acme-pass").origin == "acme"
+
+
+@pytest.mark.parametrize("kind", ["pass", "dataset", "model source"])
+def test_what_a_class_raises_when_it_is_made_names_the_plugin(installed: Path, kind: str) -> None:
+    hook = f"optc_{kind.replace(' ', '_')}{'es' if kind == 'pass' else 's'}"
+    broken = "    def __init__(self):\n        self.missing\n"
+    install(installed, "acme", PLUGIN.format(hook=hook, name="acme-thing", module="acme") + broken)
+    with pytest.raises(PluginError, match=rf"{kind} 'acme-thing' \(from acme\) raised AttributeError: .*missing"):
+        registry().make(kind, "acme-thing")
+    user = {"pass": build_passes, "dataset": open_dataset, "model source": lambda name: find_source(f"{name}:x")}[kind]
+    with pytest.raises(PluginError, match="from acme"):
+        user("acme-thing")
+
+
+def test_a_model_source_that_fails_leaves_the_others_alone_and_is_named_when_asked(installed: Path) -> None:
+    methods = (
+        "    claims = lambda self, name: name == 'x' or {}[name]\n    build = lambda self, name, **options: {}[name]\n"
+    )
+    install(installed, "acme", PLUGIN.format(hook="optc_model_sources", name="acme-zoo", module="acme") + methods)
+    assert find_source("alexnet")[0].name == "torchvision"
+    with pytest.raises(UnknownNameError, match=r"\(from acme\) raised KeyError: 'qqqqzzzz'"):
+        find_source("qqqqzzzz")
+    with pytest.raises(PluginError, match=r"model source 'acme-zoo' \(from acme\) raised KeyError: 'x'"):
+        load_model("acme-zoo:x")
 
 
 def test_the_default_plugins_come_first_and_list_something() -> None:
