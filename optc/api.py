@@ -177,16 +177,16 @@ def optimize(
             f"there is no batch of {fixed_batch(captured)} to verify with: outputs are compared on the example inputs"
         )
     captured = replace(captured, example_inputs=first_samples(batches, captured))
+    flags = isa() if target.device == "cpu" else None
     if verify:
         with run.step("Running the captured model on verification inputs"):
-            watchers.append(Verify(captured, batches, Path.cwd()))
+            watchers.append(Verify(captured, batches, Path.cwd(), PassContext(target, ranges, isa=flags)))
     metric = metric_of(evaluate, captured, batches if max_drop is not None else None)
     before = before_of(run, metric, original, captured)
     search = metric_of(validate, captured, None) or metric
     quick = [each for each in chosen if not has_own_process(each)]
     quick = [each for each in quick if not each.simulates_quantization(target)] or quick
     measures = {each.name: _latency_on(each, target) for each in quick}
-    flags = isa() if target.device == "cpu" else None
     context = PassContext(
         target,
         ranges,

@@ -168,14 +168,15 @@ def _plan(
         captured = capture(loaded.module, loaded.example_inputs, info=loaded.info)
         step.done(f"{captured.operator_count()} operators, {captured.constant_bytes() / 1e6:.1f} MB")
     watchers: list[Instrument] = [Timing(), Statistics()]
+    calibration = data.calibration()
     if verify:
         with progress.step("Running the captured model on verification inputs"):
             batches = data.verification() or [captured.example_inputs]
-            watchers.append(Verify(captured, batches, Path.cwd()))
+            watchers.append(Verify(captured, batches, Path.cwd(), PassContext(target, calibration)))
     with progress.step("Running passes") as step:
         context = PassContext(
             target,
-            data.calibration(),
+            calibration,
             watchers,
             progress=step.update,
             isa=isa(),

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from optc.errors import VerificationError
 from optc.passmanager.compare import Comparison, compare, rounding_sqnr_db
-from optc.passmanager.contract import Instrument, Pass, PassRecord
+from optc.passmanager.contract import Instrument, Pass, PassContext, PassRecord
 from optc.passmanager.reproducer import write_reproducer
 from optc.program import Program
 from optc.stages import run_stages, split, stage_count
@@ -32,13 +32,21 @@ class Verify(Instrument):
         captured: the program as captured; it is run once and not kept.
         inputs: batches to run, each a tuple of tensors.
         folder: where a reproducer is left when a pass fails.
+        context: the target, instruction sets and calibration data that passes are given, for the reproducer.
     """
 
     name = "verify"
 
-    def __init__(self, captured: Program, inputs: Sequence[tuple[Tensor, ...]], folder: Path) -> None:
+    def __init__(
+        self,
+        captured: Program,
+        inputs: Sequence[tuple[Tensor, ...]],
+        folder: Path,
+        context: PassContext | None = None,
+    ) -> None:
         self._inputs = inputs
         self._folder = folder
+        self._context = context or PassContext()
         self._reference = [captured.run(*batch) for batch in inputs]
         self._outputs = {_path(captured): self._reference}
         self._records: list[PassRecord] = []  # kept alive, so that no other gets the id of one
@@ -57,7 +65,7 @@ class Verify(Instrument):
         reason = _exceeded(pass_, after, step if exact else total, math.inf if exact else self._noise_db(last))
         if reason:
             noisy = not exact and total.finite
-            raise self._failure(pass_, before, after, reason, pass_.numerics.min_sqnr_db if noisy else None)
+            raise self._failure(pass_, before, after, record, reason, pass_.numerics.min_sqnr_db if noisy else None)
         self._outputs[(*path, id(record))] = outputs
         return {
             "exact": exact,
@@ -71,12 +79,20 @@ class Verify(Instrument):
         return math.inf if outputs is self._reference else compare(self._reference, outputs).sqnr_db
 
     def _failure(
-        self, pass_: Pass, before: Program, after: Program, reason: str, min_sqnr_db: float | None
+        self,
+        pass_: Pass,
+        before: Program,
+        after: Program,
+        record: PassRecord,
+        reason: str,
+        min_sqnr_db: float | None,
     ) -> VerificationError:
         where = first_divergence(before, after, self._inputs[0])
         try:
-            path = write_reproducer(self._folder, pass_, before, after, self._inputs[0], f"{reason}; {where}")
-            hint = f"a reproducer is in {path}"
+            told = f"{reason}; {where}"
+            path = write_reproducer(self._folder, pass_, before, after, self._inputs[0], told, self._context)
+            measured = any(row.get("backend") for row in record.notes.get("account", ()))
+            hint = f"a reproducer is in {path}{', but it cannot measure layers as this run did' if measured else ''}"
         except Exception as error:
             hint = f"a reproducer could not be written: {type(error).__name__}: {error}"
         predecessors = ", ".join(r.name for r in before.history if r.modified) or "none"

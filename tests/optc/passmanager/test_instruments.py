@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,9 @@ import torch
 from torch import nn
 
 import optc
+from optc.batches import as_calibration
 from optc.errors import PluginError, VerificationError
+from optc.passmanager.compare import compare
 from optc.passmanager.instruments import Bisect, PrintAfter, Statistics, Timing, Verify
 from optc.passmanager.manager import PassManager
 from optc.plugins.registry import registry
@@ -121,6 +125,22 @@ def test_the_reproducer_runs_on_its_own(program: Program, inputs, tmp_path: Path
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Comparison(max_abs=0.0")
+
+
+def test_the_reproducer_of_a_calibrated_pass_does_what_it_did(
+    inputs: list[tuple[torch.Tensor, ...]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``quant`` is made to fail by comparing it with another model."""
+    program = optc.capture(Net(), inputs[0], dynamic_batch=False)
+    calibration = as_calibration([batch for (batch,) in inputs], program)
+    given = optc.PassContext(optc.Target(threads=2), calibration, isa=("avx2", "avx512_vnni"))
+    quant = registry().load("pass", "quant")(observer="mse")
+    result = quant(program, given).program
+    verify = Verify(Rescale(factor=-2.0)(program).program, inputs, tmp_path, given)
+    with pytest.raises(VerificationError, match="a reproducer is in"):
+        quant(program, dataclasses.replace(given, instruments=(verify,)))
+    runpy.run_path(str(tmp_path / "optc-reproducer-quant" / "reproduce.py"))
+    assert capsys.readouterr().out.strip() == str(compare([program.run(*inputs[0])], [result.run(*inputs[0])]))
 
 
 def test_an_approximate_pass_is_held_to_its_budget(program: Program, inputs, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
