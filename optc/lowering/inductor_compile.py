@@ -75,6 +75,9 @@ def compile_package(folder: Path, target: Target) -> dict[str, Any]:
     """
     torch.set_num_threads(target.threads)
     torch.set_grad_enabled(False)  # Inductor freezes weights in inference only
+    if target.device == "cuda":
+        # Inductor's oneDNN patterns do not ask for the device: one of its int8 kernels would replace a max pool.
+        torch.backends.mkldnn.set_flags(_enabled=False)
     # 0 and 1 would be taken for constants of a dynamic batch.
     program = read_graph(folder, max(2, target.batch), target.device)
     plain = _int8_form(decompose(program), target.device == "cpu")

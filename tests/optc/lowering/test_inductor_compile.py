@@ -9,9 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
+from torch import Tensor, nn
 
-from optc import Program, Target
+from optc import Program, Target, capture
 from optc.errors import BackendError
+from optc.lowering.graph_file import write_graph
 from optc.lowering.inductor import InductorBackend
 
 TARGET = Target(threads=1)
@@ -85,9 +89,52 @@ def test_compilers_end_with_an_interrupted_lowering(how: signal.Signals, tmp_pat
         _, stderr = process.communicate(timeout=30)
     finally:
         process.kill()
+    deadline = time.monotonic() + 60
     while processes(session) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert processes(session) == []
     if how == signal.SIGINT:
         assert "KeyboardInterrupt" in stderr
         assert not list(tmp_path.iterdir())
+
+
+class Int8Pool(nn.Module):
+    """A max pool as it stands between int8 layers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rounded(nn.functional.max_pool2d(self.rounded(x), 2))
+
+    def rounded(self, x: Tensor) -> Tensor:
+        qd, how = torch.ops.quantized_decomposed, (0.1, 0, -128, 127, torch.int8)
+        return qd.dequantize_per_tensor(qd.quantize_per_tensor(x, *how), *how)
+
+
+@pytest.mark.slow
+def test_no_kernel_of_the_cpu_is_compiled_for_a_gpu(tmp_path: Path) -> None:
+    write_graph(capture(Int8Pool(), (torch.randn(2, 3, 8, 8),)), tmp_path)
+    code = textwrap.dedent(
+        """
+        import sys
+        from pathlib import Path
+        from optc import Target
+        from optc.lowering import inductor_compile
+
+        class Show(inductor_compile.CustomGraphPass):
+            def __call__(self, graph):
+                print(*(node.target for node in graph.nodes))
+                sys.exit()  # what follows needs a GPU
+
+            def uuid(self):
+                return None
+
+        inductor_compile.inductor.post_grad_custom_post_pass = Show()
+        read_graph = inductor_compile.read_graph
+        inductor_compile.read_graph = lambda folder, batch, device: read_graph(folder, batch)
+        inductor_compile.compile_package(Path(sys.argv[1]), Target("cuda", threads=1))
+        """
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert "_low_memory_max_pool" in done.stdout, done.stderr
+    assert "qmaxpool2d" not in done.stdout
