@@ -48,8 +48,7 @@ def baselines(module: nn.Module, example_inputs: Sequence[Tensor], target: Targe
         open_ = _open_eager if kind == "eager" else _open_compiled
         name = f"{kind}-{_NAMES[source.dtype]}"
         opener = _refuse if emulated and source is halves else _opener(open_, source, tuple(example_inputs))
-        precision = str(source.dtype).removeprefix("torch.")
-        return Candidate(name, precision, False, opener, copies, specialised=kind == "compile")
+        return Candidate(name, _precision(source.dtype, device), False, opener, copies, specialised=kind == "compile")
 
     candidates = [
         candidate("eager", fulls, full_copies),
@@ -93,12 +92,19 @@ def _convert(module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.
     return copy.deepcopy(module, memo)
 
 
+def _precision(dtype: torch.dtype, device: torch.device) -> str:
+    """What a model in ``dtype`` computes in. TF32 stays as the user has it: a baseline is the best that a user gets."""
+    text = str(dtype).removeprefix("torch.")
+    tf32 = device.type == "cuda" and dtype == torch.float32 and torch.backends.cudnn.allow_tf32
+    return f"{text}, convolutions in TF32" if tf32 else text
+
+
 class _TorchRunner(Runner):
     """Calls a PyTorch callable: float32 arrays in and out, the precision in between is the callable's."""
 
     def __init__(self, call: Callable[..., Any], provider: str, dtype: torch.dtype, device: torch.device) -> None:
         keep_freed_memory()  # as the backends that run PyTorch do
-        self.provider, self.precision = provider, str(dtype).removeprefix("torch.")
+        self.provider, self.precision = provider, _precision(dtype, device)
         self._call: Callable[..., Any] | None = call
         self._dtype, self._device = dtype, device
 

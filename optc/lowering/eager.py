@@ -22,6 +22,7 @@ from optc.lowering.eager_times import kernel_times
 from optc.lowering.graph_file import read_graph, refusal, write_graph
 from optc.lowering.kernel_times import KernelTime
 from optc.lowering.prepack import LAYERS, prepack
+from optc.lowering.tf32 import without_tf32
 from optc.lowering.torch_memory import TorchOptions, keep_freed_memory, return_freed_memory
 from optc.ops import COMPOSITES
 from optc.program import Program, complete_meta
@@ -89,8 +90,7 @@ class EagerBackend(Backend):
             "no_run_script": "eager artifacts run inside optc: optc.load(folder)",
         }
         runner = self.load(folder, files, target)
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # the graph runs on the CPU
-            details["check"] = check_agreement(self.name, program, runner).details()
+        details["check"] = check_agreement(self.name, program, runner).details()
         runner.close()
         return Lowered(files, details, provider=runner.provider, precision=runner.precision)
 
@@ -128,7 +128,7 @@ class EagerRunner(Runner):
     """
 
     def __init__(self, program: Program, target: Target) -> None:
-        self.precision = _precision(program, target)
+        self.precision = _precision(program)
         self.left: dict[str, int] = {}
         self._device = torch.device(target.device)
         self._threads = target.threads
@@ -147,7 +147,7 @@ class EagerRunner(Runner):
             raise BackendError(f"the model takes {len(self._dtypes)} inputs, not {len(inputs)}")
         if torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
-        with torch.inference_mode():
+        with torch.inference_mode(), without_tf32(self._device):
             tensors = [_tensor(array, dtype, self._device) for array, dtype in zip(inputs, self._dtypes, strict=True)]
             outputs: tuple[Tensor, ...] = self._module(*tensors)
             return tuple(as_array(output) for output in outputs)
@@ -156,7 +156,7 @@ class EagerRunner(Runner):
         """Run one query; the outputs stay on the device, in the graph's types."""
         if torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
-        with torch.inference_mode():
+        with torch.inference_mode(), without_tf32(self._device):
             tensors = [
                 each.to(self._device, dtype).contiguous() for each, dtype in zip(inputs, self._dtypes, strict=True)
             ]
@@ -167,7 +167,8 @@ class EagerRunner(Runner):
         """How long each operator takes for a query of ``inputs``, by torch.profiler."""
         torch.set_num_threads(self._threads)
         tensors = [_tensor(array, dtype, self._device) for array, dtype in zip(inputs, self._dtypes, strict=True)]
-        return kernel_times(self._module, tensors)
+        with without_tf32(self._device):
+            return kernel_times(self._module, tensors)
 
     def close(self) -> None:
         """Free the weights."""
@@ -199,7 +200,7 @@ def _dequantize_weights(program: Program) -> None:
     complete_meta(program)
 
 
-def _precision(program: Program, target: Target) -> str:
+def _precision(program: Program) -> str:
     """What a model's layers compute in: ``"float32"``, or each type with its share of the layers."""
     found = Counter(
         str(node.meta["val"].dtype).removeprefix("torch.") for node in program.graph.nodes if node.target in _PRODUCTS
@@ -209,7 +210,5 @@ def _precision(program: Program, target: Target) -> str:
     total = found.total()
     names = [name if len(found) == 1 else f"{name} ({count} of {total} layers)" for name, count in found.most_common()]
     text = ", ".join(names)
-    if target.device == "cuda" and "float32" in found and torch.backends.cudnn.allow_tf32:
-        text += ", convolutions in TF32"
     quantized = sum("::quantize_" in str(getattr(node.target, "_schema", "")) for node in program.graph.nodes)
     return f"{text}, simulating {quantized} quantizations" if quantized else text

@@ -29,6 +29,7 @@ from optc.lowering.graph_file import refusal, write_graph
 from optc.lowering.inductor_times import kernel_times
 from optc.lowering.kernel_times import KernelTime
 from optc.lowering.layer_precision import layer_precision
+from optc.lowering.tf32 import without_tf32
 from optc.lowering.torch_memory import TorchOptions, keep_freed_memory, return_freed_memory
 from optc.program import Program
 from optc.rewrite import argument, label
@@ -115,8 +116,7 @@ class InductorBackend(Backend):
         if any("::quantize_" in str(getattr(node.target, "_schema", "")) for node in program.graph.nodes):
             details["not_int8"] = _not_int8(program, result["unquantized"], target)
         runner = self.load(folder, (PACKAGE,), target)
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # the graph runs on the CPU
-            details["check"] = check_agreement(self.name, program, runner).details()
+        details["check"] = check_agreement(self.name, program, runner).details()
         runner.close()
         script, isa = _run_script(self.options(target)), tuple(result["required_isa"])
         return Lowered((PACKAGE,), details, script, isa, runner.provider, runner.precision)
@@ -160,8 +160,6 @@ class InductorRunner(Runner):
         self._device, self._threads = torch.device(target.device), target.threads
         self.provider = f"inductor {target.device} (AOT, {facts['compiler']})"
         self.precision = layer_precision(facts["layers"])
-        if target.device == "cuda" and "float32" in facts["layers"] and torch.backends.cudnn.allow_tf32:
-            self.precision += ", convolutions in TF32"
         try:
             # Not torch._inductor.aoti_load_package, which starts the C++ compiler to see what it would compile for.
             self._loader: torch._C._aoti.AOTIModelPackageLoader | None = torch._C._aoti.AOTIModelPackageLoader(
@@ -178,7 +176,7 @@ class InductorRunner(Runner):
         if torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
         tensors = [self._tensor(array, entry["dtype"]) for array, entry in zip(inputs, self._inputs, strict=True)]
-        with torch.inference_mode():
+        with torch.inference_mode(), without_tf32(self._device):
             return tuple(as_array(output) for output in self._loader.boxed_run(tensors))
 
     def run_tensors(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -192,7 +190,7 @@ class InductorRunner(Runner):
             each.to(self._device, getattr(torch, entry["dtype"])).contiguous()
             for each, entry in zip(inputs, self._inputs, strict=True)
         ]
-        with torch.inference_mode():
+        with torch.inference_mode(), without_tf32(self._device):
             return tuple(self._loader.boxed_run(tensors))
 
     def _check(self, inputs: Sequence[Array | Tensor]) -> None:

@@ -46,6 +46,8 @@ def load() -> "torch._C._aoti.AOTIModelPackageLoader":
         sys.exit(f"{MODEL.name} was compiled for compute capability {made['capability']}, this GPU has {list(here)}")
     if missing := missing_instructions():
         sys.exit(f"{MODEL.name} was compiled for a CPU with {', '.join(missing)}: optimize the model again here")
+    if made["device"] == "cuda":
+        torch.backends.cudnn.allow_tf32 = False  # as it was checked: PyTorch's default for convolutions is TF32
     if KEEP_MEMORY and made["device"] == "cpu" and sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):  # glibc has it, with M_MMAP_THRESHOLD and M_TRIM_THRESHOLD

@@ -6,6 +6,7 @@ import ctypes
 import sys
 from functools import lru_cache
 
+import torch
 from pydantic import Field
 
 from optc.lowering.backend import BackendOptions
@@ -43,7 +44,8 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Return what is free now to the operating system."""
+    """Return what is free now to the operating system, and on a GPU to the other runtimes that use it."""
+    torch.cuda.empty_cache()
     libc = _glibc()
     if libc is not None:
         libc.malloc_trim(0)

@@ -68,6 +68,12 @@ def test_a_cpu_without_bf16_gets_compiled_float32_and_says_why_not_bf16(
     assert eager.open().precision == "float32"
 
 
+def test_on_a_gpu_pytorchs_default_is_named(net: _Net, image: Tensor) -> None:
+    full, *halves = baselines(net, (image,), Target("cuda"))
+    assert full.precision == "float32, convolutions in TF32"
+    assert {half.precision for half in halves} == {"float16"}
+
+
 @pytest.fixture
 def with_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU that emulates bfloat16 computes it all the same."""
