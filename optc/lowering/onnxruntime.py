@@ -57,13 +57,23 @@ class OnnxRuntimeBackend(Backend):
 
     @classmethod
     def unavailable(cls, target: Target) -> str | None:
-        """Why the execution provider for the target's device is missing, with the mend."""
+        """Why the execution provider for the target's device is missing or has no device, with the mend."""
         wanted = cls.providers(target.device)
         if not wanted:
             return f"{cls.name} runs on {' or '.join(filter(cls.providers, PROVIDERS))}, not on '{target.device}'"
         if wanted[0] not in ort.get_available_providers():
             return f"the installed onnxruntime has no {wanted[0]}: pip uninstall onnxruntime && pip install 'optc[gpu]'"
+        if target.device == "cuda":
+            import torch
+
+            if not torch.cuda.is_available():
+                return "this PyTorch sees no GPU: install a CUDA build of torch and NVIDIA's driver"
         return None
+
+    @classmethod
+    def simulates_quantization(cls, target: Target) -> bool:
+        """The CUDA provider has no integer convolutions or linear layers: it computes them in float."""
+        return target.device == "cuda"
 
     def lower(self, program: Program, target: Target, folder: Path) -> Lowered:
         """Write ``model.onnx`` (and ``model.onnx.data``), check it, and compare what it computes with the graph.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optc.lowering.onnxruntime import PROVIDERS, OnnxRuntimeBackend
+from optc.target import Target
 
 if TYPE_CHECKING:
     from optc.program import Program
@@ -28,6 +29,25 @@ class OnnxRuntimeTensorRtBackend(OnnxRuntimeBackend):
     def providers(cls, device: str) -> Sequence[str]:
         """TensorRT's, then CUDA's; none on other devices."""
         return ("TensorrtExecutionProvider", *PROVIDERS["cuda"]) if device == "cuda" else ()
+
+    @classmethod
+    def unavailable(cls, target: Target) -> str | None:
+        """As of the base class; or that TensorRT's library is missing, which ONNX Runtime's wheel does not hold."""
+        from optc.lowering.tensorrt import library_missing
+
+        if reason := super().unavailable(target):
+            return reason
+        if library_missing():
+            return (
+                "TensorRT's library (libnvinfer) is missing:"
+                " pip install 'optc[gpu]' --extra-index-url https://pypi.nvidia.com"
+            )
+        return None
+
+    @classmethod
+    def simulates_quantization(cls, target: Target) -> bool:
+        """TensorRT has int8 kernels."""
+        return False
 
     @classmethod
     def opsets(cls, device: str) -> Sequence[int]:

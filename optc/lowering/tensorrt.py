@@ -64,8 +64,7 @@ class TensorRtBackend(Backend):
         version = importlib.metadata.version("torch-tensorrt")
         if tuple(map(int, version.split(".")[:2])) < FIRST_VERSION:
             return f"Torch-TensorRT {version} is too old, its networks are not strongly typed: {pip}"
-        # The wheels on PyPI hold the Python side; the library comes from NVIDIA's index, or from its system packages.
-        if importlib.util.find_spec("tensorrt_libs") is None and find_library("nvinfer") is None:
+        if library_missing():
             return f"TensorRT's library (libnvinfer) is missing, PyPI has only stubs of it: {pip}"
         if target.device != "cuda":
             return f"TensorRT runs on cuda, not on '{target.device}'"
@@ -135,6 +134,11 @@ class TensorRtBackend(Backend):
         if reason:
             raise BackendError(reason)
         return TensorRtRunner(folder, files, target)
+
+
+def library_missing() -> bool:
+    """Whether libnvinfer is neither installed with pip nor by the system: wheels on PyPI hold the Python side alone."""
+    return importlib.util.find_spec("tensorrt_libs") is None and find_library("nvinfer") is None
 
 
 def layer_types(form: Program) -> dict[str, int]:

@@ -184,6 +184,17 @@ def test_a_device_onnxruntime_lacks_is_refused_with_the_mend() -> None:
     assert "not on 'tpu'" in (OnnxRuntimeBackend.unavailable(Target(device="tpu")) or "")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_provider_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CUDAExecutionProvider"])
+    assert "sees no GPU" in (OnnxRuntimeBackend.unavailable(Target(device="cuda")) or "")
+
+
+def test_it_has_integer_kernels_on_the_cpu_alone() -> None:
+    assert not OnnxRuntimeBackend.simulates_quantization(TARGET)
+    assert OnnxRuntimeBackend.simulates_quantization(Target(device="cuda"))
+
+
 def test_loading_leaves_no_profile_behind(cnn: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir()

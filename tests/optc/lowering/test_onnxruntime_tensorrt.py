@@ -8,6 +8,7 @@ import torch
 
 from optc import Program, Target
 from optc.lowering.onnxruntime_tensorrt import OnnxRuntimeTensorRtBackend
+from optc.lowering.tensorrt import library_missing
 from optc.plugins.registry import registry
 
 TENSORRT = "TensorrtExecutionProvider"
@@ -17,6 +18,7 @@ CUDA = Target(device="cuda")
 def test_it_is_registered_and_left_out_of_auto() -> None:
     assert registry().load("backend", "onnxruntime-tensorrt") is OnnxRuntimeTensorRtBackend
     assert not OnnxRuntimeTensorRtBackend.automatic
+    assert not OnnxRuntimeTensorRtBackend.simulates_quantization(CUDA)
 
 
 def test_tensorrt_is_what_is_asked_for() -> None:
@@ -31,6 +33,14 @@ def test_where_it_cannot_run_it_says_why() -> None:
             reason
             == f"the installed onnxruntime has no {TENSORRT}: pip uninstall onnxruntime && pip install 'optc[gpu]'"
         )
+
+
+@pytest.mark.skipif(not library_missing(), reason="TensorRT is installed")
+def test_a_provider_without_tensorrts_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: [TENSORRT])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    reason = OnnxRuntimeTensorRtBackend.unavailable(CUDA) or ""
+    assert reason.startswith("TensorRT's library (libnvinfer) is missing: pip install")
 
 
 @pytest.mark.gpu

@@ -47,7 +47,7 @@ def exported(program: Program, folder: Path) -> torch.export.ExportedProgram:
     return export(quantize_ops(moved), CUDA)
 
 
-@pytest.mark.skipif("torch_tensorrt" in sys.modules, reason="TensorRT is installed")
+@pytest.mark.skipif(MISSING is None, reason="TensorRT is installed")
 def test_without_tensorrt_one_line_says_what_to_install() -> None:
     for device in ("cpu", "cuda"):
         reason = TensorRtBackend.unavailable(Target(device))
