@@ -370,7 +370,7 @@ def _uncertainty(state: _State) -> float:
 def _why_not_together(candidates: Sequence[Candidate], target: Target) -> str:
     """Why the candidates cannot all be open at once; empty if they can."""
     need = sum(candidate.bytes for candidate in candidates)
-    if target.device == "cuda":
+    if target.device == "cuda" and torch.cuda.is_available():
         free, where = torch.cuda.mem_get_info()[0], "GPU memory"
     else:
         free, where = machine.available_memory(), "memory"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -122,7 +122,7 @@ def command(
         with progress.step("Importing PyTorch"):
             from optc.bench.settings import SCENARIOS
             from optc.cli.profiling import Request, profile
-            from optc.cli.targets import subjects
+            from optc.cli.targets import device_of, subjects
             from optc.data.dataset import open_dataset
             from optc.lowering.artifact import folder_written_whole
             from optc.report.report import jsonable
@@ -147,7 +147,9 @@ def command(
             limits=limits,
         )
         with limited(memory_bytes=memory):
-            found = profile(subjects(targets, weights, target, progress), request, progress)
+            measured = subjects(targets, weights, target, progress)
+            on_device = replace(request, target=replace(target, device=device_of(measured)))
+            found = profile(measured, on_device, progress)
         insides: dict[str, Inside] = {}
         if layers or report is not None:
             with progress.step("Looking at layers and memory") as step:

@@ -142,6 +142,33 @@ def test_random_weights_have_no_accuracy(artifacts: Path, command: Command, fold
     assert document["targets"][0]["parameters"] == manifest["report"]["model_bytes"] // 4
 
 
+@pytest.fixture
+def for_a_gpu(artifacts: Path, folder: Path) -> None:
+    """The artifact ``made``, which says that it was made for a GPU."""
+    shutil.copytree(artifacts / "plain", "made")
+    manifest = json.loads(Path("made/manifest.json").read_text())
+    manifest["target"]["device"] = "cuda"
+    Path("made/manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.usefixtures("for_a_gpu")
+def test_what_runs_on_a_gpu_is_not_compared_with_a_reference_on_the_cpu(command: Command) -> None:
+    done = command("profile", "made", "--json", "-q")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["device"] == document["surroundings"]["device"] == "cuda"
+    assert document["against"] is None
+    assert "no comparison: vit_huge_patch14_224 is measured on the CPU, not on cuda" in document["notes"]
+
+
+@pytest.mark.usefixtures("for_a_gpu")
+def test_targets_on_different_devices_are_refused(artifacts: Path, command: Command) -> None:
+    done = command("profile", str(artifacts / "plain"), "made", "-q")
+    assert done.returncode == 2
+    assert "the targets run on different devices" in done.stderr
+    assert "plain on cpu, made on cuda" in done.stderr
+
+
 def test_a_reference_is_measured_once_and_remembered(
     artifacts: Path, command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
