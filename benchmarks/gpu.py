@@ -8,24 +8,27 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
+import json
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, Result, publish, say
+from common import RESULTS, Result, publish, say, write
 
 import optc
 from optc.bench.baselines import baselines
 from optc.bench.measure import measure, one_line
-from optc.bench.results import Candidate
+from optc.bench.results import Candidate, CandidateResult
 from optc.data.calibration import DatasetCalibration
 from optc.frontend.load import LoadedModel, load_model
+from optc.lowering.backend import Array, Runner
 from optc.lowering.lowering import Lowering, backends, lower
 from optc.passmanager.manager import build_passes
 from optc.plugins.registry import registry
@@ -50,7 +53,7 @@ CONFIGURATIONS = (
 )
 """Backend and passes."""
 NO_GPU = "there is no NVIDIA GPU that this PyTorch sees: nothing was run"
-_NOT_RUN = "not run: "
+_NOT_RUN, _FAILED = "not run: ", "failed: "
 
 Row = dict[str, str | int | float]
 
@@ -62,10 +65,17 @@ def main() -> None:
         sys.exit(2)
     tests = subprocess.run([sys.executable, "-m", "pytest", "-m", "gpu"], cwd=RESULTS.parents[1], check=False)
 
-    def run() -> Result:
-        return benchmark("cuda", MODELS, BATCHES, CONFIGURATIONS, tests_passed=tests.returncode == 0)
+    folder = RESULTS / "gpu"
+    folder.mkdir(exist_ok=True)
 
-    publish("gpu", run, command="make gpu", folder=RESULTS / "gpu")
+    def run() -> Result:
+        unfinished = folder / "unfinished.json"
+        passed = tests.returncode == 0
+        result = benchmark("cuda", MODELS, BATCHES, CONFIGURATIONS, tests_passed=passed, unfinished=unfinished)
+        unfinished.unlink()
+        return result
+
+    publish("gpu", run, command="make gpu", folder=folder)
 
 
 def benchmark(
@@ -76,34 +86,44 @@ def benchmark(
     *,
     tests_passed: bool = True,
     blocks: int = 5,
+    unfinished: Path | None = None,
 ) -> Result:
     """Lower each model in each configuration, measure at each batch, and lay it all out in one table.
+
+    What fails is a row of it, and the rest goes on.
 
     Args:
         configurations: pairs of backend and passes.
         tests_passed: whether the tests that need a GPU did.
         blocks: blocks of LoadGen queries for each candidate.
+        unfinished: a file for what was found so far, written after each model.
     """
     table: list[Row] = []
     raw: dict[str, Any] = {"device": facts(device)}
     for model in models:
-        rows, raw[model] = _model(model, device, batches, configurations, blocks)
+        try:
+            rows, raw[model] = _model(model, device, batches, configurations, blocks)
+        except Exception as error:
+            rows = [_row(model, "all of it", note=f"{_FAILED}{one_line(error)}")]
         table += rows
-    failed = [f"{row['model']} {row['what']}: {row['note']}" for row in table if str(row["note"]).startswith("failed")]
+        if unfinished is not None:
+            write(unfinished, json.dumps({"table": table, "raw": raw}))
+    failed = [f"{row['model']} {row['what']}: {row['note']}" for row in table if str(row["note"]).startswith(_FAILED)]
     left_out = {str(row["note"]) for row in table if str(row["note"]).startswith(_NOT_RUN)}
     if not tests_passed:
         failed.insert(0, "tests that need a GPU (see above)")
     return Result(
         claim="Everything optc lowers to on this GPU computes what the graph does, and runs.",
         held=not failed,
-        finding=f"failed: {'; '.join(failed)}"
+        finding=f"{_FAILED}{'; '.join(failed)}"
         if failed
         else "all of it did" + (", but for what was not run" * bool(left_out)),
         table=table,
         raw=raw,
         notes=[
             ", ".join(f"{name} {value}" for name, value in raw["device"].items()),
-            f"Engines are tuned for batch {min(TUNED_BATCH, max(batches))} and take the others.",
+            f"An engine of tensorrt is tuned for batch {min(TUNED_BATCH, max(batches))} and takes the others.",
+            "onnxruntime-tensorrt builds engines when it first gets a batch, which counts as opening.",
             "ms is the median of LoadGen SingleStream, copies from and to the host included. Random weights.",
             *sorted(left_out),
         ],
@@ -149,19 +169,40 @@ def _model(
             say(f"{name}: measuring at batch {batch}")
             target = optc.Target(device, batch=batch)
             inputs = tuple(torch.randn(batch, *x.shape[1:], dtype=x.dtype) for x in loaded.example_inputs)
-            candidates = baselines(loaded.module, inputs, target)
-            candidates += [Candidate(what, item.precision, "quant" in what, item.load) for what, item in made.items()]
             query = tuple(x.numpy() for x in inputs)
-            measurement = measure(candidates, [query], target, blocks=blocks, progress=say)
+            try:
+                candidates = baselines(loaded.module, inputs, target)
+                candidates += [
+                    Candidate(what, item.precision, "quant" in what, partial(_opened, item, query), item.bytes)
+                    for what, item in made.items()
+                ]
+                measurement = measure(candidates, [query], target, blocks=blocks, progress=say)
+            except Exception as error:
+                rows.append(_row(name, "all of it", batch, note=f"{_FAILED}{one_line(error)}"))
+                continue
             raw[str(batch)] = asdict(measurement)
-            for result in measurement.results:
-                if result.percentiles is None:
-                    problem = f"{'failed: ' if result.name in made else _NOT_RUN}{result.error}"
-                    rows.append(_row(name, result.name, batch, result.precision, note=problem))
-                    continue
-                seconds = result.percentiles.p50_ns / 1e9
-                rows.append(_row(name, result.name, batch, result.precision, seconds, "; ".join(result.warnings)))
+            rows += [_measured(name, result, batch, result.name in made) for result in measurement.results]
     return rows, raw
+
+
+def _opened(item: Lowering, query: tuple[Array, ...]) -> Runner:
+    """A runner that ran once: engines are built at the first query of a batch, which is to count as opening."""
+    runner = item.load()
+    try:
+        runner(*query)
+    except Exception:
+        runner.close()
+        raise
+    return runner
+
+
+def _measured(model: str, result: CandidateResult, batch: int, ours: bool) -> Row:
+    """The row of a candidate. One of ``ours`` fails in any block and by any output that is not finite."""
+    problem = result.error or ("; ".join(result.warnings) if ours and result.nonfinite_queries else "")
+    if problem or result.percentiles is None:
+        return _row(model, result.name, batch, result.precision, note=f"{_FAILED if ours else _NOT_RUN}{problem}")
+    seconds = result.percentiles.p50_ns / 1e9
+    return _row(model, result.name, batch, result.precision, seconds, "; ".join(result.warnings))
 
 
 def _captured(name: str, loaded: LoadedModel, device: str) -> Row:
@@ -176,7 +217,7 @@ def _captured(name: str, loaded: LoadedModel, device: str) -> Row:
             expected, output = module(*inputs), program.run(*inputs)[0]
         torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-3)
     except (optc.OptcError, AssertionError, RuntimeError) as error:
-        return _row(name, f"capture on {device}", note=f"failed: {_first_line(error)}")
+        return _row(name, f"capture on {device}", note=f"{_FAILED}{_first_line(error)}")
     return _row(name, f"capture on {device}", precision="float32", seconds=seconds, note="as the module computes")
 
 
@@ -205,7 +246,7 @@ def _lowered(
                 programs[passes] = build_passes(passes, None)(captured, context).program
             made[what] = lower(backend, programs[passes], target, folder / str(number))
         except Exception as error:  # the others are measured all the same
-            problems[what] = f"failed: {one_line(error)}"
+            problems[what] = f"{_FAILED}{one_line(error)}"
     return made, problems
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,9 @@ from types import ModuleType
 
 import pytest
 import torch
+
+from optc.bench.results import Block, Candidate, CandidateResult
+from optc.frontend.load import load_model
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -27,6 +31,41 @@ def test_without_a_gpu_it_says_so_and_exits_with_2() -> None:
     done = subprocess.run([sys.executable, BENCHMARKS / "gpu.py"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stdout == "there is no NVIDIA GPU that this PyTorch sees: nothing was run\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "nonfinite", "note"),
+    [
+        (None, (0, 3), "failed: 3 of 128 queries returned NaN"),
+        ("no memory", (0,), "failed: no memory"),
+        (None, (0,), ""),
+    ],
+)
+def test_what_fails_late_or_gives_no_numbers_has_failed(
+    gpu: ModuleType, error: str | None, nonfinite: tuple[int, ...], note: str
+) -> None:
+    blocks = tuple(Block((1_000_000,) * 64, count, None) for count in nonfinite)  # type: ignore[arg-type]
+    candidate = Candidate("eager fuse", "float32", False, lambda: pytest.fail("opened"))
+    result = CandidateResult.of(candidate, "eager", "float32", 0.0, blocks, error)
+    row = gpu._measured("model", result, 1, True)
+    assert row["note"].startswith(note)
+    assert row["ms"] == ("" if note else 1.0)
+
+
+def test_a_model_and_a_batch_that_fail_are_rows_and_the_rest_goes_on(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "load_model", lambda name, weights: load_model(name))  # ReLU has none
+    monkeypatch.setattr(gpu, "measure", lambda *arguments, **options: 1 / 0)
+    result = gpu.benchmark("cpu", ("no_such_model", "torch.nn:ReLU"), (1, 2), (), unfinished=tmp_path / "found.json")
+    found = [(row["model"], row["what"], row["batch"]) for row in result.table if row["note"].startswith("failed: ")]
+    assert found == [
+        ("no_such_model", "all of it", ""),
+        ("torch.nn:ReLU", "all of it", 1),
+        ("torch.nn:ReLU", "all of it", 2),
+    ]
+    assert not result.held
+    assert json.loads((tmp_path / "found.json").read_text())["table"] == result.table
 
 
 @pytest.mark.slow
