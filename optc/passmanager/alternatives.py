@@ -64,12 +64,16 @@ class Alternatives:
 
         Raises:
             UnknownNameError: a pass or option nobody registered, or options for a pass that is in no list.
-            OptcError: an option's value does not fit its type, or a list among several cuts the model into stages.
+            OptcError: an option's value does not fit its type, or a list among several cuts the model into stages; or
+                there are options for passes that are made already.
         """
-        if isinstance(passes, Alternatives):
-            return passes
-        if isinstance(passes, PassManager):
-            return cls({"": passes})
+        if isinstance(passes, Alternatives | PassManager):
+            if options:
+                raise OptcError(
+                    f"options for '{next(iter(options))}' come too late for passes that are made already",
+                    "give them to the passes themselves",
+                )
+            return passes if isinstance(passes, Alternatives) else cls({"": passes})
         if not isinstance(passes, str):
             return cls({"": build_passes(passes, options)})
         automatic = passes.strip() == AUTO

@@ -60,7 +60,7 @@ def build_passes(
         OptcError: an option's value does not fit its type, or the text cannot be read.
     """
     items: Sequence[str | Pass] = passes.split(",") if isinstance(passes, str) else passes
-    given = dict(options or {})
+    given, used = options or {}, set[str]()
     built = []
     for item in items:
         if isinstance(item, Pass):
@@ -68,11 +68,10 @@ def build_passes(
             continue
         name, own = read_pass(item)
         if name:
-            built.append(registry().make("pass", name, **{**given.pop(name, {}), **own}))
-    if given:
-        raise UnknownNameError(
-            "pass in the options", next(iter(given)), [p.name for p in built], hint="add it to the passes"
-        )
+            built.append(registry().make("pass", name, **{**given.get(name, {}), **own}))
+            used.add(name)
+    if unused := [name for name in given if name not in used]:
+        raise UnknownNameError("pass in the options", unused[0], [p.name for p in built], hint="add it to the passes")
     return PassManager(built)
 
 

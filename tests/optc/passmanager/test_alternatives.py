@@ -162,6 +162,13 @@ def test_options_go_to_every_list_that_has_the_pass() -> None:
     assert observers == ["mse"] * 3
 
 
+def test_options_for_passes_that_are_made_already_are_refused() -> None:
+    made = Alternatives.of("quant")
+    for passes in (made, made.first):
+        with pytest.raises(OptcError, match="options for 'quant' come too late"):
+            Alternatives.of(passes, {"quant": {"observer": "mse"}})
+
+
 def test_a_list_has_options_of_its_own_beside_those_for_all() -> None:
     asked = Alternatives.of("quant | quant<formats=int4-weights; block=32>", {"quant": {"block": 64}})
     options = [each.options for manager in asked.lists.values() for each in manager.passes]

@@ -51,6 +51,11 @@ def test_build_from_text_with_options() -> None:
     assert manager.passes[1].options.model_dump()["observer"] == "entropy"
 
 
+def test_a_pass_that_is_named_twice_has_its_options_twice() -> None:
+    manager = build_passes("quant, quant<block=64>", {"quant": {"observer": "mse"}})
+    assert [pass_.options.model_dump()["observer"] for pass_ in manager.passes] == ["mse", "mse"]
+
+
 def test_a_name_carries_options_as_in_llvm() -> None:
     manager = build_passes(
         "fuse, quant<observer = mse;block=64>", {"quant": {"observer": "entropy", "percentile": "99"}}
