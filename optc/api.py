@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -214,6 +215,8 @@ def optimize(
         except VerificationError as error:
             if trial.max_drop is None or error.min_sqnr_db is None:
                 raise
+            if error.reproducer is not None:  # nobody is told of it
+                shutil.rmtree(error.reproducer, ignore_errors=True)
             tried.append(f"{trial.what}: {error.message}")
             least_db = error.min_sqnr_db + _MORE_DB
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class OptcError(Exception):
@@ -59,11 +60,15 @@ class VerificationError(OptcError):
     Args:
         min_sqnr_db: what an approximate pass promised the outputs keep and they do not; ``None`` where anything else is
             wrong, such as an exact pass that is none.
+        reproducer: the folder that was left to reproduce it, which ``hint`` names.
     """
 
-    def __init__(self, message: str, hint: str = "", min_sqnr_db: float | None = None) -> None:
+    def __init__(
+        self, message: str, hint: str = "", min_sqnr_db: float | None = None, reproducer: Path | None = None
+    ) -> None:
         super().__init__(message, hint)
         self.min_sqnr_db = min_sqnr_db
+        self.reproducer = reproducer
 
 
 class BackendError(OptcError):

@@ -255,6 +255,7 @@ def test_a_pass_that_is_noisier_than_it_promised_is_asked_for_less(
     (first,) = budget.tried
     assert first.startswith("the passes: pass 'noisy'")
     assert "is below its budget of 20 dB" in first
+    assert not list(tmp_path.iterdir()), "the model's weights stay nowhere"
     assert optimized.report.passes[-1].applied[0].detail == "23.0"
     with pytest.raises(VerificationError, match="pass 'noisy'"):
         optc.optimize(model, IMAGES[0][:1], [Noisy()], **asked)

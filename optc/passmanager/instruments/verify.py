@@ -88,6 +88,7 @@ class Verify(Instrument):
         min_sqnr_db: float | None,
     ) -> VerificationError:
         where = first_divergence(before, after, self._inputs[0])
+        path = None
         try:
             told = f"{reason}; {where}"
             path = write_reproducer(self._folder, pass_, before, after, self._inputs[0], told, self._context)
@@ -101,6 +102,7 @@ class Verify(Instrument):
             f" {where}; passes before it: {predecessors}",
             hint,
             min_sqnr_db,
+            path,
         )
 
 
