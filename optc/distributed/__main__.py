@@ -83,7 +83,7 @@ def _run(arguments: argparse.Namespace, description: PipelineFile, place: Place,
     if job:
         target = Target(**job["target"])
     else:
-        planned = Target(description.device, description.threads, arguments.batch or 1)
+        planned = Target(description.device, description.threads, arguments.batch or description.batch)
         target = stage_targets(description, planned)[place.rank]
     try:
         served, store = place.store(_MEETING, serve=True), place.store(seconds)

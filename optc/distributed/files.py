@@ -7,6 +7,7 @@ import os
 import statistics
 import sys
 import time
+import zipfile
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -15,13 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
 from optc.distributed.rank import Place, StageRank
 from optc.errors import DataError
 from optc.lowering.agreement import as_array
+from optc.lowering.pipeline_channel import array_dtype
 from optc.lowering.pipeline_file import PipelineFile
 
 _LOADING = timedelta(minutes=30)
@@ -37,13 +38,15 @@ def run_files(
 
     Raises:
         DataError: an input file cannot be read or does not fit the model, or the output cannot be written.
+        ArtifactError: the images cannot be divided into microbatches of a fixed size.
     """
     if rank.last and arguments.output and not arguments.output.parent.is_dir():
         raise DataError(f"there is no folder '{arguments.output.parent}' to write the outputs to", "make it first")
-    batch = arguments.batch or description.microbatches * (description.rows or 1)
+    batch = arguments.batch or description.batch
     inputs: list[Tensor] = []
     if rank.first:
         inputs = _read(arguments.input, rank) if arguments.input else _noise(rank, batch)
+        description.parts(len(inputs[0]))  # before anything is computed
         store.set("optc/images", str(len(inputs[0])))
     store.wait(["optc/images"], _LOADING)
     images = int(store.get("optc/images"))
@@ -53,6 +56,7 @@ def run_files(
         ]
         if rank.last and arguments.output:
             _write(arguments.output, outputs)
+        dist.barrier()  # each is watched by the one before it, until all are done
         return
     seconds = []
     dist.barrier()
@@ -90,13 +94,16 @@ def _read(paths: Sequence[Path], rank: StageRank) -> list[Tensor]:
     found = []
     for path, wire in zip(paths, wires, strict=True):
         try:
-            array: NDArray[Any] = np.load(path, allow_pickle=False)
-        except (OSError, ValueError) as error:
+            with path.open("rb") as file:
+                array: Any = np.load(file, allow_pickle=False)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise DataError(f"cannot read '{path}': {error}", "give a .npy file of numbers") from error
-        if array.shape[1:] != wire.shape[1:] or not len(array):
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
+            raise DataError(f"'{path}' is no array of numbers", "give a .npy file of numbers")
+        if array.ndim != len(wire.shape) or array.shape[1:] != wire.shape[1:] or not len(array):
             expected = ", ".join(map(str, ("images", *wire.shape[1:])))
             raise DataError(f"'{path}' has the shape {array.shape}, the model takes ({expected})")
-        found.append(torch.from_numpy(np.ascontiguousarray(array)))
+        found.append(torch.from_numpy(np.ascontiguousarray(array, array_dtype(wire.dtype))))
     counts = [len(each) for each in found]
     if len(set(counts)) > 1:
         files = ", ".join(f"'{path}' has {count}" for path, count in zip(paths, counts, strict=True))

@@ -91,6 +91,11 @@ class PipelineFile(BaseModel):
         """Threads of all stages."""
         return sum(stage.threads for stage in self.stages)
 
+    @property
+    def batch(self) -> int:
+        """Images in a batch as planned."""
+        return self.microbatches * (self.rows or int(self.stages[0].predicted.get("microbatch", 1)))
+
     def parts(self, batch: int) -> int:
         """Microbatches that a batch goes through in: at most as many as planned, all of one size.
 

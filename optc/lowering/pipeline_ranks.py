@@ -28,6 +28,7 @@ from optc.target import Target
 TIMEOUT_VARIABLE = "OPTC_PIPELINE_TIMEOUT"
 TIMEOUT = 10.0
 """Seconds within which the whole job ends after a rank died or stopped answering, unless the variable says more."""
+_LONGEST = 86_400.0
 JOB_VARIABLE = "OPTC_PIPELINE_JOB"
 """Tells a rank that it serves queries of this process: its connection's descriptor and its target, as JSON."""
 FAILED = "optc/failed"
@@ -55,8 +56,8 @@ def timeout() -> float:
         seconds = float(text)
     except ValueError:
         seconds = 0.0
-    if not seconds >= 1.0:
-        raise BackendError(f"{TIMEOUT_VARIABLE}={text} is no number of seconds, 1 or more")
+    if not 1.0 <= seconds <= _LONGEST:
+        raise BackendError(f"{TIMEOUT_VARIABLE}={text} is no number of seconds, 1 to {_LONGEST:g}")
     return seconds
 
 

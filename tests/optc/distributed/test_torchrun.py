@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import signal
@@ -12,19 +13,23 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._C._distributed_c10d import HashStore
 
 import optc
+from optc.distributed.files import _read, run_files
 from optc.distributed.rank import Place
 from optc.errors import OptcError
 from optc.lowering.pipeline import PipelineBackend
-from optc.lowering.pipeline_file import write_pipeline
+from optc.lowering.pipeline_file import read_pipeline, write_pipeline
 from optc.lowering.pipeline_ranks import TIMEOUT_VARIABLE
 from optc.program import Program
+from optc.stages import Wire
 from optc.target import Target
 
 Cut = Callable[[Program, int], Program]
@@ -115,13 +120,85 @@ def test_outputs_that_have_no_folder_end_the_job_in_one_line(made: Made, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["x.npy"]
 
 
+class First:
+    """The first of the ranks, as far as reading inputs goes."""
+
+    first, last = True, False
+
+    def wires(self) -> list[Wire]:
+        return [Wire("x", (None, 8), torch.float32)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.npz", np.zeros((4, 8)), "is no array of numbers"),
+        ("x.npy", np.full((4, 8), "text"), "is no array of numbers"),
+        ("x.npy", np.float32(1), r"has the shape \(\), the model takes \(images, 8\)"),
+        ("x.npy", b"", "cannot read"),
+        ("x.npy", b"PK\x03\x04", "cannot read"),
+        ("x.npy", np.zeros((5, 8)), "the stages take 2 images at a time, which do not divide a batch of 5"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused_before_anything_runs(
+    made: Made, tmp_path: Path, name: str, content: Any, message: str
+) -> None:
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        (np.savez if path.suffix == ".npz" else np.save)(path, content)
+    arguments = argparse.Namespace(input=[path], output=None, batch=None)
+    fixed = read_pipeline(made.folder).model_copy(update={"rows": 2})
+    with pytest.raises(OptcError, match=message):
+        run_files(First(), HashStore(), Place(0, 2, 0, 2, "", 1, False), fixed, arguments)  # type: ignore[arg-type]
+
+
+def test_numbers_of_any_type_are_read(tmp_path: Path) -> None:
+    images = np.arange(16).reshape(2, 8)
+    for kind in (">f4", "f8", "u2", "longdouble"):
+        np.save(tmp_path / "x.npy", images.astype(kind))
+        (found,) = _read([tmp_path / "x.npy"], First())  # type: ignore[arg-type]
+        assert torch.equal(found, torch.from_numpy(images).float())
+
+
+def test_a_batch_is_as_large_as_planned(made: Made) -> None:
+    plan = read_pipeline(made.folder)
+    first = plan.stages[0].model_copy(update={"predicted": {"microbatch": 4}})
+    assert plan.batch == 2
+    assert plan.model_copy(update={"stages": (first, plan.stages[1])}).batch == 8
+    assert plan.model_copy(update={"rows": 3}).batch == 6
+
+
+def test_a_rank_that_stops_after_the_one_before_it_is_done_ends_the_job(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    from optc.lowering.eager import EagerRunner\n"
+        "    EagerRunner.run_tensors = lambda self, *inputs: os.kill(os.getpid(), signal.SIGSTOP)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    np.save(tmp_path / "x.npy", np.zeros((1, 8), np.float32))
+    work = ("-m", "optc.distributed", str(made.folder), "--input", str(tmp_path / "x.npy"), "--timeout", "3")
+    with torchrun("--standalone", "--nproc-per-node", "2", *work) as agent:
+        try:
+            said, _ = agent.communicate(timeout=120)
+        finally:
+            agent.kill()
+    assert agent.returncode != 0
+    assert "rank 1 (stage 1) has not answered for" in said
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--batch", "0"), "--batch 0 is too few — give 1 or more"),
         (("--queries", "0"), "--queries 0 is too few"),
         (("--output", "y.npz"), "--output without --input"),
-        (("--timeout", "-1"), "is no number of seconds, 1 or more"),
+        (("--timeout", "-1"), "is no number of seconds, 1 to 86400"),
+        (("--timeout", "inf"), "is no number of seconds, 1 to 86400"),
     ],
 )
 def test_bad_options_are_one_line(
