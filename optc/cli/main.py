@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import importlib
+import signal
 import sys
+from types import FrameType
 from typing import Any
 
 import click
@@ -48,8 +50,20 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of the ``optc`` command.
 
     Exits 0 on success and 2 with one line on stderr on anything that went wrong; only a bug in optc prints a traceback.
+    SIGTERM cleans up as Ctrl-C does and exits with 143.
     """
-    sys.exit(run(argv))
+    ended: list[int] = []
+
+    def end(number: int, frame: FrameType | None) -> None:
+        ended.append(number)
+        interrupt = signal.getsignal(signal.SIGINT)  # LoadGen has one of its own
+        if not callable(interrupt):  # ignored, in jobs of scripts
+            raise KeyboardInterrupt
+        interrupt(number, frame)
+
+    signal.signal(signal.SIGTERM, end)
+    status = run(argv)
+    sys.exit(128 + ended[0] if ended else status)
 
 
 def run(argv: list[str] | None = None) -> int:

@@ -6,11 +6,13 @@ Commands run in this process, which has imported torch already; one test starts 
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import logging
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -385,3 +387,25 @@ def test_brackets_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) ->
     printed = capsys.readouterr().out
     assert "'optc[gpu]'" in printed
     assert "out[v2][/x]" in printed
+
+
+def test_sigterm_cleans_up_as_ctrl_c_does(folder: Path) -> None:
+    waits = """
+        import tempfile, time
+
+        def model():
+            with tempfile.TemporaryDirectory(prefix="scratch", dir="."):
+                print("ready", flush=True)
+                time.sleep(100)
+    """
+    (folder / "waits.py").write_text(textwrap.dedent(waits))
+    command = [sys.executable, "-m", "optc.cli.main", "optimize", "waits:model"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=folder)
+    assert process.stderr is not None
+    said = list(itertools.takewhile(lambda line: line != "ready\n", process.stderr))
+    assert list(folder.glob("scratch*")), said
+    process.terminate()
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert stderr.splitlines()[-1] == "optc: interrupted; nothing was left half-written"
+    assert not list(folder.glob("scratch*"))
