@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,18 +109,20 @@ class OnnxRuntimeBackend(Backend):
     ) -> tuple[tuple[str, ...], dict[str, Any], OnnxRuntimeRunner]:
         """The files in the first opset in which every node runs where it is asked to, details, and a session on them.
 
+        Where there is none and the target allows for that, in the first of which ONNX Runtime makes a session.
+
         Raises:
             BackendError: there is none; says what is wrong with the first.
         """
-        first: BackendError | None = None
-        for opset in self.opsets(target.device):
+        errors: dict[Target, BackendError] = {}
+        targets = dict.fromkeys((replace(target, allow_fallback=False), target))
+        for wanted, opset in product(targets, self.opsets(target.device)):
             try:
                 files, details = self.export(program, folder / MODEL_FILE, opset)
                 return files, details, self.load(folder, files, target)
             except BackendError as error:
-                first = first or error
-        assert first is not None
-        raise first
+                errors.setdefault(wanted, error)
+        raise errors[target]
 
     @classmethod
     def opsets(cls, device: str) -> Sequence[int]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -14,7 +15,8 @@ import torch
 from optc import Program, Target
 from optc.errors import BackendError
 from optc.lowering.lowering import lower
-from optc.lowering.onnxruntime import OnnxRuntimeBackend
+from optc.lowering.onnx_export import LEAST_OPSET, OPSET
+from optc.lowering.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeRunner
 
 CPU, AZURE = "CPUExecutionProvider", "AzureExecutionProvider"
 TARGET = Target(threads=1)
@@ -31,6 +33,24 @@ class AzureBackend(OnnxRuntimeBackend):
     @classmethod
     def providers(cls, device: str) -> Sequence[str]:
         return (AZURE, CPU)
+
+
+class NewestFallsBack(OnnxRuntimeBackend):
+    """Runs nodes of the newest opset elsewhere than asked for, as the CUDA provider does for some operators."""
+
+    @classmethod
+    def opsets(cls, device: str) -> Sequence[int]:
+        return (OPSET, LEAST_OPSET)
+
+    def load(self, folder: Path, files: tuple[str, ...], target: Target) -> OnnxRuntimeRunner:
+        (opset,) = (each.version for each in onnx.load(folder / files[0]).opset_import if not each.domain)
+        providers = (AZURE, CPU) if opset == OPSET else (CPU,)
+        return OnnxRuntimeRunner(folder / files[0], providers, target, self.options(target))
+
+
+def test_an_older_opset_is_preferred_to_a_fallback_that_is_allowed(cnn: Program, tmp_path: Path) -> None:
+    details = NewestFallsBack().lower(cnn, ALLOWED, tmp_path).details
+    assert (details["opset"], details["fallback"]) == (LEAST_OPSET, [])
 
 
 def test_a_fallback_is_an_error_that_lists_the_nodes(cnn: Program, tmp_path: Path) -> None:
