@@ -119,7 +119,7 @@ class OnnxRuntimeBackend(Backend):
         for wanted, opset in product(targets, self.opsets(target.device)):
             try:
                 files, details = self.export(program, folder / MODEL_FILE, opset)
-                return files, details, self.load(folder, files, target)
+                return files, details, self.load(folder, files, wanted)
             except BackendError as error:
                 errors.setdefault(wanted, error)
         raise errors[target]
