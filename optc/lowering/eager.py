@@ -140,7 +140,13 @@ class EagerRunner(Runner):
             self.left = dict(packed.left)
             library = f"oneDNN: {packed.layers} of {packed.layers + packed.left.total()} layers"
         self.provider = f"eager {target.device} ({library})"
-        self._module = program.module.to(self._device)
+        self._graph: fx.GraphModule | None = program.module.to(self._device)
+
+    @property
+    def _module(self) -> fx.GraphModule:
+        if self._graph is None:
+            raise BackendError("this runner is closed", "load the model again")
+        return self._graph
 
     def __call__(self, *inputs: Array) -> tuple[Array, ...]:
         if len(inputs) != len(self._dtypes):
@@ -172,7 +178,7 @@ class EagerRunner(Runner):
 
     def close(self) -> None:
         """Free the weights."""
-        del self._module
+        self._graph = None
         return_freed_memory()
 
 

@@ -38,6 +38,15 @@ def test_outputs_equal_the_graphs(request: pytest.FixtureRequest, name: str, tmp
             np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
+def test_a_closed_runner_says_so(cnn: Program, tmp_path: Path) -> None:
+    runner, x = loaded(cnn, tmp_path), torch.zeros(1, 3, 16, 16)
+    runner.close()
+    runner.close()
+    for run in (lambda: runner(x.numpy()), lambda: runner.run_tensors(x)):
+        with pytest.raises(BackendError, match="this runner is closed"):
+            run()
+
+
 def test_composites_stay_composites_in_the_file(tmp_path: Path) -> None:
     program = registry().load("pass", "fuse")()(capture_cnn()).program
     lowered = EagerBackend().lower(program, Target(), tmp_path)
