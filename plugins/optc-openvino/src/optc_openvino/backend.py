@@ -27,7 +27,7 @@ from optc_openvino.graph import (
     use_signed_activations,
 )
 from optc_openvino.partitioner import faster_partitioner
-from optc_openvino.runner import OpenVinoRunner, refuse_dependent_samples
+from optc_openvino.runner import LEAVE_OUT_STREAMS, OpenVinoRunner, refuse_dependent_samples
 from optc_openvino.runtime import VERSION, OpenVinoOptions, errors, ov, read
 from optc_openvino.times import kernel_times
 
@@ -59,7 +59,8 @@ class OpenVinoBackend(Backend):
 
         Raises:
             BackendError: an operator has no ONNX form, OpenVINO refuses it, OpenVINO's outputs on the example inputs
-                differ from the graph's, or a batch is to be divided whose samples depend on one another.
+                differ from the graph's, or a batch is to be divided that the model fixes or whose samples depend on
+                one another.
         """
         from optc import check_agreement, export_onnx  # they import torch, which loading a model does not need
         from optc_openvino.roundings import without_roundings_before_activations
@@ -110,9 +111,9 @@ class OpenVinoBackend(Backend):
 
         found, provider, precision = checked(model)
         details |= found
-        if not details["divisible"]:
-            given = given.model_copy(update={"streams": 1})
-        elif given.streams > 1:
+        if given.streams > 1:
+            if not details["divisible"]:
+                raise BackendError("the model takes one batch size, which cannot be divided", LEAVE_OUT_STREAMS)
             refuse_dependent_samples(model, target, given)
         lowered = Lowered(
             FILES, details, run_script=_run_script(given, FILES[0]), provider=provider, precision=precision
@@ -142,7 +143,7 @@ class OpenVinoBackend(Backend):
         divide = one_query and streams > 1 and "streams" not in asked and lowered.details["divisible"]
         ways: list[dict[str, Any]] = [{}, {"streams": streams}] if divide else [{}]
         if one_query and "partitioner" not in asked:
-            model = read(*(folder / name for name in lowered.files))
+            model = _read(folder, lowered.files)
             for way in ways:
                 if other := faster_partitioner(model, target, given.model_copy(update=way)):
                     way["partitioner"] = other
@@ -166,7 +167,7 @@ class OpenVinoBackend(Backend):
         reason = self.unavailable(target)
         if reason:
             raise BackendError(reason)
-        return OpenVinoRunner(read(*(folder / name for name in files)), target, self.options(target))
+        return OpenVinoRunner(_read(folder, files), target, self.options(target))
 
     def profile(
         self, folder: Path, files: tuple[str, ...], target: Target, inputs: Sequence[NDArray[Any]]
@@ -176,7 +177,12 @@ class OpenVinoBackend(Backend):
         Raises:
             BackendError: OpenVINO refuses the files, or cannot run them on these inputs.
         """
-        return kernel_times(read(*(folder / name for name in files)), target, self.options(target), inputs)
+        return kernel_times(_read(folder, files), target, self.options(target), inputs)
+
+
+def _read(folder: Path, files: Sequence[str]) -> ov.Model:
+    """Read an IR; its weights are the second file."""
+    return read(*(folder / name for name in files[:2]))
 
 
 def _with_kernels(

@@ -33,6 +33,9 @@ OTHER_BATCHES = 2
 """How many compilations are kept beside that of the target's batch. Each holds the weights in its kernels' layout."""
 
 
+LEAVE_OUT_STREAMS = "leave out -O openvino.streams"
+
+
 class OpenVinoRunner(Runner):
     """Runs an OpenVINO model on arrays.
 
@@ -140,7 +143,7 @@ def refuse_dependent_samples(model: ov.Model, target: Target, given: OpenVinoOpt
         if reference.shape != output.shape or not _alike(reference, output):
             raise BackendError(
                 f"output '{name.get_any_name()}' of a sample depends on others of its batch, which cannot be divided",
-                "leave out -O openvino.streams",
+                LEAVE_OUT_STREAMS,
             )
 
 
