@@ -159,7 +159,7 @@ class Backend(ABC):
 
     @abstractmethod
     def load(self, folder: Path, files: tuple[str, ...], target: Target) -> Runner:
-        """Load what :meth:`lower` wrote. Never executes code from the files.
+        """Load what :meth:`lower` wrote. Runs no Python from the files; machine code is what a backend may load.
 
         Raises:
             BackendError: the runtime refuses the files.

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -42,6 +43,7 @@ _MEMBER = re.compile(
     r"|data/aotinductor/model/[\w.+-]+\.(so|cpp|json|cubin|fatbin))"
 )
 """What a package may hold: nothing that a loader of .pt2 files unpickles (weights, example inputs, custom objects)."""
+_FACTS = ("torch", "device", "capability", "compiler", "inputs", "layers")
 
 
 class InductorBackend(Backend):
@@ -196,8 +198,9 @@ class InductorRunner(Runner):
     def _check(self, inputs: Sequence[Array | Tensor]) -> None:
         if len(inputs) != len(self._inputs):
             raise BackendError(f"the model takes {len(self._inputs)} inputs, not {len(inputs)}")
+        batch = inputs[0].shape[0] if inputs and inputs[0].ndim else 1
         for array, entry in zip(inputs, self._inputs, strict=True):
-            wanted = [len(inputs[0]) if size is None else size for size in entry["shape"]]
+            wanted = [batch if size is None else size for size in entry["shape"]]
             if list(array.shape) != wanted:
                 expected = ", ".join("batch" if size is None else str(size) for size in entry["shape"])
                 raise BackendError(f"input '{entry['name']}' has the shape {array.shape}, the model takes ({expected})")
@@ -232,8 +235,10 @@ def read_facts(path: Path) -> dict[str, Any]:
                 raise BackendError(f"{path.name} holds '{strange}' beside its code", "optimize the model again")
             inside = next(name for name in names if name.endswith(f"/{FACTS}"))
             facts: dict[str, Any] = json.loads(archive.read(inside))
+            if missing := [name for name in _FACTS if name not in facts]:
+                raise ValueError(f"it does not say {', '.join(missing)}")
             return facts
-    except (OSError, zipfile.BadZipFile, ValueError, StopIteration) as error:
+    except (OSError, zipfile.BadZipFile, zlib.error, ValueError, TypeError, RuntimeError, StopIteration) as error:
         reason = str(error) or "it does not say what it was compiled for"
         raise BackendError(f"{path.name} is no readable inductor package: {reason}", "optimize it again") from error
 

@@ -41,7 +41,8 @@ class Manifest(BaseModel):
         backend: what loads ``files``, given the first ones in ``load``.
         load: names of the runtime's files, the one to load first.
         target: device, threads and batch it was made for.
-        machine: what it was made on; ``required_isa`` are the instruction sets it must find again.
+        machine: what it was made on; ``required_isa`` are the instruction sets it must find again, of those that are
+            separated by ``|`` any.
         report: passes with options and evidence, accuracy, raw measurements.
     """
 
@@ -69,6 +70,18 @@ class Manifest(BaseModel):
             if path.is_absolute() or ".." in path.parts or "\\" in name or not path.parts:
                 raise ValueError(f"file name {name!r} leads out of the folder")
         return files
+
+    @field_validator("target")
+    @classmethod
+    def _target_has_its_types(cls, target: dict[str, Any]) -> dict[str, Any]:
+        counts, options = [target.get("threads", 1), target.get("batch", 1)], target.get("options", {})
+        if not isinstance(target.get("device", ""), str):
+            raise ValueError("its device is no name")
+        if not all(isinstance(count, int) and count > 0 for count in counts):
+            raise ValueError("its threads or batch are no positive number")
+        if not (isinstance(options, dict) and all(isinstance(each, dict) for each in options.values())):
+            raise ValueError("its options are none by name of a backend")
+        return target
 
     @field_validator("load")
     @classmethod
@@ -146,6 +159,6 @@ def _version(text: str) -> int | None:
 
     try:
         version = json.loads(text).get("format_version")
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return None
     return version if isinstance(version, int) else None

@@ -30,7 +30,8 @@ def missing_instructions() -> list[str]:
         return []
     flags = re.search(r"^flags\s*:(.*)$", cpu.read_text(), re.MULTILINE) if cpu.exists() else None
     required = json.loads(manifest.read_text())["required_isa"]
-    return [each for each in required if each not in flags[1].split()] if flags else []
+    missing = [each for each in required if flags and not set(each.split("|")).intersection(flags[1].split())]
+    return [each.replace("|", " or ") for each in missing]
 
 
 def load() -> "torch._C._aoti.AOTIModelPackageLoader":
@@ -66,7 +67,7 @@ def main(files: list[str]) -> None:
     if files and len(files) != len(inputs):
         sys.exit(f"give one .npy file for each of {', '.join(value['name'] for value in inputs)}")
     given = [np.load(file, allow_pickle=False) for file in files]
-    batch = len(given[0]) if given else 1
+    batch = given[0].shape[0] if given and given[0].ndim else 1
     tensors = []
     for index, value in enumerate(inputs):
         shape = [batch if size is None else size for size in value["shape"]]

@@ -54,11 +54,14 @@ def main(files: list[str]) -> None:
 
     Without a file, run zeros and print the outputs' shapes only.
     """
-    inputs = facts()["inputs"]
+    made = facts()
+    inputs, batches = made["inputs"], made["batches"]
     if files and len(files) != len(inputs):
         sys.exit(f"give one .npy file for each of {', '.join(value['name'] for value in inputs)}")
     given = [np.load(file, allow_pickle=False) for file in files]
-    batch = len(given[0]) if given else 1
+    batch = given[0].shape[0] if given and given[0].ndim else 1
+    if batches and not batches[0] <= batch <= batches[1]:
+        sys.exit(f"the engine was built for batches of {batches[0]} to {batches[1]}, not of {batch}")
     tensors = []
     for index, value in enumerate(inputs):
         shape = [batch if size is None else size for size in value["shape"]]

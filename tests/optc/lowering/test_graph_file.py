@@ -150,7 +150,7 @@ def test_names_and_strings_in_a_file_never_become_code(tmp_path: Path) -> None:
     program = read_graph(folder, batch=1)
     program.run(torch.randn(1, 4))
     for key in (f"a={code}, b", f"a = 0)\r{code}\rdef _(self):\r    pass #"):
-        with pytest.raises(BackendError, match=r"aten\.gelu\.default takes no argument 'a"):
+        with pytest.raises(BackendError, match=r"aten\.gelu\.default takes no argument .a"):
             read_graph(tampered(tmp_path, calls=[["y", "aten.gelu.default", [VALUE], {key: "none"}]]), batch=1)
     assert not marker.exists()
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 import platform
@@ -192,6 +193,8 @@ def test_several_inputs_keep_their_order_and_are_checked(tmp_path: Path, capfd: 
         runner(zulu, alpha[:4])
     with pytest.raises(BackendError, match=r"input 'zulu' has the shape \(5, 3\)"):
         runner(zulu[:, :3], alpha)
+    with pytest.raises(BackendError, match=r"input 'zulu' has the shape \(\)"):
+        runner(np.float32(1), alpha)
     with pytest.raises(BackendError, match="takes 2 inputs, not 1"):
         runner(zulu)
     runner.close()
@@ -252,6 +255,9 @@ def test_the_run_script_needs_numpy_and_torch_alone(int8: Made, saved: Path, tmp
     best = [line.split(": ", 1)[1].split(":")[0] for line in fed.stdout.splitlines() if line.startswith("top 5")]
     assert best == [str(row) for row in int8.load()(x.numpy())[0].argmax(1)]
     assert bare.stderr == fed.stderr == ""
+    np.save(tmp_path / "x.npy", np.float32(1))
+    number = subprocess.run([*command, "x.npy"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert number.stderr == "input x has the shape [], the model takes [1, 3, 16, 16]\n"
 
 
 @X86
@@ -302,7 +308,18 @@ def test_a_package_of_another_kind_is_refused(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"not a package", None])
+def package(facts: bytes) -> bytes:
+    """An archive that holds nothing but what it says of itself."""
+    with io.BytesIO() as file:
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("model/extra/optc.json", facts)
+        return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"not a package", package(b"{}"), package(b"1"), package(b"[" * 100_000), None],
+    ids=["empty", "text", "no facts", "a number", "deep", "missing"],
+)  # fmt: skip
 def test_what_is_no_package_gets_one_line(content: bytes | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "model.pt2").write_bytes(content)

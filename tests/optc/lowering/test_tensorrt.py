@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +21,7 @@ import optc
 from optc import PassContext, Program, Target
 from optc.errors import BackendError, OptcError
 from optc.lowering.graph_file import read_graph, write_graph
-from optc.lowering.tensorrt import TensorRtBackend
+from optc.lowering.tensorrt import RUN_SCRIPT, TensorRtBackend
 from optc.lowering.tensorrt_build import export, partition_report, refuse_partition
 from optc.lowering.tensorrt_engine import check_inputs, read_facts, refuse_others
 from optc.lowering.tensorrt_quant import quantize_op, quantize_ops, tensorrt_form
@@ -165,6 +169,24 @@ def test_damaged_facts_are_refused(text: str, reason: str, tmp_path: Path) -> No
     path.write_text(text)
     with pytest.raises(BackendError, match=reason):
         read_facts(path)
+
+
+@pytest.mark.parametrize(
+    ("array", "said"),
+    [
+        (np.zeros((200, 3, 16, 16)), "the engine was built for batches of 1 to 128, not of 200"),
+        (np.float32(1), "input x has the shape [], the model takes [1, 3, 16, 16]"),
+    ],
+)
+def test_the_run_script_says_what_does_not_fit_the_engine(
+    array: Any, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", ModuleType("tensorrt"))  # inputs are looked at first
+    (tmp_path / "run.py").write_text(RUN_SCRIPT.read_text())
+    (tmp_path / "engine.json").write_text(json.dumps({"inputs": INPUTS, "batches": [1, 128]}))
+    np.save(tmp_path / "x.npy", array)
+    with pytest.raises(SystemExit, match=re.escape(said)):
+        runpy.run_path(str(tmp_path / "run.py"))["main"]([str(tmp_path / "x.npy")])
 
 
 @pytest.mark.gpu

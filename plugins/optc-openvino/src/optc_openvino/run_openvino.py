@@ -28,7 +28,8 @@ def missing_instructions() -> list[str]:
         return []
     flags = re.search(r"^flags\s*:(.*)$", cpu.read_text(), re.MULTILINE) if cpu.exists() else None
     required = json.loads(manifest.read_text())["required_isa"]
-    return [each for each in required if each not in flags[1].split()] if flags else []
+    missing = [each for each in required if flags and not set(each.split("|")).intersection(flags[1].split())]
+    return [each.replace("|", " or ") for each in missing]
 
 
 def load(batch: int = 1, threads: int = 0) -> openvino.CompiledModel:
@@ -74,10 +75,11 @@ def main(files: list[str]) -> None:
     Without a file, run zeros and print the outputs' shapes only.
     """
     arrays = [np.load(file, allow_pickle=False) for file in files]
-    model = load(batch=len(arrays[0]) if arrays else 1)
+    batch = arrays[0].shape[0] if arrays and arrays[0].ndim else 1
+    model = load(batch)
     if files and len(files) != len(model.inputs):
         sys.exit(f"give one .npy file for each of {', '.join(port.get_any_name() for port in model.inputs)}")
-    parts = math.gcd(STREAMS, len(arrays[0])) if arrays else 1
+    parts = math.gcd(STREAMS, batch)
     arrays = arrays or [np.zeros(port.shape, port.get_element_type().to_dtype()) for port in model.inputs]
     for port, array in zip(model.inputs, arrays, strict=True):
         if array.shape != (shape := (port.shape[0] * parts, *port.shape[1:])):
