@@ -5,7 +5,6 @@ Commands run in this process, which has imported torch already; one test starts 
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import logging
@@ -19,11 +18,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.table import Table
 
 from optc.cli.backends import status
 from optc.cli.main import run
-from optc.cli.terminal import stdout
 from optc.lowering.artifact import load_artifact
 from optc.lowering.onnxruntime import OnnxRuntimeBackend
 from optc.plugins.registry import registry
@@ -371,22 +368,6 @@ def test_a_pip_line_is_printed_whole(command: str, optc: Run) -> None:
     done = optc(command)
     assert done.returncode == 0, done.stderr
     assert "…" not in done.stdout
-
-
-def test_letters_that_a_terminal_lacks_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="latin-1"))
-    stdout().print("café → 3 µs")
-    sys.stdout.flush()
-    assert sys.stdout.buffer.getvalue().decode("latin-1") == "café \\u2192 3 µs\n"  # type: ignore[attr-defined]
-
-
-def test_brackets_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
-    table = Table("why")
-    table.add_row("pip uninstall onnxruntime && pip install 'optc[gpu]'")
-    stdout().print(table, "Written to out[v2][/x]")
-    printed = capsys.readouterr().out
-    assert "'optc[gpu]'" in printed
-    assert "out[v2][/x]" in printed
 
 
 def test_sigterm_cleans_up_as_ctrl_c_does(folder: Path) -> None:
