@@ -125,7 +125,7 @@ def _number_paddings(program: Program) -> None:
         steps = list(dilation) * (len(kernel) // len(dilation))
         total = [step * (size - 1) if word == "same" else 0 for size, step in zip(kernel, steps, strict=True)]
         if not any(pad % 2 for pad in total):
-            node.target = _WORDED[node.target]  # type: ignore[index]
+            node.target = _WORDED[node.target]
             set_argument(node, "padding", [pad // 2 for pad in total])
     program.module.recompile()
 

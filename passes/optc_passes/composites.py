@@ -60,12 +60,8 @@ def as_layer(node: object) -> Layer | str | None:
         if len(shape(argument(node, "weight"))) < 2:
             return f"the weight of {node.name} is a vector"
         return Layer(node, node.target, _arguments(node))  # type: ignore[arg-type]
-    if is_call(node, aten.conv2d.padding):
-        padding = _explicit_padding(node)
-        if padding is None:
-            return f"{node.name} pads one side more than the other"
-        args = _arguments(node)
-        return Layer(node, aten.conv2d.default, (*args[:4], padding, *args[5:]))
+    if is_call(node, aten.conv2d.padding):  # capture writes other paddings than these as numbers
+        return f"{node.name} pads one side more than the other"
     row = COMPOSITES.get(node.target)  # type: ignore[call-overload]
     if row is not None and row.activation is None:
         return Layer(node, row.base, _arguments(node), residual=True)
@@ -89,12 +85,3 @@ def fuse(end: fx.Node, layer: Layer, composite: OpOverload, args: tuple[Any, ...
 
 def _arguments(node: fx.Node) -> tuple[Any, ...]:
     return tuple(argument(node, parameter.name) for parameter in node.target._schema.arguments)  # type: ignore[union-attr]
-
-
-def _explicit_padding(node: fx.Node) -> list[int] | None:
-    """``"same"`` or ``"valid"`` as numbers; ``None`` where the two sides of a dimension differ."""
-    if argument(node, "padding") == "valid":
-        return [0, 0]
-    kernel, dilation = shape(argument(node, "weight"))[2:], argument(node, "dilation")
-    total = [step * (size - 1) for size, step in zip(kernel, list(dilation) * (2 // len(dilation)), strict=True)]
-    return None if any(pad % 2 for pad in total) else [pad // 2 for pad in total]

@@ -60,7 +60,7 @@ FLOAT_OPS = {
     aten.addmm.default: f"a product of matrices, or {DECOMPOSED}",
     aten.convolution.default: DECOMPOSED,
     aten.conv1d.padding: "only 2-d convolutions have int8 kernels",
-    aten.conv2d.padding: "its padding is a word, which int8 layers do not have",
+    aten.conv2d.padding: "it pads one side more than the other, which int8 layers cannot",
     aten.conv3d.padding: "only 2-d convolutions have int8 kernels",
 }
 """Operators that do the work of a layer and stay in float, each with the reason reported."""

@@ -128,6 +128,18 @@ def test_failures_carry_reason_and_line(
     assert f".py:5: {body}" in str(caught.value)
 
 
+@pytest.mark.parametrize("padding", ["same", "valid"])
+@pytest.mark.parametrize(("convolution", "rank"), [(nn.Conv1d, 1), (nn.Conv2d, 2), (nn.Conv3d, 3)])
+def test_paddings_in_words_are_captured_in_numbers(convolution: type[nn.Module], rank: int, padding: str) -> None:
+    model = nn.Sequential(convolution(3, 4, 3, padding=padding, dilation=2), convolution(4, 5, 2, padding=padding))
+    program = capture(model, (torch.randn(2, 3, *[7] * rank),))
+    calls = [node for node in program.graph.nodes if node.op == "call_function" and "conv" in str(node.target)]
+    # In words there is only what pads one side more than the other.
+    assert [node.target._overloadname for node in calls] == ["default", "padding" if padding == "same" else "default"]
+    x = torch.randn(3, 3, *[7] * rank)
+    torch.testing.assert_close(program.run(x)[0], model(x))
+
+
 class WritesToItsInput(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x -= 1
