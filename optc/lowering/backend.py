@@ -36,7 +36,7 @@ class Lowered:
         run_script: text of the artifact's ``run.py``, which runs the files with the runtime alone; empty if there is
             none, and then ``details["no_run_script"]`` may say why.
         required_isa: instruction sets that the files were compiled for, as Linux spells them; a CPU that lacks one is
-            refused.
+            refused. Of those that ``|`` separates one will do.
         provider, precision: of a runner over the files for the target, where :meth:`Backend.lower` opened one;
             otherwise one is opened to see.
     """
