@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -25,27 +23,28 @@ def test_parts_of_a_divided_batch_are_timed_side_by_side(tmp_path: Path, monkeyp
     program = optc.capture(module, (torch.randn(2, 32, 40, 40),))
     target = optc.Target(threads=2, batch=16)
     OpenVinoBackend().lower(program, target, tmp_path)
-    images, parts, own = np.zeros((16, 32, 40, 40), np.float32), [], times_module.compile_parts
+    images, run_by, own = np.zeros((16, 32, 40, 40), np.float32), [], times_module.set_parts
 
-    def compiled(*args: Any) -> Any:
-        made = own(*args)
-        parts.append(made[1])
-        return made
+    def noted(requests: Any, arrays: Any) -> None:
+        run_by.append(requests)
+        own(requests, arrays)
 
-    monkeypatch.setattr(times_module, "compile_parts", compiled)
-    found = {
-        streams: [
-            kernel_times(read(tmp_path / "model.xml"), target, OpenVinoOptions(streams=streams), [images])
-            for _ in range(3)
-        ]
+    monkeypatch.setattr(times_module, "set_parts", noted)
+    found = [
+        kernel_times(read(tmp_path / "model.xml"), target, OpenVinoOptions(streams=streams), [images])
         for streams in (1, 2, 3)
-    }
-    assert parts == [1, 1, 1, 2, 2, 2, 1, 1, 1]
-    layers = [[each.name for each in times[0] if "Convolution" in each.operator] for times in found.values()]
-    assert layers[0] == layers[1] == layers[2]
-    assert len(layers[0]) == 2
-    # Each part is half of the images on one thread: not half and not twice as long, whatever else the machine does.
-    half = replace(target, threads=1, batch=8)
-    alone = [kernel_times(read(tmp_path / "model.xml"), half, OpenVinoOptions(), [images[:8]]) for _ in range(3)]
-    divided, whole = (median(sum(each.seconds for each in one) for one in times) for times in (found[2], alone))
-    assert 0.6 < divided / whole < 1.6
+    ]
+    assert [len(requests) for requests in run_by] == [1, 2, 1], "3 do not divide 16"
+    layers = [[each for each in times if "Convolution" in each.operator] for times in found]
+    names = [[each.name for each in one] for one in layers]
+    assert names[0] == names[1] == names[2]
+    assert len(names[0]) == 2
+    for times, requests in zip(layers, run_by, strict=True):
+        # Each part has counters of its own, and all run at the same time.
+        own_counters = [
+            {each.node_name: each.real_time.total_seconds() for each in request.get_profiling_info()}
+            for request in requests
+        ]
+        for time in times:
+            assert time.seconds == pytest.approx(sum(each[time.name] for each in own_counters) / len(requests))
+            assert time.seconds > 0

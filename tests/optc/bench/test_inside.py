@@ -14,6 +14,7 @@ from optc.lowering.artifact import load_artifact
 from optc.lowering.eager import EagerBackend
 
 
+@pytest.mark.usefixtures("known_peaks")
 def test_a_bug_in_a_backends_profiler_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(2, 8)
     made = optc.optimize(nn.Linear(8, 8).eval(), x, "fuse", backend="eager", measure=False)

@@ -105,7 +105,7 @@ def test_a_short_batch_is_filled_up(samples: list[Arrays]) -> None:
 
 def test_offline_takes_the_batch_with_the_highest_throughput(samples: list[Arrays]) -> None:
     def run(x: np.ndarray) -> Arrays:
-        time.sleep({1: 0.02, 8: 0.02, 32: 1.28}[len(x)])
+        time.sleep({1: 0.004, 8: 0.004, 32: 0.256}[len(x)])
         return (x,)
 
     assert run_scenario("Offline", _Calls(run), samples, "m", _plan()).batch == 8

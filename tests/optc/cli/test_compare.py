@@ -141,6 +141,7 @@ def test_queries_of_other_numbers_of_images_are_not_compared(
     assert command("compare", str(artifacts / "plain"), "fixed", "--batch", "3", "-q").returncode == 0
 
 
+@pytest.mark.usefixtures("briefly")
 def test_artifacts_are_compared_with_the_queries_they_are_optimized_for(
     artifacts: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

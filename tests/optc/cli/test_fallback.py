@@ -50,6 +50,7 @@ def test_without_the_flag_it_fails_and_says_how_to_mend_it(folder: Path, capsys:
     assert not (folder / "out").exists()
 
 
+@pytest.mark.usefixtures("briefly")
 def test_with_the_flag_the_nodes_are_shown_and_kept(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*OPTIMIZE, "-o", "out", "--allow-fallback"]) == 0
     shown = capsys.readouterr().out

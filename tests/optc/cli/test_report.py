@@ -11,12 +11,9 @@ from typing import Any
 import click
 import pytest
 
-from optc.bench.peaks import Peaks
-from optc.bench.peaks_cache import peaks_file
 from optc.cli import profiling
 from optc.cli.options import command_line, report_option, verbosity_options
 from optc.lowering import kernel_times
-from optc.target import available_threads
 
 Command = Callable[..., Any]
 FACTORY = """
@@ -30,16 +27,11 @@ def reported():
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known_peaks: None) -> Iterator[Path]:
     (tmp_path / "reported_model.py").write_text(FACTORY)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(kernel_times, "SECONDS", 0.01)
     monkeypatch.setattr(profiling, "ARTIFACT_SECONDS", 0.5)
-    for threads in (1, available_threads()):  # measuring them takes seconds
-        file = peaks_file(threads)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        known = Peaks(threads, {"float32": 50e9, "int8": 4e11}, ((2**18, 8e10), (2**28, 2e10)), "earlier")
-        file.write_text(json.dumps(known.__dict__))
     yield tmp_path
     sys.modules.pop("reported_model", None)
 

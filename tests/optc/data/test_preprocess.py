@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from optc.data.preprocess import normalize_bytes, prepare_image, upscale_grey
+from optc.frontend.source import BuiltModel, ModelSource
 from optc.frontend.timm_source import TimmSource
 from optc.frontend.torchvision_source import TorchvisionSource
 from optc.program import Preprocessing
@@ -25,13 +27,17 @@ def photograph(width: int, height: int, mode: str = "RGB") -> Image.Image:
     return Image.fromarray(np.clip(np.asarray(coarse, np.int64) + grain, 0, 255).astype(np.uint8)).convert(mode)
 
 
+@cache
+def built(source: type[ModelSource], name: str) -> BuiltModel:
+    return source().build(name, pretrained=False, num_classes=None, seed=0)
+
+
 @pytest.mark.parametrize("size", [(400, 300), (300, 400), (256, 256), (120, 90), (301, 257)])
 @pytest.mark.parametrize("name", ["alexnet", "swin_v2_t"])
 def test_equals_torchvisions_transforms(name: str, size: tuple[int, int]) -> None:
-    source = TorchvisionSource()
+    preprocessing = built(TorchvisionSource, name).preprocessing
     from torchvision.models import get_model_weights
 
-    preprocessing = source.build(name, pretrained=False, num_classes=2, seed=0).preprocessing
     image = photograph(*size)
     expected = get_model_weights(name).DEFAULT.transforms()(image)
     ours = normalize_bytes(prepare_image(image, preprocessing)[None], preprocessing)[0]
@@ -40,12 +46,12 @@ def test_equals_torchvisions_transforms(name: str, size: tuple[int, int]) -> Non
 
 @pytest.mark.parametrize("size", [(400, 300), (200, 333)])
 def test_equals_timms_transforms(size: tuple[int, int]) -> None:
-    built = TimmSource().build("test_resnet", pretrained=False, num_classes=None, seed=0)
+    model = built(TimmSource, "test_resnet")
     from timm.data import create_transform, resolve_model_data_config
 
     image = photograph(*size)
-    expected = create_transform(**resolve_model_data_config(built.module))(image)
-    ours = normalize_bytes(prepare_image(image, built.preprocessing)[None], built.preprocessing)[0]
+    expected = create_transform(**resolve_model_data_config(model.module))(image)
+    ours = normalize_bytes(prepare_image(image, model.preprocessing)[None], model.preprocessing)[0]
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
 
 

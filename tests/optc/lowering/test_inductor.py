@@ -41,16 +41,16 @@ class Noise:
 
     description = "noise"
 
-    def __init__(self, *shape: int) -> None:
-        self._batch = torch.randn(8, *shape, generator=torch.Generator().manual_seed(1))
+    def __init__(self, *inputs: Tensor) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self._batch = tuple(torch.randn(8, *each.shape[1:], generator=generator) for each in inputs)
 
     def __iter__(self) -> object:
-        return iter([(self._batch,)])
+        return iter([self._batch])
 
 
 def passed(program: Program, passes: str) -> Program:
-    calibration = Noise(*program.example_inputs[0].shape[1:])
-    return build_passes(passes, None)(program, PassContext(TARGET, calibration)).program
+    return build_passes(passes, None)(program, PassContext(TARGET, Noise(*program.example_inputs))).program
 
 
 @dataclass(frozen=True)
@@ -150,22 +150,6 @@ def test_the_code_holds_no_stack_traces_of_the_machine_it_was_made_on(floating: 
     assert set(traces) == {""}
 
 
-def test_layers_that_stay_in_float_are_listed_with_reasons(tmp_path: Path) -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed, self.shared = nn.Linear(8, 16), nn.Linear(16, 16)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.shared(torch.relu(self.shared(self.embed(x))))
-
-    program = passed(capture(Tied(), (torch.randn(2, 8),)), "quant")
-    made = make(program, tmp_path)
-    assert made.load().precision == "int8 (1 of 3 layers, 2 float32)"
-    reason = "its input is not quantized in the graph"
-    assert made.lowered.details["not_int8"] == {"linear_1 (shared)": reason, "linear_2 (shared)": reason}
-
-
 def test_a_bfloat16_program_runs_bfloat16_kernels(captured_cnn: Program, tmp_path: Path) -> None:
     has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     made = make(passed(captured_cnn, "fuse,bf16"), tmp_path)
@@ -175,18 +159,32 @@ def test_a_bfloat16_program_runs_bfloat16_kernels(captured_cnn: Program, tmp_pat
     assert agreement(made) > 30
 
 
-def test_several_inputs_keep_their_order_and_are_checked(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    class Pair(nn.Module):
-        def forward(self, zulu: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-            return zulu - 2 * alpha, zulu * alpha
+class PairAndTied(nn.Module):
+    """Two inputs in another order than that of their names, and a layer that is run twice."""
 
-    made = make(capture(Pair(), (torch.randn(2, 4), torch.randn(2, 4))), tmp_path)
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.shared = nn.Linear(4, 16), nn.Linear(16, 16)
+
+    def forward(self, zulu: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return zulu - 2 * alpha, zulu * alpha, self.shared(torch.relu(self.shared(self.embed(alpha))))
+
+
+def test_inputs_are_checked_and_in_order_and_layers_that_stay_in_float_have_reasons(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    program = passed(capture(PairAndTied(), (torch.randn(2, 4), torch.randn(2, 4))), "quant")
+    capfd.readouterr()
+    made = make(program, tmp_path)
     assert capfd.readouterr() == ("", "")
     assert [file.name for file in tmp_path.iterdir()] == ["model.pt2"]
     runner = made.load()
+    assert runner.precision == "int8 (1 of 3 layers, 2 float32)"
+    reason = "its input is not quantized in the graph"
+    assert made.lowered.details["not_int8"] == {"linear_1 (shared)": reason, "linear_2 (shared)": reason}
     zulu, alpha = np.ones((4, 5), np.float32).T, np.full((5, 4), 3, np.float32)
     alpha.flags.writeable = False
-    difference, product = runner(zulu, alpha)
+    difference, product, _ = runner(zulu, alpha)
     np.testing.assert_array_equal(difference, zulu - 2 * alpha)
     np.testing.assert_array_equal(product, zulu * alpha)
     with pytest.raises(BackendError, match=r"input 'alpha' has the shape \(4, 4\), the model takes \(batch, 4\)"):

@@ -28,18 +28,18 @@ def nodes(path: Path, *types: str) -> list[onnx.NodeProto]:
     return [node for node in onnx.load(path, load_external_data=False).graph.node if node.op_type in types]
 
 
-def test_any_batch_size_runs_and_agrees_with_the_graph(block: Program, tmp_path: Path) -> None:
-    export_onnx(block, tmp_path / "m.onnx")
+def test_any_batch_size_runs_and_agrees_with_the_graph(captured_block: Program, tmp_path: Path) -> None:
+    export_onnx(captured_block, tmp_path / "m.onnx")
     for batch in (1, 3, 8):
         x = torch.randn(batch, 3, 16, 16)
-        for ours, graph in zip(run(tmp_path / "m.onnx", x.numpy()), block.run(x), strict=True):
+        for ours, graph in zip(run(tmp_path / "m.onnx", x.numpy()), captured_block.run(x), strict=True):
             np.testing.assert_allclose(ours, graph.numpy(), rtol=1e-4, atol=1e-5)
 
 
-def test_names_and_opset(block: Program, tmp_path: Path) -> None:
-    files, details = export_onnx(block, tmp_path / "m.onnx")
+def test_names_and_opset(captured_block: Program, tmp_path: Path) -> None:
+    files, details = export_onnx(captured_block, tmp_path / "m.onnx")
     model = onnx.load(tmp_path / "m.onnx")
-    placeholder = next(iter(block.graph.find_nodes(op="placeholder"))).name
+    placeholder = next(iter(captured_block.graph.find_nodes(op="placeholder"))).name
     assert files == ("m.onnx",)
     assert [value.name for value in model.graph.input] == [placeholder]
     assert [value.name for value in model.graph.output] == ["output_0", "output_1"]
@@ -56,24 +56,26 @@ def test_a_fixed_batch_stays_fixed(block_model: nn.Module, tmp_path: Path) -> No
     assert [dim.dim_value for dim in shape.dim] == [3, 3, 16, 16]
 
 
-def test_large_weights_go_to_one_file_beside(block: Program, tmp_path: Path) -> None:
-    files, _ = export_onnx(block, tmp_path / "m.onnx", external_data_bytes=1000)
+def test_large_weights_go_to_one_file_beside(captured_block: Program, tmp_path: Path) -> None:
+    files, _ = export_onnx(captured_block, tmp_path / "m.onnx", external_data_bytes=1000)
     assert files == ("m.onnx", "m.onnx.data")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(files)
-    assert (tmp_path / "m.onnx.data").stat().st_size >= 0.9 * block.constant_bytes()
-    x = block.example_inputs[0]
-    np.testing.assert_allclose(run(tmp_path / "m.onnx", x.numpy())[0], block.run(x)[0].numpy(), rtol=1e-4, atol=1e-5)
+    assert (tmp_path / "m.onnx.data").stat().st_size >= 0.9 * captured_block.constant_bytes()
+    x = captured_block.example_inputs[0]
+    np.testing.assert_allclose(
+        run(tmp_path / "m.onnx", x.numpy())[0], captured_block.run(x)[0].numpy(), rtol=1e-4, atol=1e-5
+    )
 
 
-def test_weights_are_transposed_in_the_file_not_by_the_runtime(block: Program, tmp_path: Path) -> None:
-    export_onnx(block, tmp_path / "m.onnx")
+def test_weights_are_transposed_in_the_file_not_by_the_runtime(captured_block: Program, tmp_path: Path) -> None:
+    export_onnx(captured_block, tmp_path / "m.onnx")
     initializers = {tensor.name for tensor in onnx.load(tmp_path / "m.onnx").graph.initializer}
     assert not [node for node in nodes(tmp_path / "m.onnx", "Transpose") if node.input[0] in initializers]
     assert sum(name.endswith(".T") for name in initializers) == 2  # qkv and proj; the head is a Gemm
 
 
-def test_no_source_paths_are_written(block: Program, tmp_path: Path) -> None:
-    export_onnx(block, tmp_path / "m.onnx")
+def test_no_source_paths_are_written(captured_block: Program, tmp_path: Path) -> None:
+    export_onnx(captured_block, tmp_path / "m.onnx")
     content = (tmp_path / "m.onnx").read_bytes()
     assert b".py" not in content
     assert b"stack_trace" not in content
