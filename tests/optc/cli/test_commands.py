@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from optc.bench.inside import Inside
 from optc.cli.backends import status
 from optc.cli.main import run
 from optc.lowering.artifact import load_artifact
@@ -102,7 +103,7 @@ def test_a_real_process_fails_with_one_line_and_code_2(folder: Path) -> None:
     assert done.stderr.splitlines()[-1].startswith("optc: unknown model 'alexnte'")
 
 
-@pytest.mark.usefixtures("briefly")
+@pytest.mark.usefixtures("uncompiled", "briefly")
 def test_optimize_measures_and_ends_with_a_verdict(folder: Path, optc: Run) -> None:
     done = optc("optimize", "mine:small", "--passes", "fuse", *ORT, "-q")
     assert done.returncode == 0, done.stderr
@@ -240,7 +241,8 @@ def test_too_few_calibration_images_are_refused_where_ranges_are_needed(folder: 
 
 
 @pytest.mark.usefixtures("uncompiled", "briefly")
-def test_a_batch_is_optimized_for_and_measured(folder: Path, optc: Run) -> None:
+def test_a_batch_is_optimized_for_and_measured(folder: Path, optc: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optc.bench.inside.look_inside", lambda *_: Inside(None, None, (), ()))
     done = optc("optimize", "mine:small", "--passes", "fuse", *ORT, "--batch", "3", "--report", "r.md", "-o", "out")
     assert done.returncode == 0, done.stderr
     assert "Before and after, batch 3" in done.stdout
@@ -279,6 +281,7 @@ def test_profile_measures_an_artifact_beside_its_model(folder: Path, optc: Run) 
     assert all(r["percentiles"]["count"] > 0 for r in results if r["error"] is None)
 
 
+@pytest.mark.usefixtures("briefly", "known_peaks")
 def test_a_backends_option_is_kept_in_the_artifact(folder: Path, optc: Run) -> None:
     done = optc(
         *("optimize", "mine:small", "--passes", "fuse", *ORT, "--no-measure", "-o", "out"),
