@@ -112,6 +112,8 @@ def _run(arguments: argparse.Namespace, description: PipelineFile, place: Place,
     except BaseException as error:
         if not isinstance(error, SystemExit):
             tell_exception(store, place.rank, error)
+            if job:
+                os._exit(1)  # all is told, and tearing Python down beside the thread that beats may abort
         raise
     watch.stop()
     dist.destroy_process_group()
