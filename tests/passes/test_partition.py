@@ -31,8 +31,8 @@ def vit() -> Program:
     declare_torchvision_ops()  # before timm imports torchvision
     import timm
 
-    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=4)
-    return optc.capture(model.eval(), (torch.randn(1, 3, 32, 32),))
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=4).eval()
+    return optc.capture(model, (torch.randn(1, 3, 32, 32),))
 
 
 def stages_of(program: Program) -> list[int]:
@@ -370,15 +370,7 @@ def test_the_gpu_at_hand_has_no_more_memory_than_it_has() -> None:
 
 
 def test_ten_thousand_nodes_into_64_stages() -> None:
-    class Long(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(4, 4)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.layer(x)
-
-    program = optc.capture(Long().eval(), (torch.randn(2, 4),))
+    program = optc.capture(nn.Linear(4, 4), (torch.randn(2, 4),))
     (layer,) = (node for node in program.graph.nodes if node.op == "call_function")
     last, skipped = layer, layer
     aten = torch.ops.aten
