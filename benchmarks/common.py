@@ -68,8 +68,14 @@ def publish(
 
 
 def commit() -> str:
-    """What is measured: the commit that is checked out, or nothing known."""
-    asked = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    """What is measured: the commit that is checked out, or nothing known; with what differs besides results, dirty."""
+    differs = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!results", ":(top,exclude)README.md")
+    found = _git("describe", "--always", "--exclude=*")
+    return f"{found}-dirty" if found and differs else found
+
+
+def _git(*arguments: str) -> str:
+    asked = ["git", *arguments]
     done = subprocess.run(asked, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return done.stdout.strip()
 

@@ -163,10 +163,11 @@ def optimize(
         step.done(f"{captured.operator_count()} operators, {model_bytes / 1e6:.1f} MB")
     fixed = fixed_batch(captured) or target.batch
     in_parts = [each.name for each in asked.first.leaves()][-1:] == ["partition"]  # which are of the fixed batch each
-    if target.batch != 1 and (target.batch % fixed if in_parts else target.batch != fixed):
+    if target.batch not in (1, fixed) and not in_parts:
         taken = f"the model takes a batch of {fixed} only, not of {target.batch}"
-        multiple = "give a multiple of it, or " if in_parts else ""
-        raise CaptureError(taken, f"{multiple}export it with that batch, or with the batch dynamic")
+        raise CaptureError(taken, "export it with that batch, or with the batch dynamic")
+    if target.batch % fixed and in_parts:
+        run.note(f"the model takes a batch of {fixed} only: that is a microbatch")
     target = replace(target, batch=fixed)
     inputs = at_batch(inputs, captured, target.batch)
     watchers: list[Instrument] = [Timing(), Statistics()]

@@ -126,11 +126,11 @@ class _SystemUnderTest:
         """Every query was answered when it was issued."""
 
     def interrupt(self, signum: int, frame: FrameType | None) -> None:
-        """SIGINT: raise where :meth:`issue` catches it, else only leave a note, for LoadGen would not survive it."""
+        """A signal: raise where :meth:`issue` catches it, else only leave a note, for LoadGen would not survive it."""
         if self.interruptible:
             self.interruptible = False
-            raise KeyboardInterrupt
-        self.failure = self.failure or KeyboardInterrupt()
+            raise KeyboardInterrupt(signum)
+        self.failure = self.failure or KeyboardInterrupt(signum)
 
     def raise_failure(self, queries: int) -> None:
         if self.failure is None:
@@ -208,16 +208,19 @@ def _nothing(*arguments: object) -> None:
 
 @contextmanager
 def _deferred_interrupt(sut: SystemUnderTest) -> Iterator[None]:
-    """Take SIGINT away from Python's default handler, which could raise on the threshold of a C++ callback."""
-    installed = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(installed):
+    """Take signals away from Python handlers, which could raise on the threshold of a C++ callback."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    signal.signal(signal.SIGINT, sut.interrupt)
+    for number in handlers:
+        signal.signal(number, sut.interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, installed)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -130,11 +130,11 @@ class BatchSystem(_Base):
         """Every query was answered when it was issued."""
 
     def interrupt(self, signum: int, frame: FrameType | None) -> None:
-        """SIGINT: raise where :meth:`issue` catches it, else only leave a note, for LoadGen would not survive it."""
+        """A signal: raise where :meth:`issue` catches it, else only leave a note, for LoadGen would not survive it."""
         if self._interruptible:
             self._interruptible = False
-            raise KeyboardInterrupt
-        self.fail(KeyboardInterrupt(), ())
+            raise KeyboardInterrupt(signum)
+        self.fail(KeyboardInterrupt(signum), ())
 
 
 class QueueSystem(_Base):
@@ -175,8 +175,8 @@ class QueueSystem(_Base):
             self._let_go()
 
     def interrupt(self, signum: int, frame: FrameType | None) -> None:
-        """SIGINT: leave a note, for LoadGen would not survive an exception."""
-        self.fail(KeyboardInterrupt(), ())
+        """A signal: leave a note, for LoadGen would not survive an exception."""
+        self.fail(KeyboardInterrupt(signum), ())
 
     def close(self) -> None:
         """End the threads; called once LoadGen has returned."""

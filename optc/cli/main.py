@@ -52,18 +52,12 @@ def main(argv: list[str] | None = None) -> None:
     Exits 0 on success and 2 with one line on stderr on anything that went wrong; only a bug in optc prints a traceback.
     SIGTERM cleans up as Ctrl-C does and exits with 143.
     """
-    ended: list[int] = []
+    signal.signal(signal.SIGTERM, _interrupt)
+    sys.exit(run(argv))
 
-    def end(number: int, frame: FrameType | None) -> None:
-        ended.append(number)
-        interrupt = signal.getsignal(signal.SIGINT)  # LoadGen has one of its own
-        if not callable(interrupt):  # ignored, in jobs of scripts
-            raise KeyboardInterrupt
-        interrupt(number, frame)
 
-    signal.signal(signal.SIGTERM, end)
-    status = run(argv)
-    sys.exit(128 + ended[0] if ended else status)
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt(number)
 
 
 def run(argv: list[str] | None = None) -> int:
@@ -80,12 +74,13 @@ def run(argv: list[str] | None = None) -> int:
         return _fail(str(error))
     except click.UsageError as error:
         return _fail(_usage_message(error))
-    except (KeyboardInterrupt, click.Abort):
-        return _fail("interrupted; nothing was left half-written")
+    except (KeyboardInterrupt, click.Abort) as error:
+        status = _fail("interrupted; nothing was left half-written")
+        return 128 + signal.SIGTERM if (error.__cause__ or error).args == (signal.SIGTERM,) else status
     except BrokenPipeError:
         return 0
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" while writing {error.filename}" if error.filename else ""
             done = f"no space left on the disk{where}; nothing was left half-written"
             return _fail(f"{done} — free some or choose another -o")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from optc.errors import DataError
-from optc.plugins.registry import blamed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,6 +109,8 @@ class Data:
         Args:
             agree: where there is no accuracy, take agreement with the model as loaded, on some images of the split.
         """
+        from torch.utils import _pytree as pytree
+
         from optc.batches import in_batches_of
         from optc.budget import ACCURACY, Metric, agreement
         from optc.data.evaluate import evaluate
@@ -123,16 +124,17 @@ class Data:
         count = min(BIG_MODEL_IMAGES if self._big else AGREEMENT_IMAGES, len(part))
         batches = self._batches(part, min(EVALUATION_BATCH, count), count)
         # As many at a time as its example inputs are: it may take no other number.
-        model = in_batches_of(len(self._loaded.example_inputs[0]), self._loaded.module)
+        first = lambda *inputs: pytree.tree_leaves(self._loaded.module(*inputs))[0]  # noqa: E731
+        model = in_batches_of(len(self._loaded.example_inputs[0]), first)
         return agreement(model, batches, f"{count} {split} images of {part.dataset}")
 
     def _split(self, name: SplitName) -> Split:
-        with blamed("dataset", self._images.name, self._images.origin):
-            return self._images.split(name, self._loaded.info.preprocessing)
+        from optc.data.dataset import named_split
+
+        return named_split(self._images, name, self._loaded.info.preprocessing)
 
     def _batches(self, split: Split, batch: int, count: int) -> list[tuple[Tensor, ...]]:
-        with blamed("dataset", self._images.name, self._images.origin):
-            return [(images,) for images, _ in split.batches(batch, limit=count)]
+        return [(images,) for images, _ in split.batches(batch, limit=count)]
 
 
 def _outputs(loaded: LoadedModel) -> int:

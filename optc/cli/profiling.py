@@ -20,6 +20,7 @@ from optc.bench.scenarios import SECONDS, Plan, run_scenario
 from optc.bench.settings import Scenario
 from optc.bench.submission import Submission, slug
 from optc.bench.surroundings import surroundings
+from optc.data.dataset import named_split
 from optc.errors import MeasurementError, OptcError
 from optc.frontend.load import find_source
 from optc.lowering.backend import Runner
@@ -100,8 +101,10 @@ class Profile:
                 "results": [asdict(result) for result in self.reference.run.results],
                 "ratios": ratios,
             }
+        images = {subject.images(1) for subject in self.subjects}  # models may take one other number only
+        surroundings = {**self.surroundings, "batch": images.pop()} if len(images) == 1 else self.surroundings
         return {
-            **run_document(self.measurement, self.surroundings),
+            **run_document(self.measurement, surroundings),
             "targets": [
                 {"name": s.name, "weights": s.weights, "parameters": s.parameters, "accuracy": s.accuracy}
                 for s in self.subjects
@@ -217,8 +220,7 @@ def _split(subject: Subject, dataset: Dataset | None, notes: list[str]) -> Split
         notes.append(f"{subject.name}: no accuracy, it takes {channels} channels, and images have one or three")
         return None
     try:
-        with blamed("dataset", dataset.name, dataset.origin):
-            return dataset.split("test", subject.preprocessing)
+        return named_split(dataset, "test", subject.preprocessing)
     except OptcError as error:
         notes.append(f"{subject.name}: no accuracy: {error}")
         return None

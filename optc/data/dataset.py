@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optc.errors import DataError, UnknownNameError
-from optc.plugins.registry import registry
+from optc.plugins.registry import blamed, registry
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,6 +116,56 @@ class Dataset(ABC):
                 f"dataset '{self.label}' has {self.num_classes} classes but the model has {outputs} outputs",
                 "use a model trained on this dataset (--weights PATH) or another dataset",
             )
+
+
+def named_split(dataset: Dataset, name: SplitName, preprocessing: Preprocessing) -> Split:
+    """One split of a dataset, as :meth:`Dataset.split`; what its plugin raises by mistake, at any time, names it.
+
+    Raises:
+        DataError: the dataset has no such split.
+        PluginError: the dataset raised something else.
+    """
+    with _blamed(dataset):
+        return _NamedSplit(dataset, dataset.split(name, preprocessing))
+
+
+class _NamedSplit(Split):
+    def __init__(self, dataset: Dataset, split: Split) -> None:
+        super().__init__(split.dataset, split.name)
+        self._dataset, self._split = dataset, split
+
+    def __len__(self) -> int:
+        with _blamed(self._dataset):
+            return len(self._split)
+
+    @property
+    def labels(self) -> Sequence[int] | None:
+        with _blamed(self._dataset):
+            return self._split.labels
+
+    @property
+    def content_hash(self) -> str:
+        with _blamed(self._dataset):
+            return self._split.content_hash
+
+    @property
+    def description(self) -> str:
+        with _blamed(self._dataset):
+            return self._split.description
+
+    def batches(self, batch_size: int, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
+        with _blamed(self._dataset):
+            batches = iter(self._split.batches(batch_size, limit))
+        while True:
+            with _blamed(self._dataset):  # not while the caller has the batch, whose errors are its own
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+
+def _blamed(dataset: Dataset) -> AbstractContextManager[None]:
+    return blamed("dataset", dataset.name, dataset.origin)
 
 
 def check_split_name(name: str) -> None:

@@ -115,13 +115,14 @@ class OnnxRuntimeBackend(Backend):
             BackendError: there is none; says what is wrong with the first.
         """
         errors: dict[Target, BackendError] = {}
-        targets = dict.fromkeys((replace(target, allow_fallback=False), target))
-        for wanted, opset in product(targets, self.opsets(target.device)):
+        opsets = self.opsets(target.device)
+        strict = [replace(target, allow_fallback=False)] if len(opsets) > 1 else []
+        for wanted, opset in product(dict.fromkeys((*strict, target)), opsets):
             try:
                 files, details = self.export(program, folder / MODEL_FILE, opset)
                 return files, details, self.load(folder, files, wanted)
             except BackendError as error:
-                errors.setdefault(wanted, error)
+                errors.setdefault(wanted, error.with_traceback(None))  # which would keep the session
         raise errors[target]
 
     @classmethod

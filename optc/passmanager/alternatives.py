@@ -178,5 +178,5 @@ def _run(manager: PassManager, made: dict[tuple[str, ...], Program], context: Pa
 
 def _given(context: PassContext) -> dict[str, Any]:
     data, budget = context.calibration, context.budget
-    limits = (budget.metric.name, budget.metric.data, budget.max_drop, budget.min_sqnr_db) if budget else None
+    limits = (budget.metric.name, budget.metric.data, budget.max_drop) if budget else None
     return {"calibration": data.description if data is not None else None, "budget": limits}

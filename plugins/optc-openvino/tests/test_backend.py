@@ -300,8 +300,11 @@ def test_a_batch_that_the_model_fixes_is_divided_only_where_that_is_asked_for_an
     lowered = backend.lower(program, target, tmp_path)
     assert not lowered.details["divisible"]
     assert all("streams" not in options for options, _ in backend.variants(lowered, target, tmp_path))
-    with pytest.raises(optc.BackendError, match=r"takes one batch size.* — leave out -O openvino\.streams"):
-        backend.lower(program, target.with_options("openvino", {"streams": 2}), tmp_path)
+    divided = target.with_options("openvino", {"streams": 2})
+    with pytest.raises(optc.BackendError, match=r"a batch that cannot be divided — leave out -O openvino\.streams"):
+        backend.lower(program, divided, tmp_path)
+    windows = optc.capture(Turned(), (torch.ones(4, 6),), dynamic_batch=False)  # a layer by itself, of parts of images
+    assert not backend.lower(windows, divided, tmp_path).details["divisible"]
 
 
 def test_files_beside_model_and_weights_are_not_for_openvino(tmp_path: Path) -> None:

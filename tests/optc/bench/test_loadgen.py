@@ -239,6 +239,32 @@ except KeyboardInterrupt:
 """
 
 
+_TERMINATED = """
+def end(number, frame):
+    raise KeyboardInterrupt(number)
+
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the jobs of scripts
+signal.signal(signal.SIGTERM, end)
+try:
+    single_stream(Slow(), [(np.ones(3, np.float32),)], 1_000_000)
+except KeyboardInterrupt as error:
+    print("ended", error.args == (signal.SIGTERM,), signal.getsignal(signal.SIGTERM) is end, flush=True)
+"""
+
+
+def test_sigterm_ends_the_run_where_ctrl_c_is_ignored() -> None:
+    script = _INTERRUPTED.partition("handler =")[0].format(work="time.sleep(0.01)") + _TERMINATED
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "query\n"
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=50)
+    assert output.endswith("ended True True\n"), errors
+    assert process.returncode == 0
+
+
 @pytest.mark.parametrize("work", ["time.sleep(60)", "time.sleep(0.01)", "pass", "\n        while True: pass"])
 def test_ctrl_c_ends_the_run_at_once(work: str) -> None:
     script = textwrap.dedent(_INTERRUPTED).format(work=work)

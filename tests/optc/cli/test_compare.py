@@ -142,6 +142,22 @@ def test_queries_of_other_numbers_of_images_are_not_compared(
 
 
 @pytest.mark.usefixtures("briefly")
+def test_a_saved_run_has_the_queries_that_it_was_measured_with(
+    artifacts: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.export.save(torch.export.export(torch.nn.Linear(8, 4), (torch.randn(3, 8),)), "three.pt2")
+    options = ("--passes", "fuse", "--backend", "onnxruntime", "--no-measure", "-q", "-o", "fixed")
+    assert command("optimize", "three.pt2", *options).returncode == 0
+    assert command("profile", "fixed", "-o", "run", "--against", "none", "-q").returncode == 0
+    again = command("compare", "run", "fixed", "-q")
+    assert again.returncode == 0, again.stderr
+    assert "Latency of queries of 3 images" in again.stdout
+    other = command("compare", "run", str(artifacts / "plain"), "--batch", "1", "-q")
+    assert (other.returncode, "batch" in other.stderr) == (2, True)
+
+
+@pytest.mark.usefixtures("briefly")
 def test_artifacts_are_compared_with_the_queries_they_are_optimized_for(
     artifacts: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

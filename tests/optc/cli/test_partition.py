@@ -100,16 +100,18 @@ def test_a_plan_is_verified_lowered_and_runs(command: Command, folder: Path) -> 
         runner.close()
 
 
-def test_a_file_for_one_batch_size_is_cut_into_stages_for_that(command: Command) -> None:
+@pytest.mark.parametrize("batch", [1, 5])
+def test_a_file_for_one_batch_size_is_cut_into_stages_for_that(command: Command, batch: int) -> None:
     import mine_in_stages
 
     model, inputs = mine_in_stages.residuals()
-    torch.export.save(torch.export.export(model.eval(), inputs), "one.pt2")
+    several = tuple(torch.cat([each] * batch) for each in inputs)
+    torch.export.save(torch.export.export(model.eval(), several), "one.pt2")
     options = ("--stages", "2", "--microbatches", "3", "--threads", "2", "-o", "one.pipe", "-q")
     done = command("partition", "one.pt2", *options)
     assert done.returncode == 0, done.stderr
     assert "torchrun --nproc-per-node 2 -m optc.distributed one.pipe" in " ".join(done.stdout.split())
-    assert read_pipeline(Path("one.pipe")).rows == 1
+    assert read_pipeline(Path("one.pipe")).rows == batch
 
 
 def test_one_stage_is_an_ordinary_artifact(command: Command) -> None:

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from optc.data.dataset import open_dataset, stratified_split
+from optc.data.dataset import named_split, open_dataset, stratified_split
 from optc.data.digits import DigitsDataset
 from optc.data.folder import FolderDataset
 from optc.data.synthetic import SyntheticDataset
-from optc.errors import DataError, UnknownNameError
+from optc.errors import DataError, PluginError, UnknownNameError
 from optc.program import Preprocessing
 
 
@@ -65,3 +66,18 @@ def test_number_of_classes_is_held_against_the_model() -> None:
     SyntheticDataset().check_classes(7)
     with pytest.raises(DataError, match="'digits' has 10 classes but the model has 1000 outputs"):
         DigitsDataset().check_classes(1000)
+
+
+@pytest.mark.parametrize("part", ["batches", "labels", "content_hash"])
+def test_what_a_split_raises_names_its_plugin(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset, preprocessing = DigitsDataset(), Preprocessing(input_size=(3, 8, 8))
+    plain, named = dataset.split("test", preprocessing), named_split(dataset, "test", preprocessing)
+    assert (len(named), named.labels, named.description) == (len(plain), plain.labels, plain.description)
+    assert all(map(torch.equal, next(named.batches(4)), next(plain.batches(4))))
+
+    def fail(*arguments: object) -> None:
+        raise KeyError("images")
+
+    monkeypatch.setattr(type(plain), part, fail if part == "batches" else property(fail))
+    with pytest.raises(PluginError, match=r"dataset 'digits' \(from .*\) raised KeyError: 'images'"):
+        list(named.batches(4)) if part == "batches" else getattr(named, part)

@@ -111,10 +111,10 @@ class OpenVinoBackend(Backend):
 
         found, provider, precision = checked(model)
         details |= found
-        if given.streams > 1:
-            if not details["divisible"]:
-                raise BackendError("the model takes one batch size, which cannot be divided", LEAVE_OUT_STREAMS)
+        if given.streams > 1 and details["divisible"]:
             refuse_dependent_samples(model, target, given)
+        elif given.streams > 1 and batch == target.batch:  # not a layer by itself, whose rows are parts of images
+            raise BackendError("an input or output has a batch that cannot be divided", LEAVE_OUT_STREAMS)
         lowered = Lowered(
             FILES, details, run_script=_run_script(given, FILES[0]), provider=provider, precision=precision
         )
