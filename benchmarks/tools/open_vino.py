@@ -56,7 +56,7 @@ class NncfInt8(Peer):
         attention = "ScaledDotProductAttention" in kinds
         if self.preset and (attention or NOT_RELU.isdisjoint(kinds)):
             raise RuntimeError(
-                "transformers have this preset anyway, and where all activations are ReLU it gains nothing"
+                "transformers have this preset anyway, and for ReLU alone it is not recommended"
             )
         images = [batch.numpy() for batch in task.calibration]
         overflow = nncf.OverflowFix.ENABLE if int8_saturates() else None
