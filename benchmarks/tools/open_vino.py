@@ -55,9 +55,7 @@ class NncfInt8(Peer):
         kinds = {node.get_type_name() for node in model.get_ops()}
         attention = "ScaledDotProductAttention" in kinds
         if self.preset and (attention or NOT_RELU.isdisjoint(kinds)):
-            raise RuntimeError(
-                "transformers have this preset anyway, and for ReLU alone it is not recommended"
-            )
+            raise RuntimeError("transformers have this preset anyway, and for ReLU alone it is not recommended")
         images = [batch.numpy() for batch in task.calibration]
         overflow = nncf.OverflowFix.ENABLE if int8_saturates() else None
         quantized = nncf.quantize(

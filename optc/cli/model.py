@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from optc.errors import DataError
 
@@ -123,8 +123,11 @@ class Data:
             return Metric(ACCURACY, lambda call: evaluate(call, part, EVALUATION_BATCH).top1, what)
         count = min(BIG_MODEL_IMAGES if self._big else AGREEMENT_IMAGES, len(part))
         batches = self._batches(part, min(EVALUATION_BATCH, count), count)
+
+        def first(*inputs: Tensor) -> Any:
+            return pytree.tree_leaves(self._loaded.module(*inputs))[0]
+
         # As many at a time as its example inputs are: it may take no other number.
-        first = lambda *inputs: pytree.tree_leaves(self._loaded.module(*inputs))[0]  # noqa: E731
         model = in_batches_of(len(self._loaded.example_inputs[0]), first)
         return agreement(model, batches, f"{count} {split} images of {part.dataset}")
 

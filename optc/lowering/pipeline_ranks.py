@@ -167,9 +167,8 @@ class LocalRanks:
             "MASTER_PORT": str(self._store.port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             "OMP_NUM_THREADS": str(target.threads),
-            TIMEOUT_VARIABLE: str(
-                min(2 * self._timeout, _LONGEST)
-            ),  # this process watches them; they watch each other besides
+            # This process watches them; they watch each other besides.
+            TIMEOUT_VARIABLE: str(min(2 * self._timeout, _LONGEST)),
             JOB_VARIABLE: json.dumps({"descriptor": theirs.fileno(), "target": asdict(target)}),
         }
         if Path("/sys/class/net/lo").exists():

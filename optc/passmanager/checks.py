@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 from torch import fx
 
-from optc.errors import OptcError, PassContractError, PluginError
+from optc.errors import PassContractError
 from optc.passmanager.contract import Pass, PassResult
+from optc.plugins.registry import blamed
 from optc.program import Program, complete_meta, graph_module
 
 
-@contextmanager
-def blame(pass_: Pass, where: str = " raised") -> Iterator[None]:
+def blame(pass_: Pass, where: str = " raised") -> AbstractContextManager[None]:
     """Turn whatever a pass, or an instrument looking at what it made, raises into a :class:`PluginError` that names the
     pass and its provider.
     """
-    try:
-        yield
-    except OptcError:
-        raise
-    except Exception as error:
-        raise PluginError(
-            f"pass '{pass_.name}' (from {pass_.origin}){where} {type(error).__name__}: {error}",
-            "run with -v for the traceback",
-        ) from error
+    return blamed("pass", pass_.name, pass_.origin, where)
 
 
 class ContractGuard:

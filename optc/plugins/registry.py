@@ -31,7 +31,7 @@ ELSEWHERE = {("backend", "openvino"): "optc-openvino"}
 
 
 @contextmanager
-def blamed(kind: str, name: str, origin: str) -> Iterator[None]:
+def blamed(kind: str, name: str, origin: str, where: str = " raised") -> Iterator[None]:
     """Turn whatever a plugin's part raises into a :class:`PluginError` that names the part and the plugin."""
     try:
         yield
@@ -39,7 +39,7 @@ def blamed(kind: str, name: str, origin: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise PluginError(
-            f"{kind} '{name}' (from {origin}) raised {type(error).__name__}: {error}", "run with -v for the traceback"
+            f"{kind} '{name}' (from {origin}){where} {type(error).__name__}: {error}", "run with -v for the traceback"
         ) from error
 
 

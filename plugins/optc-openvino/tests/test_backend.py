@@ -284,6 +284,13 @@ def test_a_batch_of_dependent_samples_is_not_divided_where_that_is_asked_for(str
     assert "leave out -O openvino.streams" in str(caught.value)
 
 
+class Summed(nn.Module):
+    """One of its outputs is a number for the whole batch."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x * 2, x.sum()
+
+
 class Turned(nn.Module):
     """The batch of its output is not the first dimension."""
 
@@ -304,7 +311,11 @@ def test_a_batch_that_the_model_fixes_is_divided_only_where_that_is_asked_for_an
     with pytest.raises(optc.BackendError, match=r"a batch that cannot be divided — leave out -O openvino\.streams"):
         backend.lower(program, divided, tmp_path)
     windows = optc.capture(Turned(), (torch.ones(4, 6),), dynamic_batch=False)  # a layer by itself, of parts of images
-    assert not backend.lower(windows, divided, tmp_path).details["divisible"]
+    whole = backend.lower(windows, divided, tmp_path)
+    assert not whole.details["divisible"]
+    assert "STREAMS = 1" in (whole.run_script or "")
+    with pytest.raises(optc.BackendError, match="an input or output has a batch that cannot be divided"):
+        backend.lower(optc.capture(Summed(), (torch.ones(4, 6),)), divided, tmp_path)
 
 
 def test_files_beside_model_and_weights_are_not_for_openvino(tmp_path: Path) -> None:

@@ -113,8 +113,10 @@ class OpenVinoBackend(Backend):
         details |= found
         if given.streams > 1 and details["divisible"]:
             refuse_dependent_samples(model, target, given)
-        elif given.streams > 1 and batch == target.batch:  # not a layer by itself, whose rows are parts of images
-            raise BackendError("an input or output has a batch that cannot be divided", LEAVE_OUT_STREAMS)
+        elif given.streams > 1:
+            if program.dynamic_batch or batch == target.batch:
+                raise BackendError("an input or output has a batch that cannot be divided", LEAVE_OUT_STREAMS)
+            given = given.model_copy(update={"streams": 1})  # a layer by itself, whose rows are parts of images
         lowered = Lowered(
             FILES, details, run_script=_run_script(given, FILES[0]), provider=provider, precision=precision
         )
