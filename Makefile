@@ -38,10 +38,10 @@ $(CHECKPOINT): | $(VENV)
 	$(BIN)/python examples/train_digits.py --model alexnet -o $@
 
 test: $(VENV) ## run the tests
-	$(PYTEST) -n $(JOBS) --dist worksteal -m 'not slow'
+	$(PYTEST) -n $(JOBS) --dist loadfile -m 'not slow'
 
 test-all: $(VENV) ## run the tests, those that take minutes too
-	$(PYTEST) -n $(JOBS) --dist worksteal
+	$(PYTEST) -n $(JOBS) --dist loadfile
 
 gpu: $(VENV) ## run the tests that need an NVIDIA GPU, then measure everything that runs on it
 	@$(BIN)/python benchmarks/gpu.py

@@ -142,7 +142,7 @@ def test_other_ranks_have_no_channels_last() -> None:
     assert not run.result.skipped
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050"])
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("mobilenetv3_small_050", marks=pytest.mark.slow)])
 def test_whole_models(name: str, tmp_path: Path) -> None:
     model = load_model(name, weights="random", num_classes=10).module
     run = Run(model, torch.randn(2, 3, 64, 64))

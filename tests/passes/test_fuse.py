@@ -32,7 +32,10 @@ MODELS: dict[str, tuple[dict[str, object], dict[str, int], int]] = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+SLOW = ("efficientnet_b0", "densenet121")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in MODELS])
 def test_real_models(tester: Callable, name: str, record_property: Callable) -> None:
     """Numbers hold, operators fall, a second run changes nothing (the tester runs it)."""
     declare_torchvision_ops()  # before timm imports torchvision

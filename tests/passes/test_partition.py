@@ -75,7 +75,7 @@ def test_every_node_has_a_stage_and_the_stages_compute_what_the_model_did(vit: P
     assert not Partition(devices="4xa100", microbatches=4)(result.program).modified
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_100"])
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("mobilenetv3_small_100", marks=pytest.mark.slow)])
 def test_convolutional_networks(name: str) -> None:
     declare_torchvision_ops()  # before timm imports torchvision
     import timm

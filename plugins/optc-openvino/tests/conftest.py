@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,13 @@ TARGET = optc.Target(threads=2)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Choices among kernels are remembered in the user's cache; tests have one of their own."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _frozen() -> None:
+    """Leave out of garbage collections what is there already: with all of PyTorch loaded they take long."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

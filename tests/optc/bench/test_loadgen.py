@@ -265,7 +265,7 @@ def test_sigterm_ends_the_run_where_ctrl_c_is_ignored() -> None:
     assert process.returncode == 0
 
 
-@pytest.mark.parametrize("work", ["time.sleep(60)", "time.sleep(0.01)", "pass", "\n        while True: pass"])
+@pytest.mark.parametrize("work", ["time.sleep(60)", "pass", "\n        while True: pass"])
 def test_ctrl_c_ends_the_run_at_once(work: str) -> None:
     script = textwrap.dedent(_INTERRUPTED).format(work=work)
     process = subprocess.Popen(

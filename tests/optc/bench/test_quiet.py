@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 
@@ -41,3 +42,15 @@ def test_waits_until_threads_sleep_and_no_longer() -> None:
     busy, asleep = map(float, done.stdout.split())
     assert busy >= quiet.SETTLE_SECONDS
     assert asleep < quiet.SETTLE_SECONDS / 2
+
+
+def test_a_heap_that_the_caller_has_frozen_stays_frozen() -> None:
+    gc.freeze()
+    frozen = gc.get_freeze_count()
+    with quiet.frozen_heap():
+        pass
+    assert gc.get_freeze_count() >= frozen > 0
+    gc.unfreeze()
+    with quiet.frozen_heap():
+        assert gc.get_freeze_count() > 0
+    assert gc.get_freeze_count() == 0

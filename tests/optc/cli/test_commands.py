@@ -116,7 +116,7 @@ def test_optimize_measures_and_ends_with_a_verdict(folder: Path, optc: Run) -> N
 
 
 def test_random_weights_are_unmissable_and_have_no_accuracy(folder: Path, optc: Run) -> None:
-    arguments = ("optimize", "mobilenetv3_small_050", "--passes", "remove-identity", *ORT, "--no-measure")
+    arguments = ("optimize", "test_resnet", "--passes", "remove-identity", *ORT, "--no-measure")
     done = optc(*arguments, "--data", "digits", "--weights", "random", "-o", "out")
     assert done.returncode == 0, done.stderr
     assert "not measurable: random weights" in done.stdout
@@ -187,7 +187,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder: Path, optc: Run, argum
 
 
 def test_a_dataset_whose_classes_are_not_the_models_is_refused(folder: Path, optc: Run) -> None:
-    done = optc("optimize", "mobilenetv3_small_050", "--data", "digits", "-o", "out")
+    done = optc("optimize", "test_resnet", "--data", "digits", "-o", "out")
     assert done.returncode == 2
     assert "dataset 'digits' has 10 classes but the model has 1000 outputs" in done.stderr.splitlines()[-1]
     assert not (folder / "out").exists()
@@ -205,7 +205,7 @@ def _pictures(folder: Path, count: int) -> Path:
     return folder
 
 
-SMALL = ("optimize", "mobilenetv3_small_050", "--weights", "random", *ORT, "--no-measure", "-o", "out")
+SMALL = ("optimize", "test_resnet", "--weights", "random", *ORT, "--no-measure", "-o", "out")
 
 
 def test_a_budget_without_labels_is_held_as_agreement_and_says_so(folder: Path, optc: Run) -> None:

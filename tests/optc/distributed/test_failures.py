@@ -67,7 +67,7 @@ def runner(stages: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PipelineRu
     assert not any(map(alive, pids))
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_rank_ends_all_with_its_name(runner: PipelineRunner, rank: int) -> None:
     runner(X)
     os.kill(runner.pids[rank], signal.SIGKILL)

@@ -61,7 +61,7 @@ def compiling_session(parent: int) -> int | None:
     return None
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_compilers_end_with_an_interrupted_lowering(how: signal.Signals, tmp_path: Path) -> None:
     code = textwrap.dedent(
         """

@@ -32,7 +32,7 @@ def model() -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(2048 * 49, 16)).eval()
 
 
-@pytest.fixture(scope="module", params=["fuse", "fuse,quant"])
+@pytest.fixture(scope="module", params=[pytest.param("fuse", marks=pytest.mark.slow), "fuse,quant"])
 def optimized(request: pytest.FixtureRequest) -> optc.Optimized:
     images = torch.randn(8, 64, 7, 7)
     return optc.optimize(
