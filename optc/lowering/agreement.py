@@ -13,6 +13,7 @@ import torch
 from optc.errors import BackendError
 from optc.lowering.backend import Array
 from optc.program import Program
+from optc.sqnr import decides, decisions_db, sqnr_db
 
 FLOAT_DB = 60.0
 """Least SQNR of a float32 model. Two correct libraries differ by their order of summation alone: 115 to 135 dB on
@@ -35,7 +36,8 @@ class Agreement:
     """How close the runtime came, over all outputs (the worst where they differ).
 
     Attributes:
-        sqnr_db: 10·log10(Σ graph² / Σ (runtime − graph)²) in dB; infinite when equal.
+        sqnr_db: 10·log10(Σ graph² / Σ (runtime − graph)²) in dB; infinite when equal. Of whole numbers and booleans
+            (decisions, such as classes) 20·log10 of the share that differs, negated.
         max_abs: largest absolute error.
         bound_db: least SQNR that was asked for.
     """
@@ -81,7 +83,7 @@ def compare_with_graph(
     Raises:
         BackendError: as :func:`check_agreement`.
     """
-    graph = [output.detach().float().cpu().numpy() for output in program.run(*inputs)]
+    graph = [as_array(output) for output in program.run(*inputs)]
     bound = bound_db(program)
     try:
         return compare_outputs(runtime, names, graph, outputs, bound)
@@ -112,9 +114,8 @@ def _steadiness_db(program: Program, inputs: Sequence[torch.Tensor], outputs: Se
         else tensor
         for tensor in inputs
     ]
-    moved = [output.detach().float().cpu().numpy() for output in program.run(*shaken)]
-    pairs = [(a.astype(np.float64), b.astype(np.float64)) for a, b in zip(outputs, moved, strict=True)]
-    return min(_sqnr_db(float(np.square(a).sum()), float(np.square(a - b).sum())) for a, b in pairs)
+    moved = [as_array(output) for output in program.run(*shaken)]
+    return min(_distance_db(a, b, np.isfinite(a)) for a, b in zip(outputs, moved, strict=True))
 
 
 def _from_captured_db(program: Program) -> float:
@@ -163,9 +164,8 @@ def compare_outputs(
         infinite = np.isinf(expected)
         if not np.array_equal(found[infinite], expected[infinite]):
             raise _diverges(runtime, name, "it is not infinite where the graph's is")
-        error = found[finite] - expected[finite]
-        sqnr = _sqnr_db(float(np.square(expected[finite]).sum()), float(np.square(error).sum()))
-        max_abs = float(np.abs(error).max(initial=0.0))
+        max_abs = float(np.abs(found[finite] - expected[finite]).max(initial=0.0))
+        sqnr = _distance_db(reference, output, finite)
         if sqnr < bound:
             raise _diverges(
                 runtime, name, f"SQNR {sqnr:.1f} dB (at least {bound:g} dB expected), largest error {max_abs:.3g}"
@@ -178,7 +178,10 @@ def _diverges(runtime: str, name: str, how: str) -> BackendError:
     return BackendError(f"{runtime} computes output '{name}' differently from the optimized graph: {how}")
 
 
-def _sqnr_db(signal: float, noise: float) -> float:
-    if noise == 0.0:
-        return math.inf
-    return 10.0 * math.log10(signal / noise) if signal > 0.0 else -math.inf
+def _distance_db(reference: Array, output: Array, finite: np.ndarray[Any, np.dtype[np.bool_]]) -> float:
+    """The SQNR of an output where the reference is finite."""
+    if decides(reference.dtype):
+        return decisions_db(int((reference != output).sum()), reference.size)
+    expected = reference[finite].astype(np.float64)
+    error = output[finite].astype(np.float64) - expected
+    return sqnr_db(float(np.square(expected).sum()), float(np.square(error).sum()))

@@ -17,6 +17,7 @@ import numpy as np
 import optc
 from optc.errors import ArtifactError
 from optc.lowering.backend import Array, Backend, Lowered, Runner
+from optc.lowering.inputs import described
 from optc.lowering.manifest import NAME, Manifest, TensorEntry, check_files, file_entry, read_manifest
 from optc.machine import cpu_flags, cpu_name, isa, machine
 from optc.plugins.registry import registry
@@ -148,7 +149,7 @@ def write_artifact(
             backend=backend,
             load=lowered.files,
             files=files,
-            inputs=_inputs(program),
+            inputs=tuple(TensorEntry(**each) for each in described(program)),
             model=asdict(program.info),
             target=asdict(target),
             machine=asdict(machine()),
@@ -194,18 +195,6 @@ def _told(path: Path) -> Iterator[None]:
             f"cannot write '{path}': {error.strerror or error}; nothing was written",
             "free some space or choose another -o",
         ) from error
-
-
-def _inputs(program: Program) -> tuple[TensorEntry, ...]:
-    names = [node.name for node in program.graph.find_nodes(op="placeholder")]
-    return tuple(
-        TensorEntry(
-            name=name,
-            shape=(None if program.dynamic_batch else tensor.shape[0], *tensor.shape[1:]),
-            dtype=str(tensor.dtype).removeprefix("torch."),
-        )
-        for name, tensor in zip(names, program.example_inputs, strict=True)
-    )
 
 
 def _required_isa(lowered: Lowered, precision: str, target: Target) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from optc.lowering.agreement import as_array, check_agreement
 from optc.lowering.backend import Array, Backend, Lowered, Runner
 from optc.lowering.eager_times import kernel_times
 from optc.lowering.graph_file import read_graph, refusal, write_graph
+from optc.lowering.inputs import check_inputs, described
 from optc.lowering.kernel_times import KernelTime
 from optc.lowering.prepack import LAYERS, prepack
 from optc.lowering.tf32 import without_tf32
@@ -133,6 +134,7 @@ class EagerRunner(Runner):
         self._device = torch.device(target.device)
         self._threads = target.threads
         self._dtypes = [example.dtype for example in program.example_inputs]
+        self._inputs = described(program)
         library = "cuDNN"
         if self._device.type == "cpu":
             _dequantize_weights(program)
@@ -149,8 +151,7 @@ class EagerRunner(Runner):
         return self._graph
 
     def __call__(self, *inputs: Array) -> tuple[Array, ...]:
-        if len(inputs) != len(self._dtypes):
-            raise BackendError(f"the model takes {len(self._dtypes)} inputs, not {len(inputs)}")
+        check_inputs(inputs, self._inputs)
         if torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
         with torch.inference_mode(), without_tf32(self._device):

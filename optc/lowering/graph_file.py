@@ -23,6 +23,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from optc.errors import BackendError
+from optc.lowering.inputs import described
 from optc.program import Program, complete_meta, graph_module
 
 GRAPH, WEIGHTS = "graph.json", "weights.safetensors"
@@ -122,7 +123,7 @@ def write_graph(program: Program, folder: Path) -> tuple[str, str]:
     document = {
         "format": "optc graph",
         "version": VERSION,
-        "inputs": [_input(node, tensor, program) for node, tensor in zip(inputs, program.example_inputs, strict=True)],
+        "inputs": described(program),
         "constants": constants,
         "channels_last": channels_last,
         "calls": calls,
@@ -176,11 +177,6 @@ def _build(document: Mapping[str, Any], tensors: Mapping[str, Tensor], batch: in
     graph.output(tuple(_decode(document["outputs"], values, device)))
     dynamic = any(entry["shape"][:1] == [None] for entry in document["inputs"])
     return Program(graph_module(root, graph), tuple(examples), dynamic)
-
-
-def _input(node: fx.Node, example: Tensor, program: Program) -> dict[str, Any]:
-    shape = [None if program.dynamic_batch and axis == 0 else size for axis, size in enumerate(example.shape)]
-    return {"name": node.name, "shape": shape, "dtype": str(example.dtype).removeprefix("torch.")}
 
 
 def _is_channels_last(tensor: Tensor) -> bool:

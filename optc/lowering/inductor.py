@@ -28,6 +28,7 @@ from optc.lowering.agreement import as_array, check_agreement
 from optc.lowering.backend import Array, Backend, Lowered, Runner
 from optc.lowering.graph_file import refusal, write_graph
 from optc.lowering.inductor_times import kernel_times
+from optc.lowering.inputs import check_inputs
 from optc.lowering.kernel_times import KernelTime
 from optc.lowering.layer_precision import layer_precision
 from optc.lowering.tf32 import without_tf32
@@ -174,7 +175,7 @@ class InductorRunner(Runner):
         """Run one query: arrays in the order of the model's inputs, any batch size where the batch is dynamic."""
         if self._loader is None:
             raise BackendError("this runner is closed", "load the model again")
-        self._check(inputs)
+        check_inputs(inputs, self._inputs)
         if torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
         tensors = [self._tensor(array, entry["dtype"]) for array, entry in zip(inputs, self._inputs, strict=True)]
@@ -185,7 +186,7 @@ class InductorRunner(Runner):
         """Run one query; the outputs stay on the device, in the graph's types."""
         if self._loader is None:
             raise BackendError("this runner is closed", "load the model again")
-        self._check(inputs)
+        check_inputs(inputs, self._inputs)
         if torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
         tensors = [
@@ -194,16 +195,6 @@ class InductorRunner(Runner):
         ]
         with torch.inference_mode(), without_tf32(self._device):
             return tuple(self._loader.boxed_run(tensors))
-
-    def _check(self, inputs: Sequence[Array | Tensor]) -> None:
-        if len(inputs) != len(self._inputs):
-            raise BackendError(f"the model takes {len(self._inputs)} inputs, not {len(inputs)}")
-        batch = inputs[0].shape[0] if inputs and inputs[0].ndim else 1
-        for array, entry in zip(inputs, self._inputs, strict=True):
-            wanted = [batch if size is None else size for size in entry["shape"]]
-            if list(array.shape) != wanted:
-                expected = ", ".join("batch" if size is None else str(size) for size in entry["shape"])
-                raise BackendError(f"input '{entry['name']}' has the shape {array.shape}, the model takes ({expected})")
 
     def _tensor(self, array: Array, dtype: str) -> Tensor:
         if not (array.flags.writeable and array.flags.c_contiguous):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,13 +28,22 @@ _SIDE_BY_SIDE_SHARE = 0.1
 process and an exporter hold several copies of them each."""
 
 
+_RAN_OUT = re.compile(
+    r"out of memory|bad_alloc|(not enough|allocat\w*) (\w+ )*memory|memory exhausted|failed to allocate|killed signal"
+    r"|no space left|disk quota",
+    re.IGNORECASE,
+)
+"""How allocators, compilers and file systems say that they had no more to give."""
+
+
 class Passing(str):
     """The reason of a failure that may go well another time, so that no choice is to be remembered."""
 
 
 def reason_of(error: OptcError) -> str:
-    """An error as a reason, marked if it is a :class:`Passing` one."""
-    return Passing(error) if isinstance(error, BackendError) and error.passing else str(error)
+    """An error as a reason, marked if it is a :class:`Passing` one: it says so, or memory or disk space ran out."""
+    passing = isinstance(error, BackendError) and error.passing
+    return Passing(error) if passing or _RAN_OUT.search(str(error)) else str(error)
 
 
 @dataclass(frozen=True)

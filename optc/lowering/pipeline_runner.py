@@ -14,6 +14,7 @@ import numpy as np
 
 from optc.errors import ArtifactError, BackendError
 from optc.lowering.backend import Array, Runner
+from optc.lowering.inputs import check_inputs
 from optc.lowering.pipeline_channel import array_dtype
 from optc.lowering.pipeline_file import PipelineFile
 from optc.lowering.pipeline_ranks import LocalRanks
@@ -106,15 +107,11 @@ class PipelineRunner(Runner):
         return outputs
 
     def _checked(self, inputs: Sequence[Array]) -> list[Array]:
-        if len(inputs) != len(self._inputs):
-            raise BackendError(f"the model takes {len(self._inputs)} inputs, not {len(inputs)}")
-        arrays = []
-        for array, wire in zip(inputs, self._inputs, strict=True):
-            if array.shape[1:] != wire.shape[1:] or len(array) != len(inputs[0]) or not len(array):
-                expected = ", ".join(map(str, ("batch", *wire.shape[1:])))
-                raise BackendError(f"input '{wire.name}' has the shape {array.shape}, the model takes ({expected})")
-            arrays.append(np.ascontiguousarray(array, array_dtype(wire.dtype)))
-        return arrays
+        check_inputs(inputs, [{"name": wire.name, "shape": (None, *wire.shape[1:])} for wire in self._inputs])
+        if not len(inputs[0]):
+            raise BackendError("a pipeline takes one sample or more, not an empty batch")
+        wires = zip(inputs, self._inputs, strict=True)
+        return [np.ascontiguousarray(array, array_dtype(wire.dtype)) for array, wire in wires]
 
     def _outputs(self) -> tuple[Array, ...]:
         told = self._answer(len(self._description.stages) - 1)

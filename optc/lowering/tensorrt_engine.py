@@ -17,6 +17,7 @@ from torch import Tensor
 
 from optc.errors import BackendError
 from optc.lowering.backend import Array, Runner
+from optc.lowering.inputs import check_inputs
 from optc.lowering.layer_precision import layer_precision
 from optc.target import Target
 
@@ -65,7 +66,8 @@ class TensorRtRunner(Runner):
         context, engine = self._context, self._engine
         if context is None or engine is None:
             raise BackendError("this runner is closed", "load the model again")
-        check_inputs(inputs, self._inputs, self._batches)
+        check_inputs(inputs, self._inputs)
+        check_batch(len(inputs[0]), self._batches)
         with self._one_at_a_time, torch.cuda.stream(self._stream):
             held = [_on_gpu(array, entry["dtype"]) for array, entry in zip(inputs, self._inputs, strict=True)]
             for name, tensor in zip(self._taken, held, strict=True):
@@ -121,29 +123,19 @@ def refuse_others(path: Path, facts: Mapping[str, Any], version: str, gpu: str, 
         raise BackendError(f"{path.name} was built for a {made}, this GPU is a {here}", again)
 
 
-def check_inputs(
-    inputs: Sequence[Array], expected: Sequence[Mapping[str, Any]], batches: tuple[int, int] | None
-) -> None:
-    """Refuse inputs the engine was not built for: it would read beyond an array that is too small.
+def check_batch(batch: int, batches: tuple[int, int] | None) -> None:
+    """Refuse a batch the engine was not built for.
 
     Args:
-        expected: ``name`` and ``shape`` (``None`` where the batch goes) of each input.
         batches: least and largest batch the engine takes; ``None`` where it is fixed by the shapes.
 
     Raises:
         BackendError: says what was given and what the engine takes.
     """
-    if len(inputs) != len(expected):
-        raise BackendError(f"the model takes {len(expected)} inputs, not {len(inputs)}")
-    for array, entry in zip(inputs, expected, strict=True):
-        wanted = [len(inputs[0]) if size is None else size for size in entry["shape"]]
-        if list(array.shape) != wanted:
-            takes = ", ".join("batch" if size is None else str(size) for size in entry["shape"])
-            raise BackendError(f"input '{entry['name']}' has the shape {array.shape}, the model takes ({takes})")
-    if batches and not batches[0] <= len(inputs[0]) <= batches[1]:
+    if batches and not batches[0] <= batch <= batches[1]:
         raise BackendError(
-            f"the engine was built for batches of {batches[0]} to {batches[1]}, not of {len(inputs[0])}",
-            f"optimize the model with a target whose batch is {len(inputs[0])}",
+            f"the engine was built for batches of {batches[0]} to {batches[1]}, not of {batch}",
+            f"optimize the model with a target whose batch is {batch}",
         )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from optc.program import Program
+from optc.sqnr import decides, decisions_db, sqnr_db
 
 
 @dataclass(frozen=True)
@@ -19,9 +20,11 @@ class Comparison:
     Attributes:
         max_abs: largest absolute error.
         max_rel: largest absolute error over the largest absolute reference value of the same output.
-        sqnr_db: 10·log10(Σ ref² / Σ (out − ref)²), in dB; infinite when equal.
-        cosine: cosine similarity of the flattened outputs.
-        top1_agreement: share of samples with the same arg-max, or ``None`` where no output is (batch, classes).
+        sqnr_db: 10·log10(Σ ref² / Σ (out − ref)²), in dB; infinite when equal. Of whole numbers and booleans
+            (decisions, such as classes) 20·log10 of the share that differs, negated.
+        cosine: cosine similarity of the flattened outputs; those of decisions are left out.
+        top1_agreement: share of samples with the same arg-max, or the same class where the output is that; ``None``
+            where no output is (batch, classes) or (batch,) decisions.
         finite: whether the outputs are finite wherever the reference is.
     """
 
@@ -58,30 +61,24 @@ def compare(reference: Outputs, outputs: Outputs) -> Comparison:
             noise = math.inf
         scale = float(wanted.abs().max()) if wanted.numel() else 0.0
         peak = float(error.abs().max()) if error.numel() else 0.0
-        cosine = float(torch.nn.functional.cosine_similarity(wanted, got, dim=0)) if noise else 1.0
+        decision = decides(reference[0][position].dtype)
+        differing = int((ref != out).sum())
+        cosine = 1.0 if decision or not noise else float(torch.nn.functional.cosine_similarity(wanted, got, dim=0))
         worst = Comparison(
             max_abs=max(worst.max_abs, peak),
             max_rel=max(worst.max_rel, peak / scale if scale else math.inf if peak else 0.0),
-            sqnr_db=min(worst.sqnr_db, sqnr(signal, noise)),
+            sqnr_db=min(worst.sqnr_db, decisions_db(differing, ref.numel()) if decision else sqnr_db(signal, noise)),
             cosine=min(worst.cosine, cosine),
             top1_agreement=None,
             samples=max(worst.samples, len(ref)),
             finite=worst.finite and finite,
         )
-        if ref.ndim == 2 and ref.shape[1] > 1:
-            agree += int((ref.argmax(1) == out.argmax(1)).sum())
-            samples += len(ref)
+        if decision and ref.ndim == 1:
+            agree, samples = agree + len(ref) - differing, samples + len(ref)
+        elif not decision and ref.ndim == 2 and ref.shape[1] > 1:
+            agree, samples = agree + int((ref.argmax(1) == out.argmax(1)).sum()), samples + len(ref)
     top1 = agree / samples if samples else None
     return Comparison(**{**worst.__dict__, "top1_agreement": top1})
-
-
-def sqnr(signal: float, noise: float) -> float:
-    """Signal-to-quantization-noise ratio in dB from the two energies."""
-    if noise == 0.0:
-        return math.inf
-    if signal == 0.0 or math.isinf(noise) or math.isnan(noise):
-        return -math.inf
-    return 10.0 * math.log10(signal / noise)
 
 
 def rounding_sqnr_db(program: Program) -> float:

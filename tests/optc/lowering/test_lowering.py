@@ -15,7 +15,7 @@ from optc import Backend, BackendError, Lowered, Program, Runner, Target
 from optc.errors import OptcError
 from optc.lowering import inductor
 from optc.lowering.eager import EagerBackend
-from optc.lowering.lowering import AUTO, Passing, backends, lower_all
+from optc.lowering.lowering import AUTO, Passing, backends, lower_all, reason_of
 
 
 class Refuses(Backend):
@@ -224,3 +224,21 @@ def test_a_bug_while_asking_whether_a_backend_runs_here_names_its_plugin(
     assert refused["eager"] == said
     with pytest.raises(BackendError, match=re.escape(said)):
         backends("eager", Target())
+
+
+@pytest.mark.parametrize(
+    ("message", "passing"),
+    [
+        ("onnxruntime cannot load model.onnx: std::bad_alloc", True),
+        ("onnxruntime cannot load model.onnx: Failed to allocate memory for requested buffer of size 4294967296", True),
+        ("inductor cannot compile the model: [enforce fail] DefaultCPUAllocator: can't allocate memory", True),
+        ("inductor cannot compile the model: CUDA out of memory. Tried to allocate 2.00 GiB", True),
+        ("the C++ compiler g++ failed: g++: fatal error: Killed signal terminated program cc1plus", True),
+        ("the C++ compiler g++ failed: fatal error: error writing to /tmp/x.s: No space left on device", True),
+        ("operator aten.relu.default has no form here", False),
+        ("the model's memory format is not taken", False),
+    ],
+)
+def test_what_ran_out_may_go_well_another_time(message: str, passing: bool) -> None:
+    assert isinstance(reason_of(BackendError(message)), Passing) == passing
+    assert reason_of(BackendError(message)) == message
