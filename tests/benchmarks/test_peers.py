@@ -40,6 +40,7 @@ def run(names: list[str], results: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_tools_are_made_measured_and_compared(tmp_path: Path) -> None:
     names = ["eager fp32", "onnxruntime int8"]
     row = run(names, tmp_path)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -94,6 +96,13 @@ def test_with_the_throughput_hint_a_call_need_not_wait_for_another(two_inputs: P
         np.testing.assert_allclose(runner(zulu, alpha)[1], zulu + alpha, rtol=1e-6)
         requests.put(lent)
         assert requests.qsize() == runner.concurrency
+
+
+def test_fewer_threads_than_were_asked_for_are_told(two_inputs: Path) -> None:
+    model = read(two_inputs / "model.xml")
+    asked = 4 * (os.cpu_count() or 1)
+    assert re.search(rf", \d+ of {asked} threads$", OpenVinoRunner(model, optc.Target(threads=asked)).provider)
+    assert "threads" not in OpenVinoRunner(model, optc.Target(threads=1)).provider
 
 
 def test_a_batch_is_divided_among_streams_where_they_divide_it(two_inputs: Path) -> None:

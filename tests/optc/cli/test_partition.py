@@ -100,7 +100,8 @@ def test_a_plan_is_verified_lowered_and_runs(command: Command, folder: Path) -> 
         runner.close()
 
 
-@pytest.mark.parametrize("batch", [1, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 5])
 def test_a_file_for_one_batch_size_is_cut_into_stages_for_that(command: Command, batch: int) -> None:
     import mine_in_stages
 

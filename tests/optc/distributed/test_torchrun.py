@@ -170,6 +170,7 @@ def test_a_batch_is_as_large_as_planned(made: Made) -> None:
     assert plan.model_copy(update={"rows": 3}).batch == 6
 
 
+@pytest.mark.slow
 def test_a_rank_that_stops_after_the_one_before_it_is_done_ends_the_job(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -150,6 +150,7 @@ def test_the_code_holds_no_stack_traces_of_the_machine_it_was_made_on(floating: 
     assert set(traces) == {""}
 
 
+@pytest.mark.slow
 def test_a_bfloat16_program_runs_bfloat16_kernels(captured_cnn: Program, tmp_path: Path) -> None:
     has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     made = make(passed(captured_cnn, "fuse,bf16"), tmp_path)

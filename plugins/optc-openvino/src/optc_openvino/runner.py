@@ -66,6 +66,9 @@ class OpenVinoRunner(Runner):
         self.kernels = kernels(compiled)
         self.precision = precision(self.kernels)
         self.provider = f"openvino {', '.join(compiled.get_property('EXECUTION_DEVICES'))} {VERSION}"
+        # OpenVINO takes no more than the CPU has cores, of which two hardware threads may be one.
+        threads = compiled.get_property("INFERENCE_NUM_THREADS")
+        self.provider += f", {threads} of {target.threads} threads" if threads < target.threads else ""
         self.provider += f", {parts} streams" if parts > 1 else ""
 
     def __call__(self, *inputs: Array) -> tuple[Array, ...]:
