@@ -109,6 +109,7 @@ def test_two_hosts_run_a_file_of_images(made: Made, tmp_path: Path) -> None:
         np.testing.assert_allclose(found["output_0"], expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_outputs_that_have_no_folder_end_the_job_in_one_line(made: Made, tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.zeros((4, 8), np.float32))
     files = ("--input", str(tmp_path / "x.npy"), "--output", str(tmp_path / "none" / "y.npz"))
