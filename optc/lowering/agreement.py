@@ -37,7 +37,7 @@ class Agreement:
 
     Attributes:
         sqnr_db: 10·log10(Σ graph² / Σ (runtime − graph)²) in dB; infinite when equal. Of whole numbers and booleans
-            (decisions, such as classes) 20·log10 of the share that differs, negated.
+            (decisions, such as classes) by the share that differs.
         max_abs: largest absolute error.
         bound_db: least SQNR that was asked for.
     """
@@ -181,7 +181,7 @@ def _diverges(runtime: str, name: str, how: str) -> BackendError:
 def _distance_db(reference: Array, output: Array, finite: np.ndarray[Any, np.dtype[np.bool_]]) -> float:
     """The SQNR of an output where the reference is finite."""
     if decides(reference.dtype):
-        return decisions_db(int((reference != output).sum()), reference.size)
+        return decisions_db(reference, output)
     expected = reference[finite].astype(np.float64)
     error = output[finite].astype(np.float64) - expected
     return sqnr_db(float(np.square(expected).sum()), float(np.square(error).sum()))

@@ -21,7 +21,7 @@ class Comparison:
         max_abs: largest absolute error.
         max_rel: largest absolute error over the largest absolute reference value of the same output.
         sqnr_db: 10·log10(Σ ref² / Σ (out − ref)²), in dB; infinite when equal. Of whole numbers and booleans
-            (decisions, such as classes) 20·log10 of the share that differs, negated.
+            (decisions, such as classes) by the share that differs.
         cosine: cosine similarity of the flattened outputs; those of decisions are left out.
         top1_agreement: share of samples with the same arg-max, or the same class where the output is that; ``None``
             where no output is (batch, classes) or (batch,) decisions.
@@ -62,19 +62,18 @@ def compare(reference: Outputs, outputs: Outputs) -> Comparison:
         scale = float(wanted.abs().max()) if wanted.numel() else 0.0
         peak = float(error.abs().max()) if error.numel() else 0.0
         decision = decides(reference[0][position].dtype)
-        differing = int((ref != out).sum())
         cosine = 1.0 if decision or not noise else float(torch.nn.functional.cosine_similarity(wanted, got, dim=0))
         worst = Comparison(
             max_abs=max(worst.max_abs, peak),
             max_rel=max(worst.max_rel, peak / scale if scale else math.inf if peak else 0.0),
-            sqnr_db=min(worst.sqnr_db, decisions_db(differing, ref.numel()) if decision else sqnr_db(signal, noise)),
+            sqnr_db=min(worst.sqnr_db, decisions_db(ref.numpy(), out.numpy()) if decision else sqnr_db(signal, noise)),
             cosine=min(worst.cosine, cosine),
             top1_agreement=None,
             samples=max(worst.samples, len(ref)),
             finite=worst.finite and finite,
         )
         if decision and ref.ndim == 1:
-            agree, samples = agree + len(ref) - differing, samples + len(ref)
+            agree, samples = agree + int((ref == out).sum()), samples + len(ref)
         elif not decision and ref.ndim == 2 and ref.shape[1] > 1:
             agree, samples = agree + int((ref.argmax(1) == out.argmax(1)).sum()), samples + len(ref)
     top1 = agree / samples if samples else None

@@ -172,7 +172,7 @@ class Oracle:
         return max(one.link_latency, two.link_latency) + self.alive(cut) / bandwidth
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(RECIPES, st.sampled_from(["just enough", "a byte too little", "plenty"]))
 def test_no_cut_of_a_graph_is_better(recipe: list[tuple[int, int, int]], memory: str) -> None:
     program = optc.capture(Net(recipe).eval(), (torch.randn(2, 6),))

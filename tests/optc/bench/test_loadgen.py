@@ -265,7 +265,15 @@ def test_sigterm_ends_the_run_where_ctrl_c_is_ignored() -> None:
     assert process.returncode == 0
 
 
-@pytest.mark.parametrize("work", ["time.sleep(60)", "pass", "\n        while True: pass"])
+WORK = [
+    "time.sleep(60)",
+    pytest.param("time.sleep(0.01)", marks=pytest.mark.slow),
+    "pass",
+    "\n        while True: pass",
+]
+
+
+@pytest.mark.parametrize("work", WORK)
 def test_ctrl_c_ends_the_run_at_once(work: str) -> None:
     script = textwrap.dedent(_INTERRUPTED).format(work=work)
     process = subprocess.Popen(
