@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
