@@ -25,7 +25,8 @@ from tools.torchao_int8 import TorchaoInt8
 
 import optc
 from optc.lowering.backend import Array
-from optc.target import Target, available_threads
+from optc.target import Target
+from optc.threads import available_threads
 
 MODELS = (
     "deit3_small_patch16_224",

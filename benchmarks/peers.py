@@ -33,7 +33,7 @@ from optc.bench.statistics import Ratio, ratio_of_medians
 from optc.lowering.backend import Array
 from optc.lowering.torch_memory import keep_freed_memory
 from optc.machine import machine
-from optc.target import available_threads
+from optc.threads import available_threads
 
 BATCHES = (1, 16)
 SHORT_MODELS, SHORT_BATCHES, SHORT_BLOCKS = ("alexnet", "mobilenetv3_large_100"), (1,), 5

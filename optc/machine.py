@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from optc.target import available_threads
+from optc.threads import available_threads
 
 ISA_FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 """Instruction sets that decide how fast int8 and bf16 run, as Linux spells them."""

@@ -2,36 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-
-
-def available_threads() -> int:
-    """Number of CPU threads this process may use: its affinity mask's, not the machine's, within a container's quota.
-
-    A quota (``docker run --cpus``, a Kubernetes limit) hides no core. As many threads as the machine has cores would
-    use it up in a part of each period and then wait for the next one.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = cpu_quota()
-    return cores if quota is None else max(1, min(cores, int(quota)))
-
-
-def cpu_quota() -> float | None:
-    """CPU seconds per second that the container may take; ``None`` without a limit.
-
-    Source: ``cpu.max`` in https://docs.kernel.org/admin-guide/cgroup-v2.html.
-    """
-    try:
-        limit, period = _QUOTA.read_text().split()
-        return int(limit) / int(period)
-    except (OSError, ValueError, ZeroDivisionError):  # no such file, or "max"
-        return None
+from optc.threads import available_threads
 
 
 @dataclass(frozen=True)

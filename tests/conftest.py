@@ -75,7 +75,7 @@ def known_peaks() -> None:
 
     from optc.bench.peaks import Peaks
     from optc.bench.peaks_cache import peaks_file
-    from optc.target import available_threads
+    from optc.threads import available_threads
 
     for threads in (1, available_threads()):
         file = peaks_file(threads)

@@ -80,7 +80,8 @@ def command(
             from optc.cli.targets import queries_of, subjects
             from optc.report.comparison import comparison_table
             from optc.report.report import jsonable
-            from optc.target import Target, available_threads
+            from optc.target import Target
+            from optc.threads import available_threads
 
         target = Target(threads=threads or available_threads(), allow_fallback=allow_fallback)
         with limited(memory_bytes=memory):

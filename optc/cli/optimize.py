@@ -121,7 +121,8 @@ def command(
         from optc.passmanager.alternatives import Alternatives
         from optc.passmanager.instruments import Bisect, PrintAfter
         from optc.passmanager.manager import parse_options
-        from optc.target import Target, available_threads
+        from optc.target import Target
+        from optc.threads import available_threads
 
     given = parse_options(assignments)
     backends = registry().all("backend").keys() - registry().all("pass").keys()

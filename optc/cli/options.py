@@ -57,7 +57,7 @@ def target_options(command: Command) -> Command:
         "--allow-fallback", is_flag=True, help="Let a runtime run nodes elsewhere than asked; they are listed."
     )(command)
     return click.option(
-        "--threads", type=click.IntRange(1), help="Threads for every candidate.  [default: all this process has]"
+        "--threads", type=click.IntRange(1), help="Threads for every candidate.  [default: one for each core]"
     )(command)
 
 

@@ -106,7 +106,8 @@ def command(
         from optc.cli.model import Data, load
         from optc.passmanager.manager import build_passes, parse_options
         from optc.report.stages import Prediction, render
-        from optc.target import Target, available_threads
+        from optc.target import Target
+        from optc.threads import available_threads
 
     own = {"stages": stages, "microbatches": microbatches, "batch": batch, "devices": devices or simulate}
     own |= {"simulate": True} if simulate else {}

@@ -126,7 +126,8 @@ def command(
             from optc.data.dataset import open_dataset
             from optc.lowering.artifact import folder_written_whole
             from optc.report.report import jsonable
-            from optc.target import Target, available_threads
+            from optc.target import Target
+            from optc.threads import available_threads
 
         target = Target(threads=threads or available_threads(), allow_fallback=allow_fallback)
         every = scenario.lower() == "all"

@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 
 from optc.data.dataset import SPLIT_SEED, Dataset, Split, SplitName, check_split_name, stratified_split
 from optc.errors import DataError
-from optc.target import available_threads
+from optc.threads import available_threads
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -21,7 +21,8 @@ from optc.lowering.inputs import described
 from optc.lowering.manifest import NAME, Manifest, TensorEntry, check_files, file_entry, read_manifest
 from optc.machine import cpu_flags, cpu_name, isa, machine
 from optc.plugins.registry import registry
-from optc.target import Target, available_threads
+from optc.target import Target
+from optc.threads import most_threads
 
 if TYPE_CHECKING:
     from optc.program import Program
@@ -71,7 +72,7 @@ class Artifact:
                 f"'{self.folder}' was made for a target not known here: {error}", "upgrade optc"
             ) from error
         if given is None:
-            return replace(made_for, threads=min(made_for.threads, available_threads()))
+            return replace(made_for, threads=min(made_for.threads, most_threads()))
         return replace(given, options={**made_for.options, **given.options})
 
     def example_query(self, batch: int = 1, seed: int = 0) -> tuple[Array, ...]:

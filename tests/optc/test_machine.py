@@ -10,15 +10,13 @@ import pytest
 import torch
 
 from optc import machine as facts
-from optc import target
 from optc.machine import ISA_FLAGS, available_memory, driver_version, load_warning, machine, total_memory, versions
-from optc.target import available_threads
+from optc.threads import available_threads
 
 
 def test_facts_agree_with_what_others_say() -> None:
     found = machine()
-    quota = target.cpu_quota()
-    assert found.cores == (len(os.sched_getaffinity(0)) if quota is None else available_threads())
+    assert found.cores == available_threads() <= len(os.sched_getaffinity(0))
     assert found.python == platform.python_version()
     assert (
         found.packages["torch"] == torch.__version__.partition("+")[0] or found.packages["torch"] == torch.__version__
@@ -68,23 +66,6 @@ def test_a_container_limit_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert available_memory() == 650_000, "files that were read are dropped when memory is asked for"
     files["/sys/fs/cgroup/memory.max"] = ["max"]
     assert total_memory() > 1_000_000
-
-
-@pytest.mark.parametrize(
-    ("text", "quota"), [("150000 100000", 1.5), ("50000 100000", 0.5), ("max 100000", None), ("", None)]
-)
-def test_threads_stay_within_a_containers_quota(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, quota: float | None
-) -> None:
-    (tmp_path / "cpu.max").write_text(text + "\n")
-    monkeypatch.setattr(target, "_QUOTA", tmp_path / "cpu.max")
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2, 3})
-    assert target.cpu_quota() == quota
-    assert available_threads() == (4 if quota is None else 1)
-    (tmp_path / "cpu.max").write_text("350000 100000\n")
-    assert available_threads() == 3
-    (tmp_path / "cpu.max").write_text("6400000 100000\n")
-    assert available_threads() == 4
 
 
 def test_only_installed_packages_have_versions() -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from optc.lowering import artifact as artifact_module
 from optc.lowering.artifact import folder_written_whole, load_artifact, write_artifact
 from optc.lowering.onnx_export import export_onnx
 from optc.lowering.onnxruntime import OnnxRuntimeBackend
+from optc.threads import most_threads
 
 Change = Callable[[Path], None]
 TARGET = Target(threads=1)
@@ -390,4 +390,4 @@ def test_a_target_of_a_newer_optc_is_one_line(saved: Path) -> None:
 
 def test_no_more_threads_are_used_than_there_are(saved: Path) -> None:
     edit(saved, lambda manifest: manifest["target"].update(threads=64))
-    assert load_artifact(saved).target().threads == len(os.sched_getaffinity(0))
+    assert load_artifact(saved).target().threads == most_threads()
