@@ -19,11 +19,11 @@ from optc.batches import Batches, as_calibration, at_batch, first_samples, fixed
 from optc.bench.latency import latencies
 from optc.budget import Call, exceeds
 from optc.contest import TemporaryFolder
-from optc.errors import BackendError, CaptureError, VerificationError
-from optc.frontend.capture import capture
+from optc.errors import BackendError, CaptureError, OptcError, VerificationError
+from optc.frontend.capture import capture, checked_inputs
 from optc.lowering.agreement import as_array
 from optc.lowering.artifact import write_artifact
-from optc.lowering.backend import Backend, Runner
+from optc.lowering.backend import Array, Backend, Runner
 from optc.lowering.lowering import AUTO, Lowering, backends, has_own_process
 from optc.lowering.node_times import node_times
 from optc.lowering.pipeline import staged
@@ -72,11 +72,15 @@ class Optimized:
         """A new runner over the files; the caller closes it."""
         return self._lowering.load()
 
-    def __call__(self, *inputs: Tensor) -> Any:
-        """Run the runtime on tensors (batch first); returns what the original module would, as CPU tensors."""
+    def __call__(self, *inputs: Tensor | Array) -> Any:
+        """Run the runtime on tensors or arrays, batch first; returns what the module would, as CPU tensors."""
         self._runner = self._runner or self.load()
-        outputs = self._runner(*map(as_array, inputs))
-        return self.program.nested([torch.from_numpy(array) for array in outputs])
+        outputs = self._runner(*(as_array(each) if isinstance(each, Tensor) else each for each in inputs))
+        nodes: Any = self.program.graph.output_node().args[0]
+        types = [node.meta["val"].dtype for node in nodes]
+        # numpy has no bfloat16: runners hand it out as float32
+        tensors = [torch.from_numpy(array).to(dtype) for array, dtype in zip(outputs, types, strict=True)]
+        return self.program.nested(tensors)
 
     def close(self) -> None:
         """Free the loaded runtime; the next call loads it again."""
@@ -139,7 +143,7 @@ def optimize(
         verify: compare outputs after every pass, and the runtime's with the graph's.
         measure: measure latency against the best unquantized baselines. Backends are measured against each other, where
             there are several, in any case.
-        target: device and threads; by default the CPU with all threads this process may use.
+        target: device and threads; by default the CPU with one thread for each core.
         info: what is known of the model, for the manifest.
         instruments: further watchers of the passes.
         progress: told of each step.
@@ -152,7 +156,9 @@ def optimize(
     """
     run = Run(progress or Progress())
     target = target or Target()
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    inputs = checked_inputs(model, (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs)
+    if max_drop is not None and not 0.0 <= max_drop <= 100.0:
+        raise OptcError(f"max_drop is {max_drop:g}", "give percentage points, from 0 to 100")
     asked = Alternatives.of(passes, pass_options)
     chosen, refused = backends(backend, target)
 
@@ -172,7 +178,8 @@ def optimize(
     inputs = at_batch(inputs, captured, target.batch)
     watchers: list[Instrument] = [Timing(), Statistics()]
     ranges = as_calibration(calibration, captured)
-    batches = list(Batches(verification or _representative(ranges, captured), captured, "verification"))
+    seen = verification if verification is not None and len(verification) else _representative(ranges, captured)
+    batches = list(Batches(seen, captured, "verification"))
     if not batches:
         batches = [captured.example_inputs]
         run.note(
@@ -182,7 +189,10 @@ def optimize(
     flags = isa() if target.device == "cpu" else None
     if verify:
         with run.step("Running the captured model on verification inputs"):
-            watchers.append(Verify(captured, batches, Path.cwd(), PassContext(target, ranges, isa=flags)))
+            watch = Verify(captured, batches, Path.cwd(), PassContext(target, ranges, isa=flags))
+            watchers.append(watch)
+            for remark in watch.remarks:
+                run.note(remark)
     metric = metric_of(evaluate, captured, batches if max_drop is not None else None)
     before = before_of(run, metric, original, captured)
     search = metric_of(validate, captured, None) or metric

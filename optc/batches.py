@@ -35,8 +35,10 @@ class Batches:
         self.description = getattr(batches, "description", "batches given by the caller")
         self._batches = batches if hasattr(batches, "__len__") else list(batches)
         self._what = what
-        self._size = fixed_batch(program)
         self._examples = program.example_inputs
+        self._size = fixed_batch(program)
+        # A fixed program may have inputs that are no batch: then none can be put together or cut.
+        self._as_they_are = self._size is not None and any(len(each) != self._size for each in self._examples)
 
     def __len__(self) -> int:
         return len(self._batches)  # type: ignore[arg-type]  # lists and calibrations have one
@@ -47,7 +49,7 @@ class Batches:
             tensors = (batch,) if isinstance(batch, Tensor) else tuple(batch)
             self._check(tensors, f"{self._what} batch {number} of '{self.description}'")
             tensors = tuple(tensor.to(example.device) for tensor, example in zip(tensors, self._examples, strict=True))
-            if self._size is None:
+            if self._size is None or self._as_they_are:
                 yield tensors
             else:
                 held = tensors if held is None else tuple(map(torch.cat, zip(held, tensors, strict=True)))
@@ -62,6 +64,9 @@ class Batches:
         for tensor, example in zip(tensors, wanted, strict=True):
             if tensor.shape[1:] != example.shape[1:] or tensor.dtype != example.dtype:
                 raise DataError(f"{what} is {_kind(tensor)}, the model takes {_kind(example)}", "give what it takes")
+            if self._as_they_are and len(tensor) != len(example):
+                taken = tuple(example.shape)
+                raise DataError(f"{what} has a tensor of {tuple(tensor.shape)}", f"the model takes {taken} only")
 
 
 def _kind(tensor: Tensor) -> str:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from optc.errors import OptcError
+
 Call = Callable[..., Any]
 ACCURACY, AGREEMENT = "accuracy", "top-1 agreement"
 
@@ -30,8 +32,20 @@ class Metric:
     data: str = ""
 
     def __call__(self, call: Call) -> float:
-        """The score of ``call``."""
-        return self.score(call)
+        """The score of ``call``; NaN, as of a model that gives NaN, is below every other.
+
+        Raises:
+            OptcError: what it is scored with returned anything else than a number from 0 to 1.
+        """
+        score: Any = self.score(call)
+        wrong = OptcError(f"the {self.name} of the model came out as {score!r}", "return a number from 0 to 1")
+        try:
+            value = float(score)
+        except (TypeError, ValueError):
+            raise wrong from None
+        if value < 0.0 or value > 1.0:
+            raise wrong
+        return value
 
 
 def agreement(model: Call, batches: Sequence[tuple[Tensor, ...]], data: str = "") -> Metric:

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from optc.errors import CaptureError
 from optc.evaluation import evaluation_mode
+from optc.frontend.batch_sizes import CONDITIONS, compare_with_model, refuse_conditions, refuse_other_paths
 from optc.program import ModelInfo, Program, complete_meta, graph_module
 from optc.rewrite import argument, calls, set_argument, shape
 
@@ -43,12 +44,7 @@ def capture(
     Raises:
         CaptureError: torch.export cannot capture the model; carries its reason and the line of the model's code.
     """
-    given = tuple(example_inputs)
-    for number, tensor in enumerate(given, 1):
-        if tensor.ndim == 0:
-            raise CaptureError(
-                f"input {number} has no batch dimension", "give it a first dimension, one value a sample"
-            )
+    given = checked_inputs(model, example_inputs)
     info = info or ModelInfo(name=type(model).__name__)
     with evaluation_mode(model), torch.no_grad(), _quiet():
         if dynamic_batch:
@@ -60,12 +56,17 @@ def capture(
                 for tensor in inputs:
                     shapes[tensor] = {0: Dim.DYNAMIC}
                 exported = torch.export.export(model, inputs, dynamic_shapes=shapes.dynamic_shapes(model, inputs))
-                return program_from_exported(exported, inputs, True, info)
+                refuse_other_paths(exported.graph)
+                program = program_from_exported(exported, inputs, True, info)
+                # The exporter takes for granted that no size is 1.
+                compare_with_model(model, program, [tensor[:1] for tensor in inputs], "for a batch of 1")
+                return program
             except Exception as error:
                 dynamic_error = error
         try:
             exported = torch.export.export(model, given)
             program = program_from_exported(exported, given, False, info)
+            compare_with_model(model, program, given, "for the example inputs")
         except Exception as error:
             raise capture_error(model, error) from error
     if dynamic_batch:
@@ -75,6 +76,28 @@ def capture(
         )
         program = replace(program, info=replace(info, notes=(*info.notes, note)))
     return program
+
+
+def checked_inputs(model: torch.nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """A model's example inputs as a tuple.
+
+    Raises:
+        CaptureError: they, or the model, are no such thing as can be captured.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise CaptureError(f"the model is a {type(model).__name__}", "give a torch.nn.Module")
+    if not isinstance(inputs, (tuple, list)) or not inputs:
+        raise CaptureError(f"the example inputs are a {type(inputs).__name__}", "give a tuple of tensors")
+    for number, tensor in enumerate(inputs, 1):
+        if not isinstance(tensor, Tensor):
+            raise CaptureError(f"input {number} is a {type(tensor).__name__}", "give one tensor per argument")
+        if tensor.ndim == 0:
+            raise CaptureError(
+                f"input {number} has no batch dimension", "give it a first dimension, one value a sample"
+            )
+        if tensor.shape[0] == 0:
+            raise CaptureError(f"input {number} is an empty batch", "give at least one sample")
+    return tuple(inputs)
 
 
 def program_from_exported(
@@ -97,8 +120,9 @@ def program_from_exported(
     graph.graph_copy(unlifted.graph, values)
     leaves: list[Any] = pytree.tree_leaves(unlifted.graph.output_node().args[0])
     for number, leaf in enumerate(leaves):
-        if not isinstance(leaf, fx.Node):
-            raise CaptureError(f"its output {number} is {leaf!r}, not a tensor", "make it return tensors only")
+        if not isinstance(leaf, fx.Node) or not isinstance(leaf.meta.get("val"), Tensor):
+            kind = "a number" if isinstance(leaf, fx.Node) else repr(leaf)
+            raise CaptureError(f"its output {number} is {kind}, not a tensor", "make it return tensors only")
     graph.output(tuple(values[leaf] for leaf in leaves))
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default):
         node.replace_all_uses_with(node.args[1])
@@ -136,6 +160,8 @@ def _refuse_fixed_batch(model: torch.nn.Module) -> None:
         values = [node.meta.get("val") for node in model.graph.find_nodes(op="placeholder")]
         if any(isinstance(value, Tensor) and isinstance(value.shape[0], int) for value in values if value is not None):
             raise CaptureError("it was exported for one batch size")
+        refuse_other_paths(model.graph)
+        refuse_conditions(model.meta.get(CONDITIONS, ()))
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optc.errors import OptcError
+from optc.frontend.batch_sizes import CONDITIONS
 from optc.frontend.pt2_safety import checked_copy
 from optc.frontend.source import BuiltModel, ModelSource
 from optc.program import Preprocessing
@@ -46,6 +47,7 @@ class Pt2Source(ModelSource):
             )
         note = f"{path.name} does not say how images are prepared for it: assuming ImageNet's mean and std"
         module = exported.module(check_guards=False)
+        module.meta[CONDITIONS] = tuple(exported._guards_code)
         return BuiltModel(module, preprocessing, "given", f"inside {path.name}", tuple(args), (note,))
 
 

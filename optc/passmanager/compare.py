@@ -48,8 +48,7 @@ def compare(reference: Outputs, outputs: Outputs) -> Comparison:
     worst = Comparison(0.0, 0.0, math.inf, 1.0, None, 0)
     agree = samples = 0
     for position in range(len(reference[0])):
-        ref = torch.cat([batch[position].detach().to("cpu", torch.float64) for batch in reference])
-        out = torch.cat([batch[position].detach().to("cpu", torch.float64) for batch in outputs])
+        ref, out = _joined(reference, position), _joined(outputs, position)
         if ref.shape != out.shape:
             raise ValueError(f"output {position} has shape {tuple(out.shape)}, the reference {tuple(ref.shape)}")
         known, infinite = torch.isfinite(ref), torch.isinf(ref)
@@ -74,10 +73,26 @@ def compare(reference: Outputs, outputs: Outputs) -> Comparison:
         )
         if decision and ref.ndim == 1:
             agree, samples = agree + int((ref == out).sum()), samples + len(ref)
-        elif not decision and ref.ndim == 2 and ref.shape[1] > 1:
+        elif not decision and reference[0][position].ndim == 2 and ref.ndim == 2 and ref.shape[1] > 1:
             agree, samples = agree + int((ref.argmax(1) == out.argmax(1)).sum()), samples + len(ref)
     top1 = agree / samples if samples else None
     return Comparison(**{**worst.__dict__, "top1_agreement": top1})
+
+
+def nan_in(outputs: Outputs) -> list[tuple[int, float]]:
+    """Of each output that holds NaN, its position and the share of its values that are."""
+    shares = [
+        (position, float(_joined(outputs, position).isnan().double().mean())) for position in range(len(outputs[0]))
+    ]
+    return [(position, share) for position, share in shares if share > 0]
+
+
+def _joined(batches: Outputs, position: int) -> Tensor:
+    """An output of all batches in float64, complex values as pairs, and one value of each where there is no batch."""
+    parts = [torch.atleast_1d(batch[position].detach().cpu()) for batch in batches]
+    return torch.cat(
+        [torch.view_as_real(part.resolve_conj()) if part.is_complex() else part for part in parts]
+    ).double()
 
 
 def rounding_sqnr_db(program: Program) -> float:

@@ -60,6 +60,10 @@ def build_passes(
         OptcError: an option's value does not fit its type, or the text cannot be read.
     """
     items: Sequence[str | Pass] = passes.split(",") if isinstance(passes, str) else passes
+    if not isinstance(items, (list, tuple)) or not all(isinstance(item, (str, Pass)) for item in items):
+        raise OptcError(
+            f"passes are {passes!r}", "give names as in 'fuse,quant', or a list of names and optc.Pass objects"
+        )
     given, used = options or {}, set[str]()
     built = []
     for item in items:

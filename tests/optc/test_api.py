@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import optc
-from optc.errors import OptcError
+from optc.errors import OptcError, VerificationError
 from optc.machine import BF16_FLAGS, isa
 
 
@@ -128,3 +129,62 @@ def test_a_model_on_a_gpu_stays_there_and_a_copy_is_optimized(net: Net) -> None:
     assert {parameter.device.type for parameter in moved.parameters()} == {"cuda"}
     moved.eval()
     torch.testing.assert_close(made(inputs)["scores"], moved(inputs)["scores"].detach().cpu(), rtol=0.1, atol=0.1)
+
+
+class Broken(nn.Module):
+    """NaN in a weight, which a fused rectifier may take for zero."""
+
+    def __init__(self, mixes: bool) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 4) if mixes else nn.Identity()
+        with torch.no_grad():
+            self.conv.weight[0] = float("nan")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.conv(x).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("backend", ["eager", "onnxruntime"])
+def test_a_model_that_is_nan_throughout_is_not_optimized(backend: str) -> None:
+    message = "output 0 of the model itself is NaN throughout on the verification inputs — check its weights"
+    with pytest.raises(VerificationError, match=message):
+        optc.optimize(Broken(mixes=True), torch.randn(2, 3, 8, 8), "fuse", backend=backend, measure=False)
+
+
+def test_of_a_model_that_is_nan_in_part_that_is_told() -> None:
+    optimized = optc.optimize(Broken(mixes=False), torch.randn(2, 3, 8, 8), "fuse", backend="eager", measure=False)
+    assert any(note.startswith("25.0% of output 0 of the model itself are NaN") for note in optimized.report.notes)
+
+
+class Halves(nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x.bfloat16() * 2, x.sum()
+
+
+def test_outputs_have_the_types_and_shapes_of_the_model() -> None:
+    x = torch.randn(2, 3)
+    optimized = optc.optimize(Halves(), x, "fuse", backend="eager", measure=False)
+    twice, total = optimized(x)
+    assert (twice.dtype, total.shape) == (torch.bfloat16, ())
+    torch.testing.assert_close(twice, x.bfloat16() * 2)
+    torch.testing.assert_close(optimized(x.numpy())[1], x.sum())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"passes": None}, "passes are None — give names as in"),
+        ({"passes": [object()]}, "passes are "),
+        ({"max_drop": -1.0}, "max_drop is -1 — give percentage points"),
+        ({"max_drop": float("nan")}, "max_drop is nan"),
+        ({"evaluate": lambda call: None}, "the accuracy of the model came out as None — return a number from 0 to 1"),
+        ({"evaluate": lambda call: 90.0}, "the accuracy of the model came out as 90.0"),
+        ({"verification": torch.randn(2, 3, 8, 8)}, "verification batch 1"),
+    ],
+    ids=["no passes", "no pass", "negative", "nan", "nothing", "percent", "tensor"],
+)
+def test_arguments_that_make_no_sense_are_told(net: Net, given: dict[str, Any], message: str) -> None:
+    arguments = {"passes": "fuse", "backend": "eager", "measure": False, **given}
+    with pytest.raises(OptcError) as caught:
+        optc.optimize(net, torch.randn(2, 3, 8, 8), **arguments)
+    assert message in str(caught.value)

@@ -116,3 +116,22 @@ def test_without_a_batch_to_verify_with_the_example_inputs_serve() -> None:
     few = [torch.randn(2, 2)]
     made = optc.optimize(model, torch.randn(3, 2), "fuse", backend="eager", verification=few, measure=False)
     assert "there is no batch of 3 to verify with: outputs are compared on the example inputs" in made.report.notes
+
+
+class Mixes(nn.Module):
+    """Its second input is no batch, so that the first cannot vary either."""
+
+    def forward(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        return x @ table
+
+
+def test_an_input_that_is_no_batch_is_neither_cut_nor_put_together() -> None:
+    example = (torch.randn(2, 3), torch.randn(3, 3))
+    program = optc.capture(Mixes(), example)
+    assert not program.dynamic_batch
+    (batch,) = Batches([example], program)
+    assert [tuple(tensor.shape) for tensor in batch] == [(2, 3), (3, 3)]
+    with pytest.raises(DataError, match=r"has a tensor of \(4, 3\) — the model takes \(2, 3\) only"):
+        list(Batches([(torch.randn(4, 3), example[1])], program))
+    optimized = optc.optimize(Mixes(), example, "fuse", backend="onnxruntime", calibration=[example], measure=False)
+    torch.testing.assert_close(optimized(*example), example[0] @ example[1])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from optc.errors import VerificationError
-from optc.passmanager.compare import Comparison, compare, rounding_sqnr_db
+from optc.passmanager.compare import Comparison, Outputs, compare, nan_in, rounding_sqnr_db
 from optc.passmanager.contract import Instrument, Pass, PassContext, PassRecord
 from optc.passmanager.reproducer import write_reproducer
 from optc.program import Program
@@ -33,6 +33,12 @@ class Verify(Instrument):
         inputs: batches to run, each a tuple of tensors.
         folder: where a reproducer is left when a pass fails.
         context: the target, instruction sets and calibration data that passes are given, for the reproducer.
+
+    Attributes:
+        remarks: what of the model's own outputs there is nothing to compare with, for people.
+
+    Raises:
+        VerificationError: an output of the model itself is NaN throughout.
     """
 
     name = "verify"
@@ -48,6 +54,7 @@ class Verify(Instrument):
         self._folder = folder
         self._context = context or PassContext()
         self._reference = [captured.run(*batch) for batch in inputs]
+        self.remarks = _remarks(self._reference)
         self._outputs = {_path(captured): self._reference}
         self._records: list[PassRecord] = []  # kept alive, so that no other gets the id of one
 
@@ -104,6 +111,20 @@ class Verify(Instrument):
             min_sqnr_db,
             path,
         )
+
+
+def _remarks(reference: Outputs) -> list[str]:
+    found = nan_in(reference)
+    if whole := [position for position, share in found if share == 1.0]:
+        raise VerificationError(
+            f"output {whole[0]} of the model itself is NaN throughout on the verification inputs",
+            "check its weights and the range of its inputs; there is nothing to compare with",
+        )
+    return [
+        f"{share:.1%} of output {position} of the model itself are NaN on the verification inputs;"
+        " what they become is not compared"
+        for position, share in found
+    ]
 
 
 def _path(program: Program) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""How far two runs are apart, infinities and integers included."""
+"""How far two runs are apart, infinities, integers and complex values included."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import optc
-from optc.passmanager.compare import compare, rounding_sqnr_db
+from optc.passmanager.compare import compare, nan_in, rounding_sqnr_db
 
 MASKED = torch.tensor([[1.0, -math.inf, 2.0], [3.0, 4.0, -math.inf]])
 
@@ -46,3 +46,21 @@ def test_bytes_are_rounding_only_where_something_was_quantized() -> None:
         nn.Linear(8, 8), (torch.randn(2, 8),), "quant", calibration=calibration, backend="eager", measure=False
     ).program
     assert rounding_sqnr_db(quantized) < 40 < rounding_sqnr_db(linear)
+
+
+def test_complex_values_count_with_both_parts() -> None:
+    wanted = torch.complex(torch.ones(2, 3), torch.ones(2, 3))
+    assert compare([(wanted,)], [(wanted.clone(),)]).sqnr_db == math.inf
+    assert abs(compare([(wanted,)], [(wanted.conj(),)]).sqnr_db - 10 * math.log10(2 / 4)) < 1e-9
+
+
+def test_one_value_of_each_batch_is_compared_where_an_output_has_no_batch() -> None:
+    wanted, got = [(torch.tensor(1.0),), (torch.tensor(2.0),)], [(torch.tensor(1.0),), (torch.tensor(2.2),)]
+    found = compare(wanted, got)
+    assert (found.samples, round(found.max_abs, 6)) == (2, 0.2)
+
+
+def test_outputs_with_nan_are_told_by_position_and_share() -> None:
+    whole = torch.ones(2, 2)
+    some = torch.tensor([[math.nan, 1.0], [1.0, 1.0]])
+    assert nan_in([(whole, some), (whole, whole)]) == [(1, 1 / 8)]

@@ -1,0 +1,127 @@
+"""Whether a captured graph computes what the model does, also for other batch sizes than that of the examples."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from optc.errors import CaptureError
+from optc.program import Program
+from optc.sqnr import decides, sqnr_db
+
+aten = torch.ops.aten
+
+_TRIED = (*range(2, 66), 100, 127, 128, 255, 256, 1000)
+_SAME_SIZE = re.compile(r"L\S+\.size\(\)\[0\] == L\S+\.size\(\)\[0\]")
+_SQUEEZES = (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze_.default, aten.squeeze_.dim)
+CONDITIONS = "optc.conditions"
+"""Under this name a module's ``meta`` holds what a file says about the sizes that its graph takes."""
+_LEAST_DB = {torch.float16: 30.0, torch.bfloat16: 25.0}
+_LEAST_DB_OTHERWISE = 60.0
+"""SQNR of a capture: it runs the model's own operators, so that rounding alone may differ."""
+
+
+def refuse_other_paths(graph: fx.Graph) -> None:
+    """Where the model's code asks for the batch size, the graph holds only the path that the example batch took.
+
+    The exporter writes down what it took for granted, as ranges and conditions of sizes. That 0 and 1 may be special
+    it leaves out: see :func:`compare_with_model`.
+
+    Args:
+        graph: as exported, with a batch that varies, or as it was loaded from a file.
+
+    Raises:
+        CaptureError: some batch size from 2 on does not meet them.
+    """
+    for node in graph.nodes:
+        if node.target in _SQUEEZES and any(map(_varies, _squeezed(node))):
+            raise CaptureError(
+                "squeeze() drops the batch dimension of a single sample; name the dimension: squeeze(-1)"
+            )
+    sizes = [size for size in map(_batch, graph.find_nodes(op="placeholder")) if size is not None]
+    for size in sizes:
+        limits = size.node.shape_env.var_to_range.get(size.node.expr)
+        if limits is not None and (limits.lower > 2 or limits.upper < max(_TRIED)):
+            raise CaptureError(f"its code goes another way for batches beyond {limits.lower} to {limits.upper}")
+    for guard in sizes[0].node.shape_env.guards if sizes else ():
+        if not all(_holds(guard.expr, batch) for batch in _TRIED):
+            condition = re.sub(r"\bs\d+\b", "batch", str(guard.expr))
+            raise CaptureError(f"its code goes another way unless {condition}")
+
+
+def refuse_conditions(conditions: Sequence[str]) -> None:
+    """As :func:`refuse_other_paths`, for what a file says in words: they are not evaluated, as they might be anything.
+
+    Raises:
+        CaptureError: one is about a batch size, and not only that two inputs have the same.
+    """
+    for condition in conditions:
+        if ".size()[0]" in condition and not _SAME_SIZE.fullmatch(condition):
+            raise CaptureError(f"it was exported for batches with {condition[:100]}")
+
+
+def compare_with_model(model: torch.nn.Module, program: Program, inputs: Sequence[Tensor], what: str) -> None:
+    """Hold the graph to what the model itself computes.
+
+    Random operators draw other numbers in each call; then only the outputs' shapes are compared.
+
+    Args:
+        what: what the inputs are, for errors.
+
+    Raises:
+        CaptureError: an output differs.
+    """
+    with torch.no_grad():
+        wanted = pytree.tree_leaves(model(*(tensor.clone() for tensor in inputs)))
+    got = program.run(*(tensor.clone() for tensor in inputs))
+    random = any(map(_is_random, program.graph.nodes))
+    for number, (model_output, output) in enumerate(zip(wanted, got, strict=True)):
+        if model_output.shape != output.shape:
+            was, now = tuple(model_output.shape), tuple(output.shape)
+            raise CaptureError(f"output {number} of the model is {was} {what}, of the graph {now}")
+        if not random and not _same(model_output, output):
+            raise CaptureError(f"output {number} of the graph differs {what} from what the model computes")
+
+
+def _batch(node: fx.Node) -> Any:
+    """The varying size of an input's first dimension, or ``None``."""
+    value = node.meta.get("val")
+    return value.shape[0] if isinstance(value, Tensor) and value.ndim > 0 and _varies(value.shape[0]) else None
+
+
+def _varies(size: object) -> bool:
+    return isinstance(size, torch.SymInt)
+
+
+def _squeezed(node: fx.Node) -> list[object]:
+    """The sizes that a squeeze drops where they are 1."""
+    source: Any = node.args[0]
+    sizes = list(source.meta["val"].shape)
+    asked: Any = node.args[1] if len(node.args) > 1 else range(len(sizes))
+    return [sizes[dim] for dim in ([asked] if isinstance(asked, int) else asked)]
+
+
+def _holds(condition: Any, batch: int) -> bool:
+    """Whether a condition of sympy's is met where every size in it is the batch."""
+    return bool(condition.subs(dict.fromkeys(condition.free_symbols, batch)))
+
+
+def _is_random(node: fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _same(wanted: Tensor, got: Tensor) -> bool:
+    if decides(wanted.dtype):
+        return torch.equal(wanted, got)
+    least = _LEAST_DB.get(wanted.dtype, _LEAST_DB_OTHERWISE)
+    if wanted.is_complex():
+        wanted, got = torch.view_as_real(wanted.resolve_conj()), torch.view_as_real(got.resolve_conj())
+    known = wanted.isfinite()
+    signal = wanted[known].double()
+    noise = float((got[known].double() - signal).square().sum())
+    return noise == 0.0 or sqnr_db(float(signal.square().sum()), noise) >= least
