@@ -101,7 +101,7 @@ def as_array(tensor: torch.Tensor) -> Array:
     """A tensor as an array; types numpy has not (bfloat16, float8) as float32."""
     if tensor.dtype.is_floating_point and tensor.dtype not in (torch.float64, torch.float32, torch.float16):
         tensor = tensor.float()
-    array: Array = tensor.detach().cpu().contiguous().numpy()
+    array: Array = tensor.detach().cpu().contiguous().resolve_conj().numpy()
     return array
 
 
@@ -115,7 +115,8 @@ def _steadiness_db(program: Program, inputs: Sequence[torch.Tensor], outputs: Se
         for tensor in inputs
     ]
     moved = [as_array(output) for output in program.run(*shaken)]
-    return min(_distance_db(a, b, np.isfinite(a)) for a, b in zip(outputs, moved, strict=True))
+    pairs = (_as_reals(a, b) for a, b in zip(outputs, moved, strict=True))
+    return min(_distance_db(a, b, np.isfinite(a)) for a, b in pairs)
 
 
 def _from_captured_db(program: Program) -> float:
@@ -157,6 +158,7 @@ def compare_outputs(
     for name, reference, output in zip(names, graph, outputs, strict=True):
         if reference.shape != output.shape:
             raise _diverges(runtime, name, f"its shape is {output.shape}, the graph's {reference.shape}")
+        reference, output = _as_reals(reference, output)
         expected, found = reference.astype(np.float64), output.astype(np.float64)
         finite = np.isfinite(expected)
         if not np.isfinite(found[finite]).all():
@@ -176,6 +178,13 @@ def compare_outputs(
 
 def _diverges(runtime: str, name: str, how: str) -> BackendError:
     return BackendError(f"{runtime} computes output '{name}' differently from the optimized graph: {how}")
+
+
+def _as_reals(reference: Array, output: Array) -> tuple[Array, Array]:
+    """The same arrays; of complex ones the real parts, then the imaginary parts."""
+    if not (np.iscomplexobj(reference) or np.iscomplexobj(output)):
+        return reference, output
+    return np.stack([reference.real, reference.imag]), np.stack([output.real, output.imag])
 
 
 def _distance_db(reference: Array, output: Array, finite: np.ndarray[Any, np.dtype[np.bool_]]) -> float:

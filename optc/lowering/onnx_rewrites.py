@@ -11,6 +11,7 @@ from onnx_ir.passes import common
 from onnxscript import optimizer
 
 from optc.lowering import onnx_blocks, onnx_dynamic
+from optc.lowering.onnx_resize import keep_channels_first
 
 
 def tidy(model: ir.Model) -> None:
@@ -24,6 +25,7 @@ def tidy(model: ir.Model) -> None:
     transpose_weights(model)
     optimize(model)
     dequantize_biases(model)
+    keep_channels_first(model)  # the optimizer would drop what changes nothing
     common.RemoveUnusedNodesPass()(model)
     common.ClearMetadataAndDocStringPass()(model)
 

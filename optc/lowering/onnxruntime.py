@@ -211,7 +211,10 @@ class OnnxRuntimeRunner(Runner):
             try:
                 session.run(None, feed)
             except Exception as error:
-                raise BackendError(f"onnxruntime cannot run {path.name}: {first_line(error)}") from error
+                raise BackendError(
+                    f"onnxruntime cannot run {path.name}: {first_line(error)}",
+                    "use a backend that runs it, such as --backend eager",
+                ) from error
             ran = kernels(json.loads(Path(session.end_profiling()).read_bytes()))
         self.kernels = with_weight_types(ran, path)
         self.fallback = fallback(self.kernels, providers[0])

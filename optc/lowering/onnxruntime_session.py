@@ -135,5 +135,6 @@ def _no_kernel(path: Path, provider: str, error: Exception) -> BackendError | No
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """The first line of what an error says; all of them, as one, where that ends with a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines) if lines[0].endswith(":") else lines[0]

@@ -44,7 +44,7 @@ def prepack(program: Program) -> Packed:
     for node in calls(program, *LAYERS):
         row = LAYERS[node.target]  # type: ignore[index]
         weight = constant_of(program, argument(node, "weight"))
-        reason = "its weight is computed" if weight is None else _refusal(node, row)
+        reason = "its weight is computed" if weight is None else _refusal(node, row, weight)
         if weight is None or reason:
             left[str(reason)] += 1
             continue
@@ -64,7 +64,9 @@ def _arguments(node: fx.Node) -> tuple[fx.node.Argument, ...]:
     return tuple(argument(node, parameter.name) for parameter in node.target._schema.arguments)  # type: ignore[union-attr]
 
 
-def _refusal(node: fx.Node, row: Composite) -> str | None:
+def _refusal(node: fx.Node, row: Composite, weight: Tensor) -> str | None:
+    if weight.dim() < 2:
+        return "its weight is a vector"
     fakes = fx.map_arg(_arguments(node), lambda n: n.meta["val"])
     return cpu.refusal(row, fakes, packed=True)
 

@@ -54,16 +54,28 @@ FLOAT_OPS = {
     aten.conv_transpose3d.input: "transposed convolutions have no int8 kernel",
     aten.embedding.default: "a look-up does no arithmetic",
     ATTENTION: "attention stays in float: softmax is sensitive to rounding",
-    aten.matmul.default: "product of two activations, stays in float",
-    aten.bmm.default: "product of two activations, stays in float",
-    aten.mm.default: f"a product of matrices, or {DECOMPOSED}",
-    aten.addmm.default: f"a product of matrices, or {DECOMPOSED}",
+    aten.bilinear.default: "bilinear layers have no int8 kernel",
+    **dict.fromkeys(
+        (
+            *(aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input),
+            *(aten.lstm_cell.default, aten.gru_cell.default, aten.rnn_tanh_cell.default, aten.rnn_relu_cell.default),
+        ),
+        "recurrent layers are not quantized",
+    ),
     aten.convolution.default: DECOMPOSED,
     aten.conv1d.padding: "only 2-d convolutions have int8 kernels",
     aten.conv2d.padding: "it pads one side more than the other, which int8 layers cannot",
     aten.conv3d.padding: "only 2-d convolutions have int8 kernels",
 }
 """Operators that do the work of a layer and stay in float, each with the reason reported."""
+
+_FACTORS = {
+    **dict.fromkeys((aten.matmul.default, aten.mm.default, aten.bmm.default, aten.mv.default), (0, 1)),
+    **dict.fromkeys((aten.inner.default, aten.tensordot.default), (0, 1)),
+    **dict.fromkeys((aten.addmm.default, aten.baddbmm.default, aten.addbmm.default, aten.addmv.default), (1, 2)),
+    aten.einsum.default: (1,),
+}
+"""Products, which stay in float, too: at which places of their arguments they have what they multiply."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +136,7 @@ def make_plan(program: Program, in_float: Collection[str] = (), attention: bool 
             those of most tokens would become 0.
     """
     layers, attended, skipped = [], [], []
-    uses = _uses_by_constant(program)
+    uses, constant = _uses_by_constant(program), _constant(program.graph)
     again = any(True for _ in calls(program, *QUANTIZERS))
     for node in program.graph.nodes:
         if node.op != "call_function":
@@ -133,6 +145,8 @@ def make_plan(program: Program, in_float: Collection[str] = (), attention: bool 
             attended.append(node)
         elif node.target in FLOAT_OPS:
             skipped.append(Skip(RULE, node.name, FLOAT_OPS[node.target]))
+        elif node.target in _FACTORS:
+            skipped.append(Skip(RULE, node.name, _why_a_product_is_float(node, constant)))
         if node.target not in CONVS | LINEARS or node.name in in_float:
             continue
         reason = "the program is quantized already" if again else _why_not(program, node, uses)
@@ -149,6 +163,25 @@ def _takes_float32(attention: fx.Node) -> bool:
     """Whether an attention's queries and keys are computed, in float32."""
     sources = [source for source in attention.args[:2] if isinstance(source, fx.Node) and source.op == "call_function"]
     return len(sources) == 2 and all(dtype(source) is torch.float32 for source in sources)
+
+
+def _why_a_product_is_float(node: fx.Node, constant: Collection[fx.Node]) -> str:
+    given = [node.args[place] for place in _FACTORS[node.target]]  # type: ignore[index]
+    factors = [factor for each in given for factor in (each if isinstance(each, (list, tuple)) else [each])]
+    if not any(factor in constant for factor in factors):
+        return "product of two activations, stays in float"
+    if node.target in (aten.mm.default, aten.addmm.default):
+        return f"a product of matrices, or {DECOMPOSED}"
+    return "a product with a constant becomes int8 only where it is written as a linear layer"
+
+
+def _constant(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that depend on no input of the model."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "get_attr" or (node.op == "call_function" and found.issuperset(node.all_input_nodes)):
+            found.add(node)
+    return found
 
 
 def _why_not(program: Program, node: fx.Node, uses: Counter[int]) -> str | None:

@@ -55,20 +55,28 @@ def calibrate(
 
     Raises:
         DataError: as :func:`~optc_passes.calibration.checked` does.
-        OptcError: the float program itself gives NaN or Inf.
+        OptcError: the float program itself gives NaN or Inf; names the output.
     """
     inputs = len(prepared.graph.find_nodes(op="placeholder"))
     batches: list[Batch] = []
     outputs: list[Batch] = []
     for number, batch in enumerate(checked(calibration, inputs, context), 1):
         result = prepared(*batch)
-        if not all(bool(tensor.isfinite().all()) for tensor in result):
-            what = f"calibration batch {number} of '{calibration.description}'"
-            raise OptcError(f"the unquantized model gives NaN or Inf on {what}", "check the model's weights")
+        _refuse_not_finite(result, f"calibration batch {number} of '{calibration.description}'")
         if sum(len(kept[0]) for kept in batches) < CHECKED_SAMPLES:
             batches.append(batch)
             outputs.append(result)
     return batches, outputs
+
+
+def _refuse_not_finite(outputs: Batch, batch: str) -> None:
+    for position, output in enumerate(outputs):
+        name = f"output {position} of the unquantized model" if len(outputs) > 1 else "the unquantized model's output"
+        if output.isnan().any():
+            raise OptcError(f"{name} holds NaN on {batch}", "check the model's weights")
+        if output.isinf().any():
+            mend = "mask with a large finite number such as -1e4 where it is meant, else check the model's weights"
+            raise OptcError(f"{name} holds infinities on {batch}", mend)
 
 
 @torch.no_grad()

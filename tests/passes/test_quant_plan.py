@@ -122,6 +122,7 @@ def test_activations_stay_in_float(quantized: Callable, activation: nn.Module) -
 
 
 SHARED = nn.Linear(6, 6)
+LINEAR = "a product with a constant becomes int8 only where it is written as a linear layer"
 LEFT_IN_FLOAT = {
     "shared-weight": (Calls(lambda m, x: m.a(m.a(x)), a=SHARED), torch.randn(2, 6), "weight is used more than once"),
     "tied-parameter": (
@@ -176,9 +177,52 @@ LEFT_IN_FLOAT = {
         "softmax",
     ),
     "matmul": (Calls(lambda m, x: x @ x.transpose(1, 2)), torch.randn(2, 5, 4), "product of two activations"),
+    "einsum": (
+        Calls(lambda m, x: torch.einsum("bij,bkj->bik", x, x)),
+        torch.randn(2, 5, 4),
+        "product of two activations",
+    ),
+    "baddbmm": (
+        Calls(lambda m, x: torch.baddbmm(m.p, x, x.transpose(1, 2)), p=nn.Parameter(torch.randn(1, 5, 5))),
+        torch.randn(2, 5, 4),
+        "product of two activations",
+    ),
+    "mm": (Calls(lambda m, x: torch.mm(x.t(), x)), torch.randn(2, 4), "product of two activations"),
+    "matmul-with-weight": (
+        Calls(lambda m, x: x @ m.p, p=nn.Parameter(torch.randn(4, 6))),
+        torch.randn(2, 5, 4),
+        LINEAR,
+    ),
+    "matmul-with-a-view-of-a-weight": (
+        Calls(lambda m, x: x @ m.p.t(), p=nn.Parameter(torch.randn(6, 4))),
+        torch.randn(2, 5, 4),
+        LINEAR,
+    ),
+    "einsum-with-weight": (
+        Calls(lambda m, x: torch.einsum("btc,ch->bth", x, m.p), p=nn.Parameter(torch.randn(4, 6))),
+        torch.randn(2, 5, 4),
+        LINEAR,
+    ),
+    "addmv": (Calls(lambda m, x: torch.addmv(m.p, x, m.p), p=nn.Parameter(torch.randn(4))), torch.randn(4, 4), LINEAR),
+    "tensordot": (
+        Calls(lambda m, x: torch.tensordot(x, m.p, 1), p=nn.Parameter(torch.randn(4, 6))),
+        torch.randn(2, 5, 4),
+        LINEAR,
+    ),
+    "bilinear": (Calls(lambda m, x: m.b(x, x), b=nn.Bilinear(4, 4, 3)), torch.randn(2, 4), "bilinear"),
+    "lstm": (Calls(lambda m, x: m.r(x)[0], r=nn.LSTM(4, 3, batch_first=True)), torch.randn(2, 5, 4), "recurrent"),
+    "gru": (Calls(lambda m, x: m.r(x)[0], r=nn.GRU(4, 3, batch_first=True)), torch.randn(2, 5, 4), "recurrent"),
+    "rnn": (Calls(lambda m, x: m.r(x)[0], r=nn.RNN(4, 3, batch_first=True)), torch.randn(2, 5, 4), "recurrent"),
+    "rnn-relu": (
+        Calls(lambda m, x: m.r(x)[0], r=nn.RNN(4, 3, batch_first=True, nonlinearity="relu")),
+        torch.randn(2, 5, 4),
+        "recurrent",
+    ),
+    "lstm-cell": (Calls(lambda m, x: m.r(x)[0], r=nn.LSTMCell(4, 3)), torch.randn(2, 4), "recurrent"),
 }
 
 
+@pytest.mark.filterwarnings("ignore:The tensor attributes")  # torch.export, of the list that recurrent layers keep
 @pytest.mark.parametrize("case", LEFT_IN_FLOAT)
 def test_left_in_float_with_a_reason(quantized: Callable, case: str) -> None:
     model, x, reason = LEFT_IN_FLOAT[case]

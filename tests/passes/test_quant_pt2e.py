@@ -52,8 +52,30 @@ def test_a_model_that_gives_nan() -> None:
     model = nn.Conv2d(3, 4, 3)
     with torch.no_grad():
         model.bias[0] = float("nan")
-    with pytest.raises(optc.OptcError, match=r"the unquantized model gives NaN or Inf .*check the model's weights"):
+    expected = (
+        r"the unquantized model's output holds NaN on calibration batch 1 of 'bad data' — check the model's weights"
+    )
+    with pytest.raises(optc.OptcError, match=expected):
         quantize((X,), model=model)
+
+
+class Masked(nn.Module):
+    """A second output with classes left out."""
+
+    def __init__(self, out: float) -> None:
+        super().__init__()
+        self.conv, self.out = nn.Conv2d(3, 4, 8), out
+        self.register_buffer("left_out", torch.tensor([True, False, False, False]))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = self.conv(x).flatten(1)
+        return scores, scores.masked_fill(self.left_out, self.out)
+
+
+def test_infinities_by_design_are_told_from_nan() -> None:
+    with pytest.raises(optc.OptcError, match=r"output 1 of .* holds infinities on .*mask with a large finite number"):
+        quantize((X,), model=Masked(-torch.inf))
+    assert quantize((X,), model=Masked(-1e4)).applied
 
 
 def test_no_calibration_says_what_to_give() -> None:

@@ -228,6 +228,8 @@ def test_an_error_of_openvino_is_cut_to_the_line_that_tells() -> None:
         "While validating node 'x':\nIncorrect weights in bin file!\n\n\n"
     )
     assert reason(text) == "While validating node 'x': Incorrect weights in bin file!"
+    deeper = text.replace("Incorrect", "Check 'c' failed at src/core/src/a.hpp:3:\nInner:\nIncorrect")
+    assert reason(deeper) == "While validating node 'x': Inner: Incorrect weights in bin file!"
     assert reason("plain") == "plain"
     assert reason("") == "no reason given"
 

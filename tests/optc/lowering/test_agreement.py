@@ -11,7 +11,7 @@ import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
 
 from optc import Program, capture
 from optc.errors import BackendError
-from optc.lowering.agreement import FLOAT_DB, QUANTIZED_DB, bound_db, check_agreement, compare_outputs
+from optc.lowering.agreement import FLOAT_DB, QUANTIZED_DB, as_array, bound_db, check_agreement, compare_outputs
 from optc.passmanager.contract import PassRecord
 
 REFERENCE = np.array([[3.0, 4.0]], np.float32)
@@ -54,6 +54,28 @@ def test_infinities_of_the_graph_itself_are_not_held_against_the_runtime() -> No
 def test_an_infinity_that_goes_is_refused(instead: float) -> None:
     with pytest.raises(BackendError, match="not infinite where the graph's is"):
         compare_outputs("rt", ["a"], [np.array([1.0, -math.inf])], [np.array([1.0, instead])], 60.0)
+
+
+def test_complex_outputs_are_compared_in_both_parts() -> None:
+    graph = np.array([[3.0 + 1.0j, 4.0 - 2.0j]], np.complex64)
+    assert compare_outputs("rt", ["a"], [graph], [graph.copy()], 60.0).sqnr_db == math.inf
+    found = compare_outputs("rt", ["a"], [graph], [graph + np.complex64(0.05j)], 30.0)
+    assert found.sqnr_db == pytest.approx(10 * math.log10(30 / (2 * 0.05**2)), abs=1e-3)
+    with pytest.raises(BackendError, match="differently"):
+        compare_outputs("rt", ["a"], [graph], [graph.conj()], 60.0)
+    with pytest.raises(BackendError, match="differently"):
+        compare_outputs("rt", ["a"], [graph], [graph.real.copy()], 60.0)
+    with pytest.raises(BackendError, match="not finite"):
+        compare_outputs("rt", ["a"], [graph], [graph + np.array([[0, complex(0, math.nan)]])], 60.0)
+
+
+def test_a_single_complex_number_is_compared() -> None:
+    with pytest.raises(BackendError, match="differently"):
+        compare_outputs("rt", ["a"], [np.complex64(1 + 1j)[...]], [np.complex64(1 - 1j)[...]], 60.0)
+
+
+def test_a_conjugated_tensor_becomes_an_array() -> None:
+    np.testing.assert_array_equal(as_array(torch.tensor([1 + 2j]).conj()), np.array([1 - 2j]))
 
 
 def test_a_wrong_shape_is_refused() -> None:

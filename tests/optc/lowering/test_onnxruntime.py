@@ -19,6 +19,7 @@ from optc.errors import BackendError
 from optc.lowering import onnxruntime as backend_module
 from optc.lowering.onnx_export import LEAST_OPSET
 from optc.lowering.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeRunner
+from optc.lowering.onnxruntime_session import first_line
 from optc.plugins.registry import registry
 
 Quantize = Callable[[Program], Program]
@@ -254,3 +255,11 @@ def test_wrong_inputs_get_one_line(wrong: tuple[Any, ...], loaded: Callable[...,
     with pytest.raises(BackendError, match=r"the model takes 1 inputs, not 0|cannot run the model on this: ") as caught:
         runner(*wrong)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [("refused\nby me", "refused"), ("takes only:\n  * a or\n  * b\n", "takes only: * a or * b"), ("", "ValueError")],
+)
+def test_an_error_is_told_in_one_line_that_is_whole(said: str, told: str) -> None:
+    assert first_line(ValueError(said)) == told

@@ -120,5 +120,22 @@ def test_says_what_it_left_and_why() -> None:
     check(program, torch.randn(2, 4))
 
 
+class Vector(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.linear = nn.Parameter(torch.randn(6)), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.linear(x), self.weight)
+
+
+def test_a_vector_as_weight_is_left() -> None:
+    program = capture(Vector(), (torch.randn(2, 6),))
+    packed = prepack(program.fork())
+    assert packed.layers == 1
+    assert dict(packed.left) == {"its weight is a vector": 1}
+    check(program, torch.randn(2, 6))
+
+
 def test_table_covers_the_composites() -> None:
     assert set(LAYERS) == {*COMPOSITES, aten.conv2d.default, aten.linear.default}

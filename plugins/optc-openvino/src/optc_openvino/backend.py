@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from optc import Backend, BackendError, KernelTime, Lowered, Runner, Target
 from optc_openvino.attention import spell_out_attention, split_projections
-from optc_openvino.bfloat16 import use_inference_precision
+from optc_openvino.bfloat16 import take_and_give_float32, use_inference_precision
 from optc_openvino.choice import Preferred, choose_kernels, recall_kernels, write_choice
 from optc_openvino.execution import not_int8
 from optc_openvino.flatten import flatten_layers
@@ -71,6 +71,7 @@ class OpenVinoBackend(Backend):
             _, exported = export_onnx(program, onnx)
             model = read(onnx)
             with errors("openvino cannot rewrite the model"):
+                model = take_and_give_float32(model)
                 dropped = drop_zero_points(model)
                 own = use_inference_precision(model)  # the casts that it drops would hide the patterns below
                 drop_repeated_quantizations(model)

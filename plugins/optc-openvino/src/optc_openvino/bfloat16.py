@@ -1,4 +1,4 @@
-"""Models in bfloat16 wherever they are not quantized: OpenVINO's own inference precision instead of casts."""
+"""Models in bfloat16: float32 at their ends, and OpenVINO's own inference precision instead of casts."""
 
 from __future__ import annotations
 
@@ -18,6 +18,18 @@ _HARMLESS = frozenset(
     )
 )
 """What may be in float32 between quantized layers: moves, and operators that lose no more than one rounding."""
+
+
+def take_and_give_float32(model: ov.Model) -> ov.Model:
+    """The model with float32 in place of bfloat16, which NumPy has not, as the type of inputs and outputs."""
+    if not any(_type(port) == "bf16" for port in (*model.inputs, *model.outputs)):
+        return model
+    around = ov.preprocess.PrePostProcessor(model)
+    for ports, side in ((model.inputs, around.input), (model.outputs, around.output)):
+        for index, port in enumerate(ports):
+            if _type(port) == "bf16":
+                side(index).tensor().set_element_type(ov.Type.f32)
+    return around.build()
 
 
 def use_inference_precision(model: ov.Model) -> bool:

@@ -197,11 +197,28 @@ def errors(what: str) -> Iterator[None]:
         raise BackendError(f"{what}: {reason(str(error))}") from error
 
 
-_PLACE = re.compile(r"^(Exception from|Check '.*' failed at|[\w/.]+\.[ch]pp:\d+)")
+_PLACE = re.compile(
+    r"(Exception from|Check '.*' failed at) \S+:\d+:?|^[\w/.]+\.[ch]pp:\d+.*|^FrontEnd API failed with \w+:"
+)
+_FAILED = re.compile(r"^-- (\S+) with a message:\n(.*?)(?=\n\s*\n|\Z)", re.MULTILINE | re.DOTALL)
 
 
 def reason(text: str) -> str:
-    """What an OpenVINO error says, without the places in its source code: one line, or two joined by a colon."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    first, *rest = [line for line in lines if not _PLACE.match(line)] or lines or ["no reason given"]
-    return f"{first} {rest[0]}" if first.endswith(":") and rest else first.rstrip(":")
+    """What an OpenVINO error says, without the places in its source code, in one line.
+
+    Of a model that could not be converted: what it says of each type of operator that was not.
+    """
+    failed = _FAILED.findall(text)
+    return "; ".join(f"{operator}: {_first(message)}" for operator, message in failed) or _first(text)
+
+
+def _first(text: str) -> str:
+    """The first line that tells, and after a colon the next one."""
+    first, *rest = list(filter(None, (_PLACE.sub("", line).strip() for line in text.splitlines()))) or [
+        "no reason given"
+    ]
+    for line in rest:
+        if not first.endswith(":"):
+            break
+        first += f" {line}"
+    return first.rstrip(":")
