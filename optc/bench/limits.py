@@ -11,6 +11,7 @@ from typing import Any
 
 from optc.errors import MeasurementError
 
+_MOST_BYTES = 2**60
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
@@ -21,9 +22,10 @@ def parse_bytes(text: str) -> int:
         MeasurementError: it is no size.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", text.strip().lower())
-    if match is None or float(match[1]) == 0:
+    size = float(match[1]) * _UNITS[match[2] or ""] if match else 0.0
+    if not 1 <= size <= _MOST_BYTES:
         raise MeasurementError(f"'{text}' is no size of memory", "write 512MB or 2GiB")
-    return int(float(match[1]) * _UNITS[match[2] or ""])
+    return int(size)
 
 
 def parse_cpus(text: str) -> frozenset[int]:
@@ -32,18 +34,18 @@ def parse_cpus(text: str) -> frozenset[int]:
     Raises:
         MeasurementError: it is no list of CPUs, or names one this process may not use.
     """
+    allowed = os.sched_getaffinity(0)
     found: set[int] = set()
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+        match = re.fullmatch(r"\s*(\d{1,18})(?:\s*-\s*(\d{1,18}))?\s*", part)
         if match is None or int(match[2] or match[1]) < int(match[1]):
             raise MeasurementError(f"'{text}' is no list of CPUs", "write 0,2 or 0-3")
-        found.update(range(int(match[1]), int(match[2] or match[1]) + 1))
-    allowed = os.sched_getaffinity(0)
-    if missing := sorted(found - allowed):
-        raise MeasurementError(
-            f"this process may not use CPU {', '.join(map(str, missing))}",
-            f"choose among {', '.join(map(str, sorted(allowed)))}",
-        )
+        for cpu in range(int(match[1]), int(match[2] or match[1]) + 1):
+            if cpu not in allowed:
+                raise MeasurementError(
+                    f"this process may not use CPU {cpu}", f"choose among {', '.join(map(str, sorted(allowed)))}"
+                )
+            found.add(cpu)
     return frozenset(found)
 
 

@@ -12,7 +12,7 @@ from optc.cli.options import json_option, options_table, print_json
 from optc.cli.terminal import stdout
 from optc.errors import OptcError
 from optc.options import described
-from optc.plugins.registry import registry
+from optc.plugins.registry import RAISED, Registry, registry
 from optc.target import Target
 
 
@@ -22,10 +22,10 @@ from optc.target import Target
 def command(name: str | None, as_json: bool) -> None:
     """List every backend, whether it runs here, and what to install where not; with NAME, one and its options."""
     if name is not None:
-        description = status(name) | {"options": described(registry().load("backend", name).Options)}
+        description = status(registry(), name) | {"options": described(registry().load("backend", name).Options)}
         print_json(description) if as_json else _print_description(description)
         return
-    rows = [status(name) for name in registry().all("backend")]
+    rows = [status(registry(), name) for name in registry().all("backend")]
     if as_json:
         print_json(rows)
         return
@@ -37,17 +37,17 @@ def command(name: str | None, as_json: bool) -> None:
     stdout().print(table)
 
 
-def status(name: str) -> dict[str, Any]:
+def status(plugins: Registry, name: str) -> dict[str, Any]:
     """Whether the backend runs here, and if not why, JSON-ready. Imports the backend if what it requires is there."""
-    registered = registry().get("backend", name)
+    registered = plugins.get("backend", name)
     try:
-        backend = registry().load("backend", name)
+        backend = plugins.load("backend", name)
         reason = backend.unavailable(Target())
         if reason is not None and backend.unavailable(Target(device="cuda")) is None:
             reason = None  # it runs on the GPU, and on that alone
     except OptcError as error:
         reason = str(error)
-    except Exception as error:
+    except RAISED as error:
         reason = f"plugin '{registered.plugin}' raised {type(error).__name__}: {error}"
     return {
         "name": name,

@@ -19,6 +19,7 @@ from optc.cli.options import (
     verbosity_options,
 )
 from optc.cli.terminal import stdout
+from optc.cli.values import IMAGES, TEXT
 from optc.errors import MeasurementError
 
 if TYPE_CHECKING:
@@ -33,13 +34,15 @@ LIMIT_SECONDS = 120.0
 
 
 @click.command("compare")
-@click.argument("targets", nargs=-1, required=True)
+@click.argument("targets", nargs=-1, required=True, type=TEXT)
 @click.option(
-    "--weights", default="pretrained", show_default=True, help="For model names: pretrained, random or a file."
+    "--weights",
+    type=TEXT,
+    default="pretrained",
+    show_default=True,
+    help="For model names: pretrained, random or a file.",
 )
-@click.option(
-    "--batch", type=click.IntRange(1), help="Images in a query.  [default: what the first artifact is optimized for]"
-)
+@click.option("--batch", type=IMAGES, help="Images in a query.  [default: what the first artifact is optimized for]")
 @click.option("--force", is_flag=True, help="Compare runs of different machines, threads or versions all the same.")
 @limit_options
 @target_options
@@ -173,7 +176,7 @@ def _saved(name: str) -> Run | None:
     path = Path(name)
     if (path / RUN_FILE).is_file():
         return replace(read_run(path / RUN_FILE), name=name)
-    return read_run(path) if name.endswith(".json") and path.is_file() else None
+    return read_run(path) if name.endswith(".json") and not path.is_dir() else None
 
 
 def _measured(subjects: list[Subject], target: Target, progress: Progress) -> list[Contender]:

@@ -16,7 +16,7 @@ import optc
 from optc.cli.backends import status
 from optc.cli.options import json_option, print_json, silence_unless
 from optc.cli.terminal import stdout
-from optc.plugins.registry import registry
+from optc.plugins.registry import KINDS, RAISED, working
 
 EXTRAS = {
     "onnxruntime": ("the onnxruntime backend", "optc[cpu]"),
@@ -46,15 +46,15 @@ def diagnose() -> dict[str, Any]:
     """Everything ``optc doctor`` tells, JSON-ready. Imports torch and the backends to see whether they work."""
     from optc.machine import machine
 
+    plugins, broken = working()
     return {
         "optc": optc.__version__,
         "python": sys.version.split()[0],
         "machine": asdict(machine(gpus=True)),
         "packages": [_package(name, *about) for name, about in EXTRAS.items()],
-        "backends": [status(name) for name in registry().all("backend")],
-        "plugins": sorted(
-            {r.plugin for kind in ("pass", "backend", "model source", "dataset") for r in registry().all(kind).values()}
-        ),
+        "backends": [status(plugins, name) for name in plugins.all("backend")],
+        "plugins": sorted({each.plugin for kind in KINDS for each in plugins.all(kind).values()}),
+        "broken": [{"name": name, "reason": error.message, "mend": error.hint} for name, error in broken.items()],
         "advice": _advice(machine(gpus=True).isa),
     }
 
@@ -70,7 +70,7 @@ def _package(name: str, purpose: str, install: str) -> dict[str, Any]:
 
             declare_torchvision_ops()
         importlib.import_module(name)
-    except Exception as error:
+    except RAISED as error:
         return {**row, "reason": f"installed, but importing it fails: {type(error).__name__}: {error}".splitlines()[0]}
     return {**row, "ready": True, "reason": None}
 
@@ -111,6 +111,8 @@ def _print(diagnosis: dict[str, Any]) -> None:
         rows.add_row(row["name"], _state(row), row["for"], "" if row["ready"] else row["install"])
     for row in diagnosis["backends"]:
         rows.add_row(f"backend {row['name']}", _state(row), row["summary"])
+    for row in diagnosis["broken"]:
+        rows.add_row(f"plugin {row['name']}", Text(row["reason"], "yellow"), "", row["mend"])
     console.print(rows)
     for line in diagnosis["advice"]:
         console.print(f"! {line}", style="yellow")

@@ -8,17 +8,18 @@ import click
 
 from optc.cli.options import json_option, print_json
 from optc.cli.terminal import stdout
+from optc.cli.values import TEXT
 from optc.errors import ArtifactError, OptcError
 
 PLOTS = (".png", ".svg", ".pdf")
 
 
 @click.command("explain")
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("artifact", type=TEXT)
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help=f"Draw it to a file: {', '.join(PLOTS)}.")
 @click.option("-v", "--verbose", is_flag=True, help="A row for every format that was looked at.")
 @json_option
-def command(artifact: Path, plot: Path | None, verbose: bool, as_json: bool) -> None:
+def command(artifact: str, plot: Path | None, verbose: bool, as_json: bool) -> None:
     """Show what each layer of ARTIFACT costs in noise, latency and bytes, and why it has its format.
 
     Read from the artifact's manifest; nothing is loaded or run.
@@ -32,12 +33,13 @@ def command(artifact: Path, plot: Path | None, verbose: bool, as_json: bool) -> 
         is_account,
         save_figure,
     )
+    from optc.report.write import check_place
 
     if plot is not None and plot.suffix not in PLOTS:
         raise OptcError(f"cannot draw to '{plot}'", f"end its name in {', '.join(PLOTS)}")
-    if plot is not None and not plot.parent.is_dir():
-        raise OptcError(f"cannot draw to '{plot}': there is no folder '{plot.parent}'", "make it first")
-    manifest = read_manifest(artifact)
+    if plot is not None:
+        check_place(plot, "the picture")
+    manifest = read_manifest(Path(artifact))
     records = manifest.report.get("passes", ())
     found = [record for record in records if is_account(record.get("notes", {}).get("account"))]
     if not found:
@@ -47,7 +49,7 @@ def command(artifact: Path, plot: Path | None, verbose: bool, as_json: bool) -> 
     record = found[-1]
     rows = record["notes"]["account"]
     options = ", ".join(f"{name}={value}" for name, value in record["options"].items() if value is not None)
-    title = f"{manifest.model.get('name') or artifact.name}: {record['name']} ({options})"
+    title = f"{manifest.model.get('name') or Path(artifact).name}: {record['name']} ({options})"
     if plot is not None:
         save_figure(account_figure(rows, title), plot)
     if as_json:

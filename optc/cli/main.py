@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
 import signal
 import sys
@@ -12,7 +11,8 @@ from typing import Any
 import click
 
 import optc
-from optc.errors import OptcError, UnknownNameError
+from optc.cli.failures import in_one_line
+from optc.errors import UnknownNameError
 
 COMMANDS = {
     "optimize": "Run passes over a model, prove them, lower it, measure it, save an artifact.",
@@ -66,12 +66,6 @@ def run(argv: list[str] | None = None) -> int:
     try:
         result: Any = cli.main(args=argv, prog_name="optc", standalone_mode=False)
         return result if isinstance(result, int) else 0
-    except OptcError as error:
-        if "-v" in argv or "--verbose" in argv:
-            import traceback
-
-            traceback.print_exc()
-        return _fail(str(error))
     except click.UsageError as error:
         return _fail(_usage_message(error))
     except (KeyboardInterrupt, click.Abort) as error:
@@ -79,14 +73,15 @@ def run(argv: list[str] | None = None) -> int:
         return 128 + signal.SIGTERM if (error.__cause__ or error).args == (signal.SIGTERM,) else status
     except BrokenPipeError:
         return 0
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            where = f" while writing {error.filename}" if error.filename else ""
-            done = f"no space left on the disk{where}; nothing was left half-written"
-            return _fail(f"{done} — free some or choose another -o")
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
-            return _fail(f"'{error.filename}' is not accessible: {error.strerror} — choose another or its permissions")
-        raise
+    except (Exception, SystemExit) as error:
+        line = in_one_line(error)
+        if line is None:
+            raise
+        if "-v" in argv or "--verbose" in argv:
+            import traceback
+
+            traceback.print_exc()
+        return _fail(line)
 
 
 def _fail(message: str) -> int:

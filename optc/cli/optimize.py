@@ -17,11 +17,14 @@ from optc.cli.options import (
     print_json,
     progress_for,
     report_option,
+    seed_option,
     target_options,
     verbosity_options,
 )
+from optc.cli.output import check_output
 from optc.cli.terminal import stdout
-from optc.errors import ArtifactError, UnknownNameError
+from optc.cli.values import IMAGES, POINTS, TEXT
+from optc.errors import UnknownNameError
 from optc.plugins.registry import registry
 
 if TYPE_CHECKING:
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @click.command("optimize")
-@click.argument("model")
+@click.argument("model", type=TEXT)
 @click.option(
     "--passes",
     default="fuse,quant",
@@ -43,16 +46,19 @@ if TYPE_CHECKING:
 @click.option(
     "-O", "assignments", multiple=True, metavar="NAME.OPTION=VALUE", help="Set an option of a pass or backend."
 )
-@click.option("--weights", default="pretrained", show_default=True, help="pretrained, random, or a checkpoint file.")
-@click.option("--data", help="Dataset for calibration and accuracy: digits, or a folder of images.")
+@click.option(
+    "--weights", type=TEXT, default="pretrained", show_default=True, help="pretrained, random, or a checkpoint file."
+)
+@click.option("--data", type=TEXT, help="Dataset for calibration and accuracy: digits, or a folder of images.")
 @click.option(
     "--max-drop",
-    type=click.FloatRange(0),
+    type=POINTS,
     metavar="POINTS",
     help="Most percentage points of accuracy to lose on --data; layers stay in float until it holds.",
 )
 @click.option(
     "--backend",
+    type=TEXT,
     default="auto",
     show_default=True,
     help="Runtime to lower to (see 'optc backends'); auto: the fastest measured of all that run here.",
@@ -65,10 +71,8 @@ if TYPE_CHECKING:
 )
 @device_option
 @target_options
-@click.option(
-    "--batch", type=click.IntRange(1), default=1, show_default=True, help="Images in a query: what is optimized for."
-)
-@click.option("--seed", default=0, show_default=True, help="Seed of random weights.")
+@click.option("--batch", type=IMAGES, default=1, show_default=True, help="Images in a query: what is optimized for.")
+@seed_option
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Compare outputs after every pass.")
 @click.option("--measure/--no-measure", default=True, show_default=True, help="Measure latency against baselines.")
 @click.option("--print-after", multiple=True, metavar="PASS", help="Print the graph after a pass, or after 'all'.")
@@ -108,8 +112,7 @@ def command(
       optc optimize alexnet --weights alexnet-digits.safetensors --data digits -O quant.formats=auto --max-drop 1
       optc optimize timm:resnet50 --passes fuse,quant -O quant.observer=entropy -o resnet50-int8
     """  # noqa: D301  (click takes a real backspace for "do not wrap")
-    if output is not None and output.exists():
-        raise ArtifactError(f"output folder '{output}' exists", "choose another -o or remove it")
+    check_output(output or free_name(model))
     if report is not None:
         from optc.report.write import check_path
 
@@ -118,6 +121,7 @@ def command(
     with progress.step("Importing PyTorch"):
         from optc import api
         from optc.budget import AGREEMENT
+        from optc.lowering.lowering import backends
         from optc.passmanager.alternatives import Alternatives
         from optc.passmanager.instruments import Bisect, PrintAfter
         from optc.passmanager.manager import parse_options
@@ -125,9 +129,11 @@ def command(
         from optc.threads import available_threads
 
     given = parse_options(assignments)
-    backends = registry().all("backend").keys() - registry().all("pass").keys()
-    of_backends = {name: given.pop(name) for name in list(given) if name in backends}
+    names = registry().all("backend").keys() - registry().all("pass").keys()
+    of_backends = {name: given.pop(name) for name in list(given) if name in names}
     asked = Alternatives.of(passes, given)
+    target = Target(device, threads or available_threads(), batch, allow_fallback, of_backends)
+    backends(backend, target)  # refuses what it cannot lower to before the model is loaded
     instruments: list[Instrument] = []
     if bisect_limit is not None:
         instruments.append(Bisect(bisect_limit, lambda line: click.echo(line, err=True)))
@@ -155,7 +161,7 @@ def command(
         verification=role.verification(),
         verify=verify,
         measure=measure,
-        target=Target(device, threads or available_threads(), batch, allow_fallback, of_backends),
+        target=target,
         info=loaded.info,
         instruments=instruments,
         progress=progress,

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -15,11 +14,13 @@ import click
 from rich.console import Console
 from rich.table import Column, Table
 
+from optc.cli.streams import stdout_to_stderr
 from optc.cli.terminal import TerminalProgress, silence_third_parties
+from optc.cli.values import SEED, TEXT, THREADS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-_STDOUT = "optc.stdout"
-"""Under this name the context of a command keeps standard output as it was."""
+_RESULTS = "optc.results"
+"""Under this name the context of a command keeps what is to be printed when it has ended."""
 
 
 def json_option(command: Command) -> Command:
@@ -27,9 +28,13 @@ def json_option(command: Command) -> Command:
 
     @wraps(command)
     def alone(*arguments: Any, as_json: bool, **options: Any) -> Any:
-        click.get_current_context().meta[_STDOUT] = sys.stdout
-        with redirect_stdout(sys.stderr) if as_json else nullcontext():
-            return command(*arguments, as_json=as_json, **options)
+        results: list[str] = click.get_current_context().meta.setdefault(_RESULTS, [])
+        try:
+            with stdout_to_stderr() if as_json else nullcontext():
+                return command(*arguments, as_json=as_json, **options)
+        finally:
+            for result in results:
+                click.echo(result)
 
     option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout instead of text.")
     return cast(Command, option(alone))
@@ -56,9 +61,14 @@ def target_options(command: Command) -> Command:
     command = click.option(
         "--allow-fallback", is_flag=True, help="Let a runtime run nodes elsewhere than asked; they are listed."
     )(command)
-    return click.option(
-        "--threads", type=click.IntRange(1), help="Threads for every candidate.  [default: one for each core]"
-    )(command)
+    return click.option("--threads", type=THREADS, help="Threads for every candidate.  [default: one for each core]")(
+        command
+    )
+
+
+def seed_option(command: Command) -> Command:
+    """``--seed``: of weights that are drawn."""
+    return click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of random weights.")(command)
 
 
 def device_option(command: Command) -> Command:
@@ -70,10 +80,12 @@ def device_option(command: Command) -> Command:
 
 def limit_options(command: Command) -> Command:
     """``--cpu-affinity`` and ``--memory-limit``: measure as on a smaller machine."""
-    command = click.option("--memory-limit", metavar="SIZE", help="Most memory to allocate, such as 512MB or 2GiB.")(
+    command = click.option(
+        "--memory-limit", type=TEXT, metavar="SIZE", help="Most memory to allocate, such as 512MB or 2GiB."
+    )(command)
+    return click.option("--cpu-affinity", type=TEXT, metavar="CPUS", help="CPUs to run on, such as 0,2 or 0-3.")(
         command
     )
-    return click.option("--cpu-affinity", metavar="CPUS", help="CPUs to run on, such as 0,2 or 0-3.")(command)
 
 
 def report_option(command: Command) -> Command:
@@ -118,6 +130,6 @@ def silence_unless(verbose: bool) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print a JSON-ready value on stdout, of a command with :func:`json_option`."""
-    stdout = click.get_current_context().meta[_STDOUT]
-    click.echo(json.dumps(value, indent=2, default=str, allow_nan=False), file=stdout)
+    """Print a JSON-ready value on stdout when the command, one with :func:`json_option`, has ended."""
+    results: list[str] = click.get_current_context().meta[_RESULTS]
+    results.append(json.dumps(value, indent=2, default=str, allow_nan=False))

@@ -15,11 +15,14 @@ from optc.cli.options import (
     print_json,
     progress_for,
     report_option,
+    seed_option,
     target_options,
     verbosity_options,
 )
+from optc.cli.output import check_output
 from optc.cli.terminal import stdout
-from optc.errors import ArtifactError, OptcError
+from optc.cli.values import DEVICES, IMAGES, STAGES, TEXT
+from optc.errors import OptcError
 
 if TYPE_CHECKING:
     from optc.cli.model import Data
@@ -33,32 +36,39 @@ PASS = "partition"
 
 
 @click.command("partition")
-@click.argument("model")
-@click.option("--stages", type=click.IntRange(1), help="Number of stages.  [default: one for each device, or 2]")
+@click.argument("model", type=TEXT)
+@click.option("--stages", type=STAGES, help="Number of stages.  [default: one for each device, or 2]")
 @click.option(
     "--microbatches",
-    type=click.IntRange(1),
+    type=IMAGES,
     default=8,
     show_default=True,
     help="Parts that a batch goes through the stages in.",
 )
-@click.option("--batch", type=click.IntRange(1), help="Images in a batch.  [default: one in each microbatch]")
+@click.option("--batch", type=IMAGES, help="Images in a batch.  [default: one in each microbatch]")
 @click.option(
     "--devices",
+    type=DEVICES,
     metavar="DEVICES",
     help="4xh100, 1xh100,2xa100, 2xcpu:1 (a CPU's threads) or a TOML file.  [default: this machine's threads, shared]",
 )
-@click.option("--simulate", metavar="DEVICES", help="Plan for devices that are not here, with random weights.")
+@click.option(
+    "--simulate", type=DEVICES, metavar="DEVICES", help="Plan for devices that are not here, with random weights."
+)
 @click.option("--passes", default="", help="Passes to run before, in order, comma-separated, such as fuse.")
 @click.option("-O", "assignments", multiple=True, metavar="PASS.OPTION=VALUE", help="Set an option of a pass.")
 @click.option(
-    "--weights", help="pretrained, random, or a checkpoint file.  [default: pretrained; random with --simulate]"
+    "--weights",
+    type=TEXT,
+    help="pretrained, random, or a checkpoint file.  [default: pretrained; random with --simulate]",
 )
-@click.option("--backend", default="auto", show_default=True, help="Runtime to lower the stages to; auto: eager.")
+@click.option(
+    "--backend", type=TEXT, default="auto", show_default=True, help="Runtime to lower the stages to; auto: eager."
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Artifact folder to write; must not exist.")
 @device_option
 @target_options
-@click.option("--seed", default=0, show_default=True, help="Seed of random weights.")
+@seed_option
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Compare outputs after every pass.")
 @report_option
 @json_option
@@ -151,8 +161,8 @@ def _check(devices: str | None, simulate: str | None, output: Path | None) -> No
         raise OptcError("--devices and --simulate both name devices", "give one of them")
     if simulate and output is not None:
         raise OptcError("--simulate plans for devices that are not here, so there is nothing to lower", "leave -o away")
-    if output is not None and output.exists():
-        raise ArtifactError(f"output folder '{output}' exists", "choose another -o or remove it")
+    if output is not None:
+        check_output(output)
 
 
 def _plan(

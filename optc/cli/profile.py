@@ -22,8 +22,9 @@ from optc.cli.options import (
     target_options,
     verbosity_options,
 )
+from optc.cli.output import check_output
 from optc.cli.terminal import stdout
-from optc.errors import MeasurementError
+from optc.cli.values import TEXT
 
 if TYPE_CHECKING:
     from optc.bench.inside import Inside
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @click.command("profile")
-@click.argument("targets", nargs=-1, required=True)
+@click.argument("targets", nargs=-1, required=True, type=TEXT)
 @click.option(
     "--scenario",
     type=click.Choice(["SingleStream", "MultiStream", "Server", "Offline", "all"], case_sensitive=False),
@@ -43,14 +44,19 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--against",
+    type=TEXT,
     default="vit_huge_patch14_224",
     show_default=True,
     metavar="MODEL",
     help="Model to compare with, measured once and remembered; or none.",
 )
-@click.option("--data", help="Measure accuracy, too: digits, or a folder of images.")
+@click.option("--data", type=TEXT, help="Measure accuracy, too: digits, or a folder of images.")
 @click.option(
-    "--weights", default="pretrained", show_default=True, help="For model names: pretrained, random or a file."
+    "--weights",
+    type=TEXT,
+    default="pretrained",
+    show_default=True,
+    help="For model names: pretrained, random or a file.",
 )
 @click.option("--official", is_flag=True, help="MLPerf's full durations: ten minutes or more for each scenario.")
 @click.option(
@@ -104,8 +110,8 @@ def command(
     from optc.bench.limits import limited, parse_bytes, parse_cpus
     from optc.bench.run import RUN_FILE
 
-    if output is not None and output.exists():
-        raise MeasurementError(f"output folder '{output}' exists", "choose another -o or remove it")
+    if output is not None:
+        check_output(output)
     if report is not None:
         from optc.report.write import check_path
 

@@ -214,6 +214,6 @@ def open_dataset(spec: str) -> Dataset:
         dataset: Dataset = registry().make("dataset", spec)
         return dataset
     path = Path(spec).expanduser()
-    if path.is_dir():
+    if spec and path.is_dir():
         return FolderDataset(path)
     raise UnknownNameError("dataset", spec, table, f"give {', '.join(table)}, or a folder of images that exists")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from optc.errors import OptcError, UnknownNameError
 from optc.frontend.source import BuiltModel, ModelSource
+from optc.plugins.registry import RAISED
 from optc.program import Preprocessing
 
 if TYPE_CHECKING:
@@ -73,14 +74,14 @@ def _call(spec: str) -> tuple[nn.Module, tuple[Tensor, ...] | None]:
                     "run optc in the folder that holds it, or install it",
                 ) from None
             raise _raised(f"importing {module_name}", error) from error
-        except Exception as error:
+        except RAISED as error:
             raise _raised(f"importing {module_name}", error) from error
         if not hasattr(module, attribute):
             raise UnknownNameError(f"factory in {module_name}", attribute, _callables(module))
         factory = getattr(module, attribute)
         try:
             made = factory if isinstance(factory, nn.Module) else factory()
-        except Exception as error:
+        except RAISED as error:
             raise _raised(f"calling {spec}", error) from error
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if isinstance(inputs, Tensor):
@@ -119,7 +120,7 @@ def _type_name(value: object) -> str:
     return type(value).__name__
 
 
-def _raised(doing: str, error: Exception) -> OptcError:
+def _raised(doing: str, error: BaseException) -> OptcError:
     """One line for an exception of the user's code, with the place it came from."""
     frames = traceback.extract_tb(error.__traceback__)
     if isinstance(error, SyntaxError) and error.filename:
@@ -127,4 +128,8 @@ def _raised(doing: str, error: Exception) -> OptcError:
     else:
         own = [frame for frame in frames if "importlib" not in frame.filename and frame.filename != __file__]
         where = f"{own[-1].filename}:{own[-1].lineno}" if own else ""
-    return OptcError(f"{doing} raised {type(error).__name__}: {error}" + (f" ({where})" if where else ""))
+    place = f" ({where})" if where else ""
+    if isinstance(error, SystemExit):
+        hint = "take the call out, or put it under if __name__ == '__main__'"
+        return OptcError(f"{doing} called sys.exit({error.code!r}){place}", hint)
+    return OptcError(f"{doing} raised {type(error).__name__}: {error}{place}")

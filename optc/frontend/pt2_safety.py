@@ -88,11 +88,13 @@ def checked_copy(path: Path) -> Iterator[IO[bytes]]:
     with tempfile.TemporaryFile() as copy:
         try:
             reason = _copied(path, copy) or _content_objection(copy)
-        except FileNotFoundError:
-            raise OptcError(f"model file '{path}' does not exist") from None
+        except (FileNotFoundError, IsADirectoryError) as error:
+            what = "does not exist" if isinstance(error, FileNotFoundError) else "is a folder"
+            raise OptcError(f"model file '{path}' {what}", "give a file that torch.export.save wrote") from None
         except OSError as error:
             raise OptcError(
-                f"'{path}' cannot be copied to {tempfile.gettempdir()}: {error.strerror or error}"
+                f"'{path}' cannot be copied to {tempfile.gettempdir()}: {error.strerror or error}",
+                "check its permissions, or set TMPDIR to a folder with room",
             ) from error
         except _MALFORMED as error:
             raise OptcError(

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+import numpy as np
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from optc.errors import ArtifactError
 
 SCHEMA_VERSION = 1
 NAME = "manifest.json"
+_MOST_VALUES = 2**30
+"""Of one sample: more would not fit into memory."""
+_Count = Annotated[int, Field(strict=True, ge=1, lt=2**31)]
 
 
 class FileEntry(BaseModel):
@@ -29,8 +34,92 @@ class TensorEntry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
-    shape: tuple[int | None, ...]
+    shape: tuple[Annotated[int, Field(strict=True, ge=0)] | None, ...]
     dtype: str
+
+    @field_validator("shape")
+    @classmethod
+    def _fits_into_memory(cls, shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        if math.prod(1 if size is None else size for size in shape) > _MOST_VALUES:
+            raise ValueError("no memory holds so many values")
+        return shape
+
+    @field_validator("dtype")
+    @classmethod
+    def _is_a_type_of_numbers(cls, dtype: str) -> str:
+        try:
+            known = dtype.startswith(("bfloat", "float8")) or np.dtype(dtype).kind in "biufc"
+        except TypeError:
+            known = False
+        if not known:
+            raise ValueError(f"{dtype!r} is no type of numbers")
+        return dtype
+
+
+class _Preprocessing(BaseModel):
+    """What must hold of the fields of :class:`~optc.program.Preprocessing`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    input_size: tuple[_Count, _Count, _Count] = (3, 224, 224)
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    interpolation: str = ""
+    resize: _Count = 1
+
+
+class _Model(BaseModel):
+    """What must hold of the fields of :class:`~optc.program.ModelInfo`."""
+
+    name: str = ""
+    weights: str = ""
+    preprocessing: _Preprocessing
+
+
+class _Target(BaseModel):
+    """What must hold of the fields of :class:`~optc.target.Target`."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    threads: _Count = 1
+    batch: _Count = 1
+    allow_fallback: bool = False
+    options: dict[str, dict[str, Any]] = {}
+
+
+class _Accuracy(BaseModel):
+    """What must hold of :class:`~optc.report.report.Accuracy`, whose NaN is written as text."""
+
+    after: float | None = None
+    metric: str = ""
+
+
+class _Pass(BaseModel):
+    """What must hold of :class:`~optc.passmanager.contract.PassRecord`."""
+
+    name: str
+    options: dict[str, Any]
+    notes: dict[str, Any] = {}
+
+
+class _Report(BaseModel):
+    """What must hold of :class:`~optc.report.report.Report`, of which artifacts written by hand may lack all."""
+
+    precision: str = ""
+    model_bytes: Annotated[int, Field(strict=True, ge=0)] | None = None
+    accuracy: _Accuracy | None = None
+    passes: list[_Pass] = []
+    lowering: dict[str, Any] = {}
+    costs: list[dict[str, Any]] = []
+
+
+def _checked_as(kind: type[BaseModel]) -> AfterValidator:
+    """Refuse what is no ``kind``; what is stays as it is, with everything that ``kind`` does not know."""
+
+    def check(value: dict[str, Any]) -> dict[str, Any]:
+        kind.model_validate(value)
+        return value
+
+    return AfterValidator(check)
 
 
 class Manifest(BaseModel):
@@ -55,12 +144,12 @@ class Manifest(BaseModel):
     backend: str
     load: tuple[str, ...]
     files: dict[str, FileEntry]
-    inputs: tuple[TensorEntry, ...]
-    model: dict[str, Any]
-    target: dict[str, Any]
+    inputs: tuple[TensorEntry, ...] = Field(min_length=1)
+    model: Annotated[dict[str, Any], _checked_as(_Model)]
+    target: Annotated[dict[str, Any], _checked_as(_Target)]
     machine: dict[str, Any]
     required_isa: tuple[str, ...] = ()
-    report: dict[str, Any]
+    report: Annotated[dict[str, Any], _checked_as(_Report)]
 
     @field_validator("files")
     @classmethod
@@ -70,18 +159,6 @@ class Manifest(BaseModel):
             if path.is_absolute() or ".." in path.parts or "\\" in name or not path.parts:
                 raise ValueError(f"file name {name!r} leads out of the folder")
         return files
-
-    @field_validator("target")
-    @classmethod
-    def _target_has_its_types(cls, target: dict[str, Any]) -> dict[str, Any]:
-        counts, options = [target.get("threads", 1), target.get("batch", 1)], target.get("options", {})
-        if not isinstance(target.get("device", ""), str):
-            raise ValueError("its device is no name")
-        if not all(isinstance(count, int) and count > 0 for count in counts):
-            raise ValueError("its threads or batch are no positive number")
-        if not (isinstance(options, dict) and all(isinstance(each, dict) for each in options.values())):
-            raise ValueError("its options are none by name of a backend")
-        return target
 
     @field_validator("load")
     @classmethod

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
 from torch import fx
 
 from optc.errors import PassContractError
-from optc.passmanager.contract import Pass, PassResult
+from optc.passmanager.contract import Change, Pass, PassResult, Skip
 from optc.plugins.registry import blamed
 from optc.program import Program, complete_meta, graph_module
+
+_ENTRIES = (
+    ("applied", Change, "optc.Change"),
+    ("skipped", Skip, "optc.Skip"),
+    ("account", Mapping, "mappings, JSON-ready"),
+)
 
 
 def blame(pass_: Pass, where: str = " raised") -> AbstractContextManager[None]:
@@ -39,7 +46,16 @@ class ContractGuard:
         """
         if not isinstance(result, PassResult):
             raise self._broken(f"returned {type(result).__name__}", "return an optc.PassResult from run()")
+        for field, kind, holds in _ENTRIES:
+            entries = getattr(result, field)
+            if not isinstance(entries, (tuple, list)) or not all(isinstance(each, kind) for each in entries):
+                raise self._broken(
+                    f"returned a PassResult whose '{field}' holds something else than {holds}",
+                    f"make it a tuple of {holds}",
+                )
         after = result.program
+        if not isinstance(after, Program):
+            raise self._broken("returned a PassResult whose program is no optc.Program", "give it the changed program")
         for name, tensor, version in self._versions:
             if tensor._version != version:
                 raise self._broken(
@@ -49,6 +65,8 @@ class ContractGuard:
         inputs = [node.name for node in after.graph.find_nodes(op="placeholder")]
         if inputs != self._inputs:
             raise self._broken(f"changed the inputs from {self._inputs} to {inputs}", "keep every placeholder")
+        if next(iter(reversed(after.graph.nodes))).op != "output":
+            raise self._broken("left no output node at the end of the graph", "keep the output node")
         outputs = len(_outputs(after.graph))
         if outputs != self._outputs:
             raise self._broken(f"changed the number of outputs from {self._outputs} to {outputs}", "keep every output")

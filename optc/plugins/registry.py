@@ -6,7 +6,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -26,8 +26,18 @@ KINDS = {
     "model source": "optc_model_sources",
     "dataset": "optc_datasets",
 }
+RAISED = (Exception, SystemExit)
+"""What other people's code is caught with: a ``sys.exit()`` in it must not end optc as if all went well."""
 ELSEWHERE = {("backend", "openvino"): "optc-openvino"}
 """What comes with a package of its own, by kind and name."""
+
+
+class BrokenPlugin(PluginError):
+    """A plugin that cannot be used at all: ``plugin`` is its name."""
+
+    def __init__(self, plugin: str, message: str, hint: str = "") -> None:
+        super().__init__(message, hint)
+        self.plugin = plugin
 
 
 @contextmanager
@@ -37,7 +47,7 @@ def blamed(kind: str, name: str, origin: str, where: str = " raised") -> Iterato
         yield
     except OptcError:
         raise
-    except Exception as error:
+    except RAISED as error:
         raise PluginError(
             f"{kind} '{name}' (from {origin}){where} {type(error).__name__}: {error}", "run with -v for the traceback"
         ) from error
@@ -78,14 +88,19 @@ class Registry:
             owner = implementation.plugin_name
             try:
                 entries = list(implementation.function())
-            except Exception as error:
-                raise PluginError(f"plugin '{owner}' failed in {hook}: {type(error).__name__}: {error}") from error
+            except RAISED as error:
+                raise BrokenPlugin(
+                    owner, f"plugin '{owner}' failed in {hook}: {type(error).__name__}: {error}"
+                ) from error
             for entry in entries:
                 if not isinstance(entry, Entry):
-                    raise PluginError(f"plugin '{owner}' returned {entry!r} from {hook}", "return optc.Entry objects")
+                    raise BrokenPlugin(
+                        owner, f"plugin '{owner}' returned {entry!r} from {hook}", "return optc.Entry objects"
+                    )
                 if entry.name in table:
                     other = table[entry.name].plugin
-                    raise PluginError(
+                    raise BrokenPlugin(
+                        owner,
                         f"{kind} '{entry.name}' is provided by both '{other}' and '{owner}'",
                         f"uninstall one of them or set OPTC_DISABLE_PLUGINS={owner}",
                     )
@@ -128,7 +143,7 @@ class Registry:
         module, _, attribute = entry.target.partition(":")
         try:
             cls = getattr(importlib.import_module(module), attribute)
-        except Exception as error:
+        except RAISED as error:
             raise PluginError(
                 f"plugin '{registered.plugin}' could not load {kind} '{name}' from {entry.target}:"
                 f" {type(error).__name__}: {error}"
@@ -163,9 +178,27 @@ def registry() -> Registry:
     Raises:
         PluginError: a plugin cannot be imported, implements a hook that does not exist, or has another's name.
     """
+    return _discovered(())
+
+
+def working() -> tuple[Registry, dict[str, BrokenPlugin]]:
+    """A registry of the plugins that can be used, and what is wrong with the others, by name."""
+    broken: dict[str, BrokenPlugin] = {}
+    while True:
+        try:
+            found = _discovered(broken)
+            found.all("pass")  # asks every plugin for all that it provides
+            return found, broken
+        except BrokenPlugin as error:
+            if error.plugin in broken:
+                raise
+            broken[error.plugin] = error
+
+
+def _discovered(left_out: Iterable[str]) -> Registry:
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
-    for name in filter(None, os.environ.get("OPTC_DISABLE_PLUGINS", "").split(",")):
+    for name in filter(None, (*left_out, *os.environ.get("OPTC_DISABLE_PLUGINS", "").split(","))):
         manager.set_blocked(name.strip())
     for name in DEFAULT_PLUGINS:
         if not manager.is_blocked(name):
@@ -176,7 +209,8 @@ def registry() -> Registry:
             continue
         provider = point.dist.name if point.dist else point.value
         if point.name in providers:
-            raise PluginError(
+            raise BrokenPlugin(
+                point.name,
                 f"{providers[point.name]} and {provider} both install a plugin called '{point.name}'",
                 "uninstall one of them",
             )
@@ -185,17 +219,17 @@ def registry() -> Registry:
     try:
         manager.check_pending()
     except pluggy.PluginValidationError as error:
-        raise PluginError(
-            f"plugin '{manager.get_name(error.plugin)}': {error}", "see optc.plugins.hookspecs"
-        ) from error
+        name = str(manager.get_name(error.plugin))
+        raise BrokenPlugin(name, f"plugin '{name}': {error}", "see optc.plugins.hookspecs") from error
     return Registry(manager)
 
 
 def _register_installed(manager: pluggy.PluginManager, point: importlib.metadata.EntryPoint, provider: str) -> None:
     try:
         manager.register(point.load(), name=point.name)
-    except Exception as error:
-        raise PluginError(
+    except RAISED as error:
+        raise BrokenPlugin(
+            point.name,
             f"plugin '{point.name}' (from {provider}) could not be loaded: {type(error).__name__}: {error}",
             f"uninstall {provider} or set OPTC_DISABLE_PLUGINS={point.name}",
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Column, Table
 from rich.text import Text
+
+from optc.report.write import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -151,13 +154,14 @@ def account_figure(account: Sequence[Row], title: str) -> Figure:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure in the format its name ends in, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial{path.suffix}")
-    try:
-        figure.savefig(partial, dpi=150)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Write a figure in the format its name ends in, whole or not at all.
+
+    Raises:
+        OptcError: the file cannot be written.
+    """
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix.removeprefix("."), dpi=150)
+    write_whole(path, drawn.getvalue(), "the picture")
 
 
 def _before_and_after(layers: Sequence[LayerAccount]) -> tuple[list[Row], list[Row]]:

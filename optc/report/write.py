@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -21,12 +22,59 @@ def check_path(path: Path) -> None:
     """Make sure that a report can be written there, before anything that takes time.
 
     Raises:
-        OptcError: the extension is none of :data:`FORMATS`, or there is no such folder.
+        OptcError: the extension is none of :data:`FORMATS`, or no file can be written there.
     """
     if path.suffix.lower() not in FORMATS:
         raise OptcError(f"a report is written as {', '.join(FORMATS)}, not as '{path.name}'", "choose an extension")
-    if not path.absolute().parent.is_dir():
-        raise OptcError(f"there is no folder '{path.parent}' for the report", "make it first")
+    check_place(path, "the report")
+
+
+def check_place(path: Path, what: str) -> None:
+    """Make sure that a file can be written there.
+
+    Args:
+        what: what is to be written, such as ``"the report"``.
+
+    Raises:
+        OptcError: there is no such folder, it cannot be written to, or the name is a folder's or too long.
+    """
+    folder = path.absolute().parent
+    try:
+        if not folder.is_dir():
+            raise OptcError(f"there is no folder '{path.parent}' for {what}", "make it first")
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _unwritable(path, what, error) from error
+
+
+def write_whole(path: Path, content: bytes, what: str) -> None:
+    """Write a file whole or not at all; what was there is replaced.
+
+    Args:
+        what: what is written, such as ``"the report"``.
+
+    Raises:
+        OptcError: the file cannot be written.
+    """
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.absolute().parent, prefix=".optc-", delete=False) as file:
+            temporary = Path(file.name)
+            file.write(content)
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise _unwritable(path, what, error) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _unwritable(path: Path, what: str, error: OSError) -> OptcError:
+    return OptcError(f"cannot write {what} '{path}': {error.strerror or error}", "choose another path")
 
 
 def write_report(path: Path, document: Document, data: Mapping[str, Any]) -> None:
@@ -46,18 +94,4 @@ def write_report(path: Path, document: Document, data: Mapping[str, Any]) -> Non
             text = markdown(document)
         case _:
             text = json.dumps(data, indent=1, allow_nan=False) + "\n"
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.absolute().parent, prefix=f".{path.name}-", delete=False
-        ) as file:
-            temporary = Path(file.name)
-            file.write(text)
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        raise OptcError(
-            f"cannot write the report '{path}': {error.strerror or error}", "choose another path"
-        ) from error
+    write_whole(path, text.encode(), "the report")

@@ -317,11 +317,11 @@ def test_a_wrong_option_of_a_backend_is_one_line(option: str, backend: str, says
 
 
 def test_a_backend_of_the_gpu_alone_is_ready_where_it_runs_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not status("onnxruntime-tensorrt")["ready"] or torch.cuda.is_available()
+    assert not status(registry(), "onnxruntime-tensorrt")["ready"] or torch.cuda.is_available()
     kind = type(registry().load("backend", "onnxruntime-tensorrt")())
     missing = classmethod(lambda cls, target: None if target.device == "cuda" else "it runs on cuda")
     monkeypatch.setattr(kind, "unavailable", missing)
-    found = status("onnxruntime-tensorrt")
+    found = status(registry(), "onnxruntime-tensorrt")
     assert found["ready"]
     assert found["reason"] is None
 

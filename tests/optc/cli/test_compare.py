@@ -107,6 +107,7 @@ def test_a_saved_run_of_other_threads_is_refused_unless_forced(
     [
         (("run.json",), "two targets or more"),
         (("run.json", "two.json"), "is no measured run"),
+        (("run.json", "nothing.json"), "cannot read 'nothing.json': [Errno 2] No such file or directory"),
         (("no-such-model", "run.json"), "unknown model 'no-such-model'"),
     ],
 )

@@ -104,6 +104,8 @@ def test_an_account_of_another_kind_is_not_shown(
         (["nothing"], "is no optc artifact"),
         (["int8", "--plot", "formats.docx"], "end its name in .png"),
         (["int8", "--plot", "nowhere/formats.png"], "there is no folder"),
+        (["int8", "--plot", "/proc/formats.png"], "cannot write the picture '/proc/formats.png': No such file"),
+        (["int8", "--plot", f"{'a' * 300}.png"], "File name too long"),
     ],
 )
 def test_bad_input_is_one_line(

@@ -32,6 +32,9 @@ def fails():
 
 def wrong():
     return 42
+
+def leaves():
+    raise SystemExit(0)
 """
 
 
@@ -41,6 +44,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "user_models" / "nets.py").write_text(CODE)
     (tmp_path / "user_models" / "broken.py").write_text("import no_such_package\n")
     (tmp_path / "user_models" / "typo.py").write_text("x = 1\ndef f(:\n")
+    (tmp_path / "user_models" / "program.py").write_text("import sys\nsys.exit()\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
     for name in [name for name in sys.modules if name.startswith("user_models")]:
@@ -76,6 +80,8 @@ def test_class_and_instance(name: str, kind: type) -> None:
         ("user_models.broken:f", r"importing user_models\.broken raised ModuleNotFoundError: .*broken\.py:1\)"),
         ("user_models.typo:f", r"importing user_models\.typo raised SyntaxError: .*typo\.py:2\)"),
         ("user_models.nets:fails", r"calling user_models\.nets:fails raised KeyError: 'no config' \(.*nets\.py:18\)"),
+        ("user_models.nets:leaves", r"calling user_models\.nets:leaves called sys\.exit\(0\) \(.*nets\.py:24\)"),
+        ("user_models.program:f", r"importing user_models\.program called sys\.exit\(None\) \(.*program\.py:2\)"),
         ("user_models.nets:wrong", r"user_models\.nets:wrong returned int"),
     ],
 )

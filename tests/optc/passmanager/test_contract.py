@@ -82,6 +82,32 @@ class MistypesANode(Base):
         return optc.PassResult(program, modified=True)
 
 
+class ErasesTheOutput(Base):
+    def run(self, program: Program, context: optc.PassContext) -> optc.PassResult:
+        program.graph.erase_node(program.graph.output_node())
+        return optc.PassResult(program, modified=True)
+
+
+class ReturnsNoProgram(Base):
+    def run(self, program: Program, context: optc.PassContext) -> optc.PassResult:
+        return optc.PassResult(program.module, modified=True)  # type: ignore[arg-type]
+
+
+class ListsWordsAsChanges(Base):
+    def run(self, program: Program, context: optc.PassContext) -> optc.PassResult:
+        return optc.PassResult(program, False, ["x"], [3])  # type: ignore[arg-type]
+
+
+class ListsChangesAsSkips(Base):
+    def run(self, program: Program, context: optc.PassContext) -> optc.PassResult:
+        return optc.PassResult(program, False, (), (optc.Change("a", "b"),))  # type: ignore[arg-type]
+
+
+class AccountsInNumbers(Base):
+    def run(self, program: Program, context: optc.PassContext) -> optc.PassResult:
+        return optc.PassResult(program, False, account=3)  # type: ignore[arg-type]
+
+
 class ReturnsTheWrongType(Base):
     def run(self, program: Program, context: optc.PassContext) -> optc.PassResult:
         return program  # type: ignore[return-value]
@@ -103,6 +129,11 @@ def _relu(program: Program) -> torch.fx.Node:
         (BreaksTheOrder, "does not lint"),
         (MistypesANode, "does not type-check"),
         (ReturnsTheWrongType, "returned Program"),
+        (ErasesTheOutput, "left no output node at the end of the graph — keep the output node"),
+        (ReturnsNoProgram, r"whose program is no optc\.Program"),
+        (ListsWordsAsChanges, r"whose 'applied' holds something else than optc\.Change"),
+        (ListsChangesAsSkips, r"whose 'skipped' holds something else than optc\.Skip"),
+        (AccountsInNumbers, "whose 'account' holds something else than mappings"),
     ],
 )
 def test_a_broken_contract_is_caught(program: Program, pass_class: type[optc.Pass], message: str) -> None:

@@ -16,7 +16,7 @@ from optc.errors import PluginError, UnknownNameError
 from optc.frontend.load import find_source, load_model
 from optc.passmanager.manager import build_passes
 from optc.plugins import hookspecs
-from optc.plugins.registry import DEFAULT_PLUGINS, Registry, registry
+from optc.plugins.registry import DEFAULT_PLUGINS, Registry, registry, working
 
 PLUGIN = """
 from optc import Entry, hookimpl
@@ -155,6 +155,47 @@ def test_a_plugin_that_cannot_be_imported_is_named(installed: Path) -> None:
     assert "OPTC_DISABLE_PLUGINS=acme" in caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("name", "source", "reason"),
+    [
+        ("acme", "import no_such_module_anywhere\n", "could not be loaded: ModuleNotFoundError"),
+        ("leaver", "raise SystemExit(0)\n", "could not be loaded: SystemExit: 0"),
+        ("typo", "from optc import hookimpl\n\n@hookimpl\ndef optc_pases():\n    return []\n", "optc_pases"),
+        (
+            "hook",
+            "from optc import hookimpl\n\n@hookimpl\ndef optc_passes():\n    return 1 / 0\n",
+            "failed in optc_passes",
+        ),
+        ("twin", PLUGIN.format(hook="optc_backends", name="eager", module="twin"), "is provided by both"),
+    ],
+)
+def test_the_others_work_without_a_broken_plugin(installed: Path, name: str, source: str, reason: str) -> None:
+    install(installed, name, source)
+    install(installed, "sound", PLUGIN.format(hook="optc_passes", name="sound-pass", module="sound"))
+    found, broken = working()
+    assert found.get("pass", "sound-pass").plugin == "sound"
+    assert found.get("backend", "eager").plugin == "optc.builtin"
+    assert list(broken) == [name]
+    assert reason in broken[name].message
+    with pytest.raises(PluginError, match=reason):
+        registry().all("pass")
+
+
+def test_a_part_of_a_plugin_that_ends_the_process_is_named(installed: Path) -> None:
+    leaves = "    def __init__(self):\n        raise SystemExit(0)\n"
+    install(installed, "acme", PLUGIN.format(hook="optc_passes", name="acme-pass", module="acme") + leaves)
+    with pytest.raises(PluginError, match=r"pass 'acme-pass' \(from acme\) raised SystemExit: 0"):
+        registry().make("pass", "acme-pass")
+
+
+def test_a_module_of_a_plugin_that_ends_the_process_is_named(installed: Path) -> None:
+    install(installed, "acme", PLUGIN.format(hook="optc_passes", name="acme-pass", module="acme_parts"))
+    (installed / "acme_parts.py").write_text("raise SystemExit(0)\n")
+    message = "plugin 'acme' could not load pass 'acme-pass' from acme_parts:Thing: SystemExit: 0"
+    with pytest.raises(PluginError, match=message):
+        registry().load("pass", "acme-pass")
+
+
 def test_a_hook_that_raises_is_named(installed: Path) -> None:
     install(installed, "acme", "from optc import hookimpl\n\n@hookimpl\ndef optc_passes():\n    return 1 / 0\n")
     with pytest.raises(PluginError, match="plugin 'acme' failed in optc_passes: ZeroDivisionError"):
@@ -224,6 +265,6 @@ def test_a_backend_that_raises_when_asked_is_listed_with_that(monkeypatch: pytes
     from optc.lowering.eager import EagerBackend
 
     monkeypatch.setattr(EagerBackend, "unavailable", None)
-    found = status("eager")
+    found = status(registry(), "eager")
     assert not found["ready"]
     assert found["reason"] == "plugin 'optc.builtin' raised TypeError: 'NoneType' object is not callable"

@@ -7,7 +7,7 @@ import pytest
 
 from optc.errors import OptcError
 from optc.report.document import Document
-from optc.report.write import check_path, write_report
+from optc.report.write import check_path, write_report, write_whole
 
 EMPTY = Document("title", "verdict", None, (), ())
 
@@ -43,4 +43,22 @@ def test_a_report_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "r.html").mkdir()
     with pytest.raises(OptcError, match="cannot write the report"):
         write_report(tmp_path / "r.html", EMPTY, {})
+    with pytest.raises(OptcError, match=r"cannot write the report '.*': Is a directory — choose another path"):
+        write_whole(tmp_path / "r.html", b"text", "the report")
     assert [each.name for each in tmp_path.iterdir()] == ["r.html"]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("taken.html", "Is a directory"), ("/proc/r.html", "No such file"), ("a" * 300 + ".html", "File name too long")],
+)
+def test_a_place_where_nothing_can_be_written_is_found_beforehand(name: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "taken.html").mkdir()
+    with pytest.raises(OptcError, match=f"cannot write the report '.*': {reason}"):
+        check_path(tmp_path / name)
+
+
+def test_a_name_as_long_as_names_may_be_is_written(tmp_path: Path) -> None:
+    path = tmp_path / ("a" * 250 + ".html")
+    write_report(path, EMPTY, {})
+    assert list(tmp_path.iterdir()) == [path]
