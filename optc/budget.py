@@ -68,7 +68,7 @@ def agreement(model: Call, batches: Sequence[tuple[Tensor, ...]], data: str = ""
 
 def _largest(outputs: Any) -> Tensor:
     first: Tensor = pytree.tree_leaves(outputs)[0]
-    return first.argmax(-1)
+    return first.argmax(-1).masked_fill(first.isnan().any(-1), -1)
 
 
 @dataclass(frozen=True)

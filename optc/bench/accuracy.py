@@ -63,7 +63,7 @@ def measure_accuracy(
 
     Args:
         model: name for keys in ``user_conf``.
-        batch: samples to run at once, where the scenario's queries have several.
+        batch: samples to run at once, where the scenario's queries have several or the runner takes no other number.
         check_classes: the dataset's, see :meth:`optc.Dataset.check_classes`.
 
     Raises:
@@ -75,15 +75,15 @@ def measure_accuracy(
     if labels is None:
         raise MeasurementError(f"'{split.dataset}' has no labels", "give labelled --data")
     samples = _in_memory(split)
+    system = BatchSystem(runner, samples, name, batch, classes=True)
     try:
-        scores = runner(*samples[0])[0]
+        scores = system.run([0])[0]
     except Exception as error:
         raise MeasurementError(f"it cannot run one image: {type(error).__name__}: {error}") from error
     if scores.ndim != 2 or len(scores) != 1:
         raise MeasurementError(f"it gives outputs of the shape {scores.shape} for an image, not scores per class")
     if check_classes is not None:
         check_classes(scores.shape[1])
-    system = BatchSystem(runner, samples, name, batch, classes=True)
     # In Server, answers are no faster for being asked for at a rate.
     settings = loadgen_settings(scenario, model, {"server_target_qps": 1e6}, user_conf, accuracy=True)
     with log_files(log_folder) as folder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,7 +88,7 @@ def _outcome(
         chosen=result is best,
         reason=_reason(result, best, lowest, interleaved),
         precision=result.precision,
-        p50_ms=result.percentiles.p50_ns / 1e6 if result.percentiles else None,
+        p50_ms=_p50(result) / 1e6 if math.isfinite(_p50(result)) and not result.nonfinite_queries else None,
         file_bytes=lowering.bytes,
         seconds=lowering.seconds,
         passes=lowering.passes,

@@ -86,7 +86,7 @@ def measure(
         reopen: open each candidate anew for each of its blocks, and change their order from round to round. How a model
             happens to lie in memory, and what ran before it, changes its latency by more than blocks of one opening
             show, so that a model would differ from itself. A candidate that takes over :data:`REOPEN_SECONDS` to open
-            stays open, and is warned of.
+            stays open, and is warned of, unless their weights do not fit into memory at once.
         steady: go on beyond ``blocks`` rounds, to :data:`STEADYING_BLOCKS` at most, until each candidate's median is
             known to this share of it at 95 % confidence, or ``steady_seconds`` are over.
         logs: where LoadGen's logs of a candidate's block go, by its name and the block's number from 1.
@@ -103,7 +103,7 @@ def measure(
         plan = _Plan(inputs, blocks, block_seconds, block_queries, limit_seconds, steady, steady_seconds, progress)
         try:
             if reopen:
-                plan.run(states, share=1, reopen=True)
+                plan.run(states, share=1, reopen=True, keeps_open=not _why_not_together(candidates, target))
             elif note:
                 # The largest first, while the process is lean: compiling leaves memory behind that is not given back.
                 for state in sorted(states, key=lambda state: -state.candidate.bytes):
@@ -219,11 +219,17 @@ class _Plan:
         self.deadline = float("inf")
 
     def run(
-        self, states: Sequence[_State], share: int, reopen: bool = False, contenders: Sequence[_State] = ()
+        self,
+        states: Sequence[_State],
+        share: int,
+        reopen: bool = False,
+        keeps_open: bool = True,
+        contenders: Sequence[_State] = (),
     ) -> None:
         """All rounds over ``states``, which may take one ``share``-th of the time limit.
 
         Args:
+            keeps_open: where the states are opened anew, whether those that take long to open may stay open.
             contenders: of the states, those whose order matters and nothing else.
         """
         start = time.perf_counter()
@@ -233,7 +239,7 @@ class _Plan:
         while done < rounds:
             what = f"block {done + 1} of {rounds}"
             if reopen:
-                self._reopening_round([states[index] for index in _order(len(states), done)], what)
+                self._reopening_round([states[index] for index in _order(len(states), done)], what, keeps_open)
             else:
                 # For good, so that all blocks of the same number are of the same round.
                 far += _far_behind([each for each in contenders if each not in far]) if done >= min(FAR) else []
@@ -282,12 +288,12 @@ class _Plan:
             self.progress(f"measuring {state.candidate.name}, {what}")
             state.block(self.inputs, self.block_seconds, self.block_queries)
 
-    def _reopening_round(self, states: Sequence[_State], what: str) -> None:
+    def _reopening_round(self, states: Sequence[_State], what: str, keeps_open: bool) -> None:
         for state in states:
             if state.runner is None and state.error is None:
                 state.open(self.progress)
             self._round([state], what)
-            if state.open_seconds <= REOPEN_SECONDS:
+            if state.open_seconds <= REOPEN_SECONDS or not keeps_open:
                 state.close()
             elif not state.kept_open:
                 state.kept_open = (

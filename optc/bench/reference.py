@@ -75,17 +75,20 @@ def reference(name: str, surroundings: Mapping[str, Any], options: tuple[str, ..
             )
         with progress.step(f"Measuring {name} to compare with, once for this machine (minutes for a large model)"):
             text = _measure(name, options)
-        write_cache(file, text)
         run = parse_run(text, name)
+        contender(name, run.results)  # raises where nothing was measured, which is not to be remembered
+        write_cache(file, text)
     target = next(iter(run.targets), {})
     best = contender(name, run.results).result
     return Reference(name, best, run, str(target.get("weights", "")), target.get("parameters"), file)
 
 
 def _recalled(file: Path) -> Run | None:
-    """The run in a file; ``None`` if there is none or it cannot be read (it is then measured again)."""
+    """The run in a file; ``None`` if there is none, or none that holds a result (it is then measured again)."""
     try:
-        return read_run(file)
+        run = read_run(file)
+        contender(run.name, run.results)
+        return run
     except MeasurementError:
         return None
 

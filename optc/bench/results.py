@@ -187,8 +187,12 @@ def conclude(
     notes = list(warnings)
     if subject is not None and baseline is not None:
         ratio = statistics.ratio_of_medians(subject.latencies_ns, baseline.latencies_ns, interleaved=interleaved)
-        if len(subject.blocks) < _ENOUGH_BLOCKS:
-            notes.append(f"only {len(subject.blocks)} blocks each: the confidence interval is too narrow")
+        pairs = min(len(subject.blocks), len(baseline.blocks))
+        if pairs < _ENOUGH_BLOCKS:
+            notes.append(f"only {pairs} blocks to compare: the confidence interval is wide")
+        if interleaved and len(subject.blocks) != len(baseline.blocks):
+            counts = f"{len(subject.blocks)} blocks of {subject.name} and {len(baseline.blocks)} of {baseline.name}"
+            notes.append(f"medians are of {counts}, the ratio is of the {pairs} that took turns")
     return Measurement(
         results=tuple(results),
         device=target.device,

@@ -10,7 +10,7 @@ from optc.bench.summary import LoadGenSummary
 MULTISTREAM_SAMPLES = 8
 METRICS: dict[Scenario, str] = {
     "SingleStream": "ms at the 90th percentile",
-    "MultiStream": f"ms at the 99th percentile, {MULTISTREAM_SAMPLES} samples a query",
+    "MultiStream": "ms at the 99th percentile of queries of several samples",
     "Offline": "samples/s",
     "Server": "queries/s within the latency bound",
 }

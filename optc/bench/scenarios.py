@@ -16,7 +16,7 @@ import numpy as np
 
 from optc.bench.loadgen import log_files, start_test
 from optc.bench.measure import one_line
-from optc.bench.scenario_result import METRICS, MULTISTREAM_SAMPLES, ScenarioResult
+from optc.bench.scenario_result import METRICS, ScenarioResult
 from optc.bench.settings import Scenario, loadgen_settings
 from optc.bench.summary import LoadGenSummary, read_summary
 from optc.bench.suts import BatchSystem, QueueSystem, Samples
@@ -98,12 +98,16 @@ class _Run:
         self.scenario, self.runner, self.samples, self.name = scenario, runner, samples, name
         self.plan, self.only_batch, self.progress = plan, batch, progress
         self.notes: list[str] = []
+        settings = loadgen_settings(scenario, plan.model, {}, plan.user_conf)
+        self.per_query = settings.multi_stream_samples_per_query if scenario == "MultiStream" else 1
+        self.metric = f"ms at the 99th percentile, {self.per_query} samples a query"
+        if scenario != "MultiStream":
+            self.metric = METRICS[scenario]
 
     def batches(self) -> ScenarioResult:
         """SingleStream, MultiStream or Offline."""
         batch, seconds = self._batch()
-        per_query = MULTISTREAM_SAMPLES if self.scenario == "MultiStream" else 1
-        latency = seconds * math.ceil(per_query / batch)
+        latency = seconds * math.ceil(self.per_query / batch)
         rate = batch / seconds * self._side_by_side
         expected = max(_LEAST_EXPECTED_NS, int(0.8e9 * latency))
         values: dict[str, Any] = {
@@ -121,17 +125,17 @@ class _Run:
             system = BatchSystem(self.runner, self.samples, self.name, batch)
         summary = self._summary(system, values, self.plan.logs(self.scenario))
         ran = len(system.latencies_ns)
-        queries = 1 if self.scenario == "Offline" else ran // math.ceil(per_query / batch)
+        queries = 1 if self.scenario == "Offline" else ran // math.ceil(self.per_query / batch)
         percentile = {"SingleStream": "90.00", "MultiStream": "99.00"}.get(self.scenario)
         value = summary.samples_per_second if percentile is None else summary.percentiles_ns[percentile] / 1e6
-        return self._concluded(value, METRICS[self.scenario], summary, system, queries, batch)
+        return self._concluded(value, self.metric, summary, system, queries, batch)
 
     def server(self) -> ScenarioResult:
         """The highest rate of arrivals whose latency stays within the bound, and one run at it."""
         settings = loadgen_settings("Server", self.plan.model, {}, self.plan.user_conf)
         bound_ns, given = settings.server_target_latency_ns, settings.server_target_qps
         asked = self.plan.user_conf is not None and given != 1.0
-        _, seconds = self._time(1)
+        batch, seconds = self._time(self.only_batch or 1)
         if seconds * 1e9 > bound_ns and not asked:
             reason = f"one query alone takes {seconds * 1e3:.3g} ms, more than the bound of {bound_ns / 1e6:g} ms"
             mend = "raise *.Server.target_latency in --user-conf"
@@ -145,7 +149,7 @@ class _Run:
             rate *= _HEADROOM
         metric = f"queries/s within {bound_ns / 1e6:g} ms"
         value = summary.samples_per_second if _within(summary) else None
-        return self._concluded(value, metric, summary, system, len(system.latencies_ns), 1)
+        return self._concluded(value, metric, summary, system, len(system.latencies_ns), batch)
 
     def _search(self, capacity: float, bound_ns: int) -> float:
         """Bisect between nothing and what the runner would give if it never waited for a query."""
@@ -169,7 +173,7 @@ class _Run:
         if not (final and self.plan.official):
             count = min(max(least, math.ceil(rate * seconds / 2)), math.ceil(rate * seconds))
             values |= {"min_duration_ms": 0, "min_query_count": max(2, count)}
-        system = QueueSystem(self.runner, self.samples, self.name, self.plan.threads)
+        system = QueueSystem(self.runner, self.samples, self.name, self.plan.threads, self.only_batch or 1)
         return self._summary(system, values, logs), system
 
     def _summary(self, system: BatchSystem | QueueSystem, values: dict[str, Any], logs: Path | None) -> LoadGenSummary:
@@ -197,7 +201,7 @@ class _Run:
         if self.scenario == "SingleStream":
             return self._time(1)
         if self.scenario == "MultiStream":
-            return self._time(MULTISTREAM_SAMPLES)
+            return self._time(self.per_query)
         timed = dict(self._time(batch) for batch in OFFLINE_BATCHES)
         return max(timed.items(), key=lambda item: item[0] / item[1])
 
@@ -256,7 +260,7 @@ class _Run:
             "name": self.name,
             "scenario": self.scenario,
             "official": self.plan.official,
-            "metric": METRICS[self.scenario],
+            "metric": self.metric,
             "provider": self.runner.provider,
             "precision": self.runner.precision,
             "notes": tuple(dict.fromkeys([*self.notes, *side_by_side])),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ class Submission:
         self.root = root
         self._target = target
         self._submitter = root / DIVISION / SUBMITTER
+        self._slugs: dict[str, str] = {}
         self._system = slug(f"{machine.cpu_name()}-{target.threads}-threads")
 
     def performance(self, name: str, scenario: Scenario, run: int = 1) -> Path:
@@ -62,11 +64,19 @@ class Submission:
                 _write(folder / "measurements.json", json.dumps(_measurements(precision, weights[name]), indent=1))
         _write(self._submitter / "systems" / f"{self._system}.json", json.dumps(self._description(), indent=1))
         _write(self._submitter / "src" / "README.md", f"# Source\n\noptc {optc.__version__}.\n\n{how}")
-        mapping = {slug(name): BENCHMARK for name in names}
+        mapping = {self._slug(name): BENCHMARK for name in names}
         _write(self._submitter / "model_mapping.json", json.dumps(mapping, indent=1))
 
     def _scenario(self, name: str, scenario: Scenario) -> Path:
-        return self._submitter / "results" / self._system / slug(name) / scenario
+        return self._submitter / "results" / self._system / self._slug(name) / scenario
+
+    def _slug(self, name: str) -> str:
+        """A folder's name for a candidate, with a number where another has the same."""
+        if name not in self._slugs:
+            base, taken = slug(name), set(self._slugs.values())
+            numbered = (f"{base}-{number}" if number > 1 else base for number in count(1))
+            self._slugs[name] = next(each for each in numbered if each not in taken)
+        return self._slugs[name]
 
     def _description(self) -> dict[str, Any]:
         here = machine.machine()

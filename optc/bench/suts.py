@@ -61,7 +61,8 @@ class _Base:
         if outputs is None or not self._classes:
             self._complete([self._response(query, 0, 0) for query in ids])
             return
-        found = outputs[0].reshape(len(ids), -1).argmax(1).astype(np.float32)
+        scores = outputs[0].reshape(len(ids), -1)
+        found = np.where(np.isnan(scores).any(1), -1, scores.argmax(1)).astype(np.float32)
         address = found.ctypes.data  # LoadGen copies from it before this returns
         self._complete([self._response(query, address + 4 * row, 4) for row, query in enumerate(ids)])
 

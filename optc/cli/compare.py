@@ -80,7 +80,7 @@ def command(
     progress = progress_for(verbose, quiet)
     with limited(cpus=cpus):
         with progress.step("Importing PyTorch"):
-            from optc.cli.targets import queries_of, subjects
+            from optc.cli.targets import Subject, device_of, queries_of, subjects
             from optc.report.comparison import comparison_table
             from optc.report.report import jsonable
             from optc.target import Target
@@ -92,7 +92,9 @@ def command(
             for name in targets:
                 saved = _saved(name)
                 given += subjects([name], weights, target, progress) if saved is None else [saved]
-            target = replace(target, batch=batch or _batch(given))
+            live = [each for each in given if isinstance(each, Subject)]
+            device = device_of(live) if live else target.device
+            target = replace(target, device=device, batch=batch or _batch(given))
             document = _compare(given, target, force, progress)
     found, compared, notes = document["targets"], document["comparisons"], document["notes"]
     if as_json:
@@ -135,11 +137,13 @@ def _compare(given: Sequence[Run | Subject], target: Target, force: bool, progre
                 f"'{each.name}' takes {queries_of(images)} only, not {queries_of(target.batch)} as the others",
                 f"compare with --batch {images}",
             )
-    measured = iter(_measured([each for each in given if not isinstance(each, Run)], target, progress))
+    live, warnings = _measured([each for each in given if not isinstance(each, Run)], target, progress)
+    measured = iter(live)
     found = [
         contender(each.name, each.results, saved=True) if isinstance(each, Run) else next(measured) for each in given
     ]
     compared = comparisons(found)
+    notes += warnings
     notes += _other_batches(given, target.batch)
     if any(not each.interleaved for each in compared):
         notes.append("measured at different times: what changed on the machine in between is in the ratio as well")
@@ -179,13 +183,15 @@ def _saved(name: str) -> Run | None:
     return read_run(path) if name.endswith(".json") and not path.is_dir() else None
 
 
-def _measured(subjects: list[Subject], target: Target, progress: Progress) -> list[Contender]:
-    """The subjects' fastest candidates, all candidates measured in turns, each opened anew for each of its blocks."""
+def _measured(subjects: list[Subject], target: Target, progress: Progress) -> tuple[list[Contender], tuple[str, ...]]:
+    """The subjects' fastest candidates, all candidates measured in turns, each opened anew for each of its blocks; and
+    what is to be known of all of them.
+    """
     from optc.bench.compare import contender
     from optc.bench.measure import measure
 
     if not subjects:
-        return []
+        return [], ()
     groups = [subject.candidates(target.batch) for subject in subjects]
     candidates = [candidate for group in groups for candidate in group]
     with progress.step("Measuring in turns with MLPerf LoadGen") as step:
@@ -202,4 +208,4 @@ def _measured(subjects: list[Subject], target: Target, progress: Progress) -> li
     results, found = iter(measurement.results), []
     for subject, group in zip(subjects, groups, strict=True):
         found.append(contender(subject.name, [next(results) for _ in group]))
-    return found
+    return found, measurement.warnings

@@ -170,7 +170,13 @@ def command(
         from optc.report.write import write_report
 
         told = measured_document(
-            found.measurement, found.scenarios, insides, found.notes, [command_line()], found.accuracies
+            found.measurement,
+            found.scenarios,
+            insides,
+            found.notes,
+            [command_line()],
+            found.accuracies,
+            found.reference,
         )
         write_report(report, told, document)
     if as_json:

@@ -101,10 +101,8 @@ class Profile:
                 "results": [asdict(result) for result in self.reference.run.results],
                 "ratios": ratios,
             }
-        images = {subject.images(1) for subject in self.subjects}  # models may take one other number only
-        surroundings = {**self.surroundings, "batch": images.pop()} if len(images) == 1 else self.surroundings
         return {
-            **run_document(self.measurement, surroundings),
+            **run_document(self.measurement, self.surroundings),
             "targets": [
                 {"name": s.name, "weights": s.weights, "parameters": s.parameters, "accuracy": s.accuracy}
                 for s in self.subjects
@@ -126,6 +124,7 @@ def profile(subjects: list[Subject], request: Request, progress: Progress) -> Pr
     """
     if request.against != NONE:
         find_source(request.against)
+    request = replace(request, target=_of_one_size(subjects, request))
     target, submission = request.target, None
     if request.output is not None:
         submission = Submission(request.output, target)
@@ -149,7 +148,7 @@ def profile(subjects: list[Subject], request: Request, progress: Progress) -> Pr
     from optc.cli.targets import queries_of
 
     found.notes += [
-        f"{each.name} is optimized for {queries_of(each.batch)}, those of SingleStream have one image:"
+        f"{each.name} is optimized for {queries_of(each.batch)}, not for {queries_of(target.batch)} as SingleStream's:"
         f" 'optc compare --batch {each.batch}' measures others"
         for each in subjects
         if in_blocks and each.batch != each.images(target.batch)
@@ -171,6 +170,23 @@ def profile(subjects: list[Subject], request: Request, progress: Progress) -> Pr
     return found
 
 
+def _of_one_size(subjects: list[Subject], request: Request) -> Target:
+    """The target, with as many images in a query as all subjects take: one, unless they take another number only.
+
+    Raises:
+        MeasurementError: they take different numbers, so that their latencies say nothing of each other.
+    """
+    sizes = {each.name: each.images(1) for each in subjects}
+    if len(sizes) < len(subjects):
+        raise MeasurementError("a target is named twice", "name each once; 'optc compare' takes one beside itself")
+    if len(set(sizes.values())) > 1 and "SingleStream" in request.scenarios:
+        told = ", ".join(f"{name} of {images}" for name, images in sizes.items())
+        raise MeasurementError(
+            f"they take queries of different numbers of images: {told}", "profile them by themselves"
+        )
+    return replace(request.target, batch=min(sizes.values()))
+
+
 def _block_logs(submission: Submission, name: str, block: int) -> Path:
     return submission.performance(name, "SingleStream", block)
 
@@ -178,6 +194,10 @@ def _block_logs(submission: Submission, name: str, block: int) -> Path:
 def _compare(found: Profile, request: Request, progress: Progress) -> None:
     """Find the reference; without it there is no comparison, and a note of why."""
     if any(request.against == subject.name for subject in found.subjects):
+        return
+    if request.target.batch != 1:
+        images = request.target.batch
+        found.notes.append(f"no comparison: {request.against} is measured with queries of one image, not of {images}")
         return
     if request.target.device != "cpu":
         found.notes.append(f"no comparison: {request.against} is measured on the CPU, not on {request.target.device}")
@@ -199,15 +219,18 @@ def _scenarios(found: Profile, request: Request, submission: Submission | None, 
                 continue
             batch = MULTISTREAM_SAMPLES if scenario in ("MultiStream", "Offline") else 1
             for candidate in subject.candidates(batch):
+                only = _only_batch(candidate, batch)
                 if submission is not None:
                     plan = replace(plan, log_folder=partial(submission.performance, candidate.name))
                 with progress.step(f"{scenario}: {candidate.name}") as step, _Opened(candidate) as opened:
                     if in_full:
-                        found.scenarios.append(_performance(scenario, candidate, opened.runner_or_reason, plan, step))
+                        found.scenarios.append(
+                            _performance(scenario, candidate, opened.runner_or_reason, plan, only, step)
+                        )
                     if split is not None and request.dataset is not None and opened.runner is not None:
                         folder = submission.accuracy(candidate.name, scenario) if submission else None
                         named = (scenario, candidate.name)
-                        _accuracy(found, *named, opened.runner, request.dataset, split, plan, batch, folder)
+                        _accuracy(found, *named, opened.runner, request.dataset, split, plan, only or batch, folder)
 
 
 def _split(subject: Subject, dataset: Dataset | None, notes: list[str]) -> Split | None:
@@ -226,13 +249,21 @@ def _split(subject: Subject, dataset: Dataset | None, notes: list[str]) -> Split
         return None
 
 
+def _only_batch(candidate: Candidate, asked: int) -> int | None:
+    """The one number of images that a candidate takes at a time, if it takes no other."""
+    images = len(candidate.inputs[0][0])
+    return images if candidate.specialised or images != asked else None
+
+
 def _performance(
-    scenario: Scenario, candidate: Candidate, opened: Runner | str, plan: Plan, step: Step
+    scenario: Scenario, candidate: Candidate, opened: Runner | str, plan: Plan, batch: int | None, step: Step
 ) -> ScenarioResult:
     if isinstance(opened, str):
         return failed(scenario, candidate.name, opened, plan.official)
+    if len({len(array) for array in candidate.inputs[0]}) > 1:
+        reason = "one of its inputs is no batch, so that it has no single samples to answer for"
+        return failed(scenario, candidate.name, reason, plan.official)
     one = tuple(array[:1] for array in candidate.inputs[0])
-    batch = len(candidate.inputs[0][0]) if candidate.specialised else None
     samples = [one] * MULTISTREAM_SAMPLES
     try:
         result = run_scenario(scenario, opened, samples, candidate.name, plan, batch=batch, progress=step.update)

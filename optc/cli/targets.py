@@ -127,11 +127,14 @@ def _model(name: str, weights: str, target: Target, progress: Progress) -> Subje
     from optc.bench.baselines import baselines
     from optc.bench.inside import look_inside
     from optc.cli.model import load
+    from optc.frontend.batch_sizes import takes_one_batch
 
     loaded, _ = load(name, weights, None, 0, progress)
 
     def candidates(batch: int) -> list[Candidate]:
-        query = tuple(torch.cat([tensor[:1]] * batch) for tensor in loaded.example_inputs)
+        query = loaded.example_inputs
+        if not takes_one_batch(loaded.module, query):
+            query = tuple(torch.cat([tensor[:1]] * batch) for tensor in query)
         arrays = (tuple(tensor.numpy() for tensor in query),)
         return [
             replace(each, name=f"{name} {each.name}", inputs=arrays) for each in baselines(loaded.module, query, target)

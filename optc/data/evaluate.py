@@ -44,7 +44,9 @@ def evaluate(
         scores = call(images)
         if not isinstance(scores, torch.Tensor) or scores.ndim != 2:
             raise DataError("accuracy needs a model with one output of shape (batch, classes)", "leave --data away")
-        correct += int((scores.argmax(1).cpu() == labels).sum())
+        # Of scores with NaN, arg-max takes one of those, which may be the label's.
+        found = scores.argmax(1).masked_fill(scores.isnan().any(1), -1)
+        correct += int((found.cpu() == labels).sum())
         total += len(labels)
         progress(f"{total}/{len(split)} images")
     return Accuracy(correct, total)

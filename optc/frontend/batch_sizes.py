@@ -54,6 +54,16 @@ def refuse_other_paths(graph: fx.Graph) -> None:
             raise CaptureError(f"its code goes another way unless {condition}")
 
 
+def takes_one_batch(module: torch.nn.Module, inputs: Sequence[Tensor]) -> bool:
+    """Whether a module is known to take its example inputs' batch only, as of an exported graph, or none at all."""
+    if len({len(tensor) for tensor in inputs}) > 1:
+        return True
+    if not isinstance(module, fx.GraphModule):
+        return False
+    values = [node.meta.get("val") for node in module.graph.find_nodes(op="placeholder")]
+    return any(isinstance(value, Tensor) and value.ndim > 0 and not _varies(value.shape[0]) for value in values)
+
+
 def refuse_conditions(conditions: Sequence[str]) -> None:
     """As :func:`refuse_other_paths`, for what a file says in words: they are not evaluated, as they might be anything.
 

@@ -18,7 +18,13 @@ from torch.utils import _pytree as pytree
 
 from optc.errors import CaptureError
 from optc.evaluation import evaluation_mode
-from optc.frontend.batch_sizes import CONDITIONS, compare_with_model, refuse_conditions, refuse_other_paths
+from optc.frontend.batch_sizes import (
+    CONDITIONS,
+    compare_with_model,
+    refuse_conditions,
+    refuse_other_paths,
+    takes_one_batch,
+)
 from optc.program import ModelInfo, Program, complete_meta, graph_module
 from optc.rewrite import argument, calls, set_argument, shape
 
@@ -157,8 +163,7 @@ def _number_paddings(program: Program) -> None:
 def _refuse_fixed_batch(model: torch.nn.Module) -> None:
     """Exported again, a graph exported for one batch size may seem to take any, with that size baked into constants."""
     if isinstance(model, fx.GraphModule):
-        values = [node.meta.get("val") for node in model.graph.find_nodes(op="placeholder")]
-        if any(isinstance(value, Tensor) and isinstance(value.shape[0], int) for value in values if value is not None):
+        if takes_one_batch(model, ()):
             raise CaptureError("it was exported for one batch size")
         refuse_other_paths(model.graph)
         refuse_conditions(model.meta.get(CONDITIONS, ()))

@@ -94,7 +94,7 @@ def bars_chart(profiles: Mapping[str, LayerProfile]) -> Chart:
             colour = SERIES[1] if number == len(times) - 1 else SERIES[0]
             bars = axes.barh(offsets, values, height * 0.92, color=colour, label=name)
             axes.bar_label(bars, [short(value, 2) if value else "" for value in values], padding=2, fontsize=8)
-        axes.set_yticks(range(len(labels)), [shortened(label) for label in labels], fontsize=9)
+        axes.set_yticks(range(len(labels)), [shortened(label) for label in labels], fontsize=9, parse_math=False)
         axes.set_ylim(len(labels) - 0.4, -0.6)
         axes.grid(visible=False, axis="y")
         axes.set_xmargin(0.1)

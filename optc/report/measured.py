@@ -11,8 +11,10 @@ import numpy as np
 import optc
 from optc.bench.accuracy import AccuracyResult
 from optc.bench.inside import Inside
+from optc.bench.reference import Reference
 from optc.bench.results import CandidateResult, Measurement
 from optc.bench.scenario_result import ScenarioResult
+from optc.bench.verdict import of_blocks
 from optc.machine import Machine, machine
 from optc.report.charts import Latencies, latency_chart
 from optc.report.document import Chart, Code, Document, Section, Table
@@ -27,6 +29,7 @@ def measured_document(
     notes: Sequence[str],
     commands: Sequence[str],
     accuracies: Sequence[AccuracyResult] = (),
+    reference: Reference | None = None,
 ) -> Document:
     """What a measurement of several candidates found, for people.
 
@@ -36,6 +39,7 @@ def measured_document(
         notes: lines the user must see.
         commands: lines that measure it again.
         accuracies: of candidates, on labelled images.
+        reference: the model that they are held against.
     """
     whole = [each for each in measurement.results if each.percentiles and each.error is None]
     ranked = sorted(whole, key=lambda each: (each.nonfinite_queries > 0, _p50(each)))
@@ -56,6 +60,11 @@ def measured_document(
         + (" and returns NaN or infinity." if each.nonfinite_queries else ".")
         for each in ranked[1:]
     ]
+    if reference is not None:
+        held = f"{reference.name}, measured on {reference.run.created.partition('T')[0]}"
+        summary += [f"{each.name} takes {reference.ratio(each).value:.3g} times as long as {held}." for each in ranked]
+    invalid = ((each, of_blocks(each)) for each in whole)
+    summary += [f"{each.name}: INVALID by LoadGen's rules: {told.reason}" for each, told in invalid if not told.valid]
     summary += [each.sentence for each in accuracies]
     summary += [*figures, *(f"{each.name} was not measured to the end: {each.error}" for each in failed), *notes]
     speed: tuple[Chart | Table, ...] = ()

@@ -11,7 +11,8 @@ from pathlib import Path
 import optc
 from optc.bench.choice import rows
 from optc.bench.inside import Inside
-from optc.bench.results import Measurement
+from optc.bench.results import CandidateResult, Measurement
+from optc.bench.statistics import ratio_of_medians
 from optc.machine import PACKAGES, Machine, machine
 from optc.passmanager.contract import PassRecord
 from optc.report.charts import Point, pareto_chart, steps_chart
@@ -88,12 +89,10 @@ def _summary(report: Report) -> list[str]:
             f"The speed is {1 / ratio.value:.2f} times that of {measurement.baseline}; with {ratio.confidence:.0%}"
             f" confidence it lies between {1 / ratio.high:.2f} and {1 / ratio.low:.2f} times."
         )
-    reference = _median(measurement, REFERENCE)
-    subject = _median(measurement, measurement.optimized or "") if measurement else None
-    if reference and subject and measurement and measurement.baseline != REFERENCE:
-        lines.append(
-            f"Plain PyTorch in float32 takes {milliseconds(reference / 1e9)}, {times(reference / subject)} as long."
-        )
+    plain, subject = _result(measurement, REFERENCE), _result(measurement, measurement.optimized if measurement else "")
+    if plain and subject and measurement and measurement.baseline != REFERENCE:
+        longer = ratio_of_medians(plain.latencies_ns, subject.latencies_ns, interleaved=measurement.interleaved).value
+        lines.append(f"Plain PyTorch in float32 takes {times(longer)} as long.")
     accuracy = report.accuracy
     if accuracy.before is not None and accuracy.after is not None:
         change, on = accuracy.after - accuracy.before, f" on {accuracy.data}" if accuracy.data else ""
@@ -225,6 +224,8 @@ def _account(record: PassRecord) -> Table | None:
 
 
 def _cell(value: object) -> str:
+    if value is None:
+        return "–"
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, dict):
@@ -257,8 +258,9 @@ def _again(
     return tuple(parts)
 
 
-def _median(measurement: Measurement | None, name: str) -> float | None:
+def _result(measurement: Measurement | None, name: str | None) -> CandidateResult | None:
+    """What was measured of a candidate, if anything was."""
     for result in measurement.results if measurement else ():
         if result.name == name and result.percentiles is not None:
-            return result.percentiles.p50_ns
+            return result
     return None

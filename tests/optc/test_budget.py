@@ -67,6 +67,13 @@ def test_agreement_is_the_share_of_samples_whose_largest_output_stays() -> None:
     assert metric(lambda x: {"scores": other}) == 0.5
 
 
+def test_an_output_that_became_nan_does_not_agree() -> None:
+    batches = [(torch.eye(3),)]
+    metric = agreement(nn.Identity(), batches)
+    assert metric(nn.Identity()) == 1.0
+    assert metric(lambda x: x * float("nan")) == 0.0
+
+
 def test_a_drop_of_just_the_budget_is_within_it() -> None:
     budget = Budget(Metric("accuracy", lambda call: call(), "ten images"), 0.9, 10.0)
     assert budget.excess(lambda: 0.8) is None

@@ -100,3 +100,22 @@ def test_a_model_that_cannot_run_one_image_is_one_line(digits: Split) -> None:
 
     with pytest.raises(MeasurementError, match="it cannot run one image: ZeroDivisionError: batches of four only"):
         measure_accuracy("Offline", Picky(digits, 0), digits, "m", model="m", batch=8)
+
+
+def test_scores_with_nan_are_no_class(digits: Split) -> None:
+    class Broken(_Knows):
+        def __call__(self, *inputs: Any) -> Any:
+            return tuple(np.full_like(output, np.nan) for output in super().__call__(*inputs))
+
+    assert measure_accuracy("Offline", Broken(digits, 0), digits, "m", model="m", batch=8).correct == 0
+
+
+@pytest.mark.parametrize("scenario", ["SingleStream", "Offline"])
+def test_a_model_of_one_batch_size_is_given_that(digits: Split, scenario: Scenario) -> None:
+    class OfThree(_Knows):
+        def __call__(self, *inputs: Any) -> Any:
+            if len(inputs[0]) != 3:
+                raise ValueError("Expected: 3")
+            return super().__call__(*inputs)
+
+    assert measure_accuracy(scenario, OfThree(digits, 0), digits, "m", model="m", batch=3).correct > 300

@@ -4,8 +4,11 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import pytest
+
 from optc.bench import statistics
-from optc.bench.results import Block, CandidateResult, fastest
+from optc.bench.results import Block, CandidateResult, conclude, fastest
+from optc.target import Target
 
 
 def test_results_do_not_import_torch() -> None:
@@ -46,3 +49,14 @@ def test_other_options_have_to_gain_more_than_a_machine_drifts_where_blocks_took
     other = replace(result("other", [0.98, 0.981, 0.979] * 3), instead_of="plain")
     assert fastest([plain, other], interleaved=True) is other
     assert fastest([plain, other], interleaved=False) is plain
+
+
+@pytest.mark.parametrize(
+    ("blocks", "wide", "uneven"), [((6, 6), False, False), ((14, 2), True, True), ((3, 3), True, False)]
+)
+def test_how_many_blocks_a_ratio_rests_on_is_told(blocks: tuple[int, int], wide: bool, uneven: bool) -> None:
+    subject, baseline = (result(name, [1.0] * count) for name, count in zip(("mine", "base"), blocks, strict=True))
+    found = conclude([subject, baseline], Target(threads=1), ["mine"], "", 0.1, [])
+    told = " ".join(found.warnings)
+    assert (f"only {min(blocks)} blocks to compare: the confidence interval is wide" in told) == wide
+    assert ("14 blocks of mine and 2 of base, the ratio is of the 2 that took turns" in told) == uneven

@@ -289,3 +289,24 @@ def test_ctrl_c_ends_a_server_run_whose_schedule_is_long(tmp_path: Path) -> None
     assert process.returncode == 130, errors
     assert output.endswith("interrupted\n")
     assert errors == ""
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_a_runner_of_one_batch_size_is_given_that(scenario: Scenario, samples: list[Arrays], tmp_path: Path) -> None:
+    def three(x: np.ndarray) -> Arrays:
+        if len(x) != 3:
+            raise ValueError(f"Got: {len(x)} Expected: 3")
+        return (x,)
+
+    runner = _Calls(three)
+    result = run_scenario(scenario, runner, samples, "m", _plan(), batch=3)
+    assert result.value is not None, result.reasons
+    assert (set(runner.batches), result.batch) == ({3}, 3)
+
+
+def test_multistream_has_the_samples_that_are_asked_for(samples: list[Arrays], tmp_path: Path) -> None:
+    conf = _conf(tmp_path, "*.MultiStream.samples_per_query = 4")
+    runner = _Calls(lambda x: (x,))
+    result = run_scenario("MultiStream", runner, samples, "m", _plan(user_conf=conf))
+    assert (result.metric, result.batch) == ("ms at the 99th percentile, 4 samples a query", 4)
+    assert runner.batches[-1] == 4

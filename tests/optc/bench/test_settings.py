@@ -23,6 +23,17 @@ def test_mlperfs_defaults_then_what_is_asked_then_the_users_file(tmp_path: Path)
     assert loadgen_settings("Server", "alexnet", {}, conf).server_target_latency_ns == 20_000_000
 
 
+@pytest.mark.parametrize("name", ["resnet50", "bert", "retinanet"])
+def test_the_name_of_a_model_sets_no_limits(name: str, tmp_path: Path) -> None:
+    conf = tmp_path / "user.conf"
+    conf.write_text(f"{name}.Server.target_qps = 5\n")
+    for scenario in ("Server", "Offline", "SingleStream", "MultiStream"):
+        named, other = (loadgen_settings(scenario, each, {}, None) for each in (name, f"{name}-int8"))
+        for field in ("server_target_latency_ns", "min_query_count", "performance_sample_count_override"):
+            assert getattr(named, field) == getattr(other, field)
+    assert loadgen_settings("Server", name, {}, conf).server_target_qps == 5.0
+
+
 @pytest.mark.parametrize(
     "line",
     [

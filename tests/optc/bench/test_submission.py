@@ -100,3 +100,14 @@ def test_every_field_the_checker_wants_is_there(root: Path) -> None:
 def test_names_become_one_part_of_a_path() -> None:
     assert slug("timm:vit/tiny eager-fp32") == "timm-vit-tiny-eager-fp32"
     assert slug("../..") == "model"
+
+
+def test_two_targets_have_two_folders(tmp_path: Path) -> None:
+    submission = Submission(tmp_path, Target(threads=1))
+    names = ("../old/r50", "old/r50", "old-r50")
+    folders = [submission.performance(name, "SingleStream") for name in names]
+    assert len(set(folders)) == 3
+    assert submission.performance("old/r50", "SingleStream") == folders[1]
+    submission.describe(dict.fromkeys(names, ""), {}, dict.fromkeys(names, ""), [])
+    (mapping,) = tmp_path.rglob("model_mapping.json")
+    assert list(json.loads(mapping.read_text())) == ["old-r50", "old-r50-2", "old-r50-3"]

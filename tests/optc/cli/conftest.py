@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -61,3 +63,13 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         sys.path.remove(str(source))
         logging.disable(logging.NOTSET)
     return folder
+
+
+@pytest.fixture
+def for_a_gpu(artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The artifact ``made`` in the current folder, which says that it was made for a GPU."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(artifacts / "plain", "made")
+    manifest = json.loads(Path("made/manifest.json").read_text())
+    manifest["target"]["device"] = "cuda"
+    Path("made/manifest.json").write_text(json.dumps(manifest))

@@ -158,6 +158,19 @@ def test_a_saved_run_has_the_queries_that_it_was_measured_with(
     assert (other.returncode, "batch" in other.stderr) == (2, True)
 
 
+@pytest.mark.usefixtures("for_a_gpu")
+def test_targets_on_different_devices_are_refused(artifacts: Path, command: Command) -> None:
+    done = command("compare", str(artifacts / "plain"), "made", "-q")
+    assert done.returncode == 2
+    assert "the targets run on different devices" in done.stderr
+
+
+def test_what_concerns_all_is_told(artifacts: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optc.machine.load_average", lambda: 99.0)
+    done = command("compare", str(artifacts / "plain"), str(artifacts / "fused"), "--json", "-q")
+    assert any("the machine was busy" in note for note in json.loads(done.stdout)["notes"])
+
+
 @pytest.mark.usefixtures("briefly")
 def test_artifacts_are_compared_with_the_queries_they_are_optimized_for(
     artifacts: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -177,8 +190,8 @@ def test_artifacts_are_compared_with_the_queries_they_are_optimized_for(
     done = command("compare", "of-three", plain, "--batch", "1", "--json", "-q")
     document = json.loads(done.stdout)
     assert document["surroundings"]["batch"] == 1
-    assert document["notes"] == ["of-three is optimized for queries of 3 images, not for queries of 1 image as here"]
+    assert "of-three is optimized for queries of 3 images, not for queries of 1 image as here" in document["notes"]
 
     done = command("profile", "of-three", "--against", "none", "--json", "-q")
     (note,) = json.loads(done.stdout)["notes"]
-    assert "those of SingleStream have one image: 'optc compare --batch 3' measures others" in note
+    assert "not for queries of 1 image as SingleStream's: 'optc compare --batch 3' measures others" in note

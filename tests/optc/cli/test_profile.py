@@ -149,15 +149,6 @@ def test_random_weights_have_no_accuracy(artifacts: Path, command: Command, fold
     assert document["targets"][0]["parameters"] == manifest["report"]["model_bytes"] // 4
 
 
-@pytest.fixture
-def for_a_gpu(artifacts: Path, folder: Path) -> None:
-    """The artifact ``made``, which says that it was made for a GPU."""
-    shutil.copytree(artifacts / "plain", "made")
-    manifest = json.loads(Path("made/manifest.json").read_text())
-    manifest["target"]["device"] = "cuda"
-    Path("made/manifest.json").write_text(json.dumps(manifest))
-
-
 @pytest.mark.usefixtures("for_a_gpu")
 def test_what_runs_on_a_gpu_is_not_compared_with_a_reference_on_the_cpu(command: Command) -> None:
     done = command("profile", "made", "--json", "-q")
@@ -292,3 +283,78 @@ def test_without_loadgen_one_line_says_what_to_install(artifacts: Path, folder: 
     assert done.returncode == 2
     assert "pip install mlcommons-loadgen" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+MASKED = """
+import torch
+
+class Masked(torch.nn.Module):
+    def forward(self, x, table):
+        return x @ table
+
+def masked():
+    return Masked(), (torch.randn(2, 3), torch.randn(3, 3))
+
+def pairs():
+    class Pairs(torch.nn.Module):
+        def forward(self, x):
+            return x.flatten(2) if x.shape[0] == 3 else x[:, :, 0]
+    return Pairs(), (torch.randn(3, 3, 8, 8),)
+"""
+
+
+@pytest.fixture
+def fixed(folder: Path, command: Command) -> Path:
+    """Artifacts of models with fixed batches: ``masked``, one of whose inputs is no batch, and ``pairs``, of three."""
+    (folder / "fixed_models.py").write_text(MASKED)
+    options = ("--passes", "fuse", "--backend", "onnxruntime", "--no-measure", "-q")
+    for name in ("masked", "pairs"):
+        batch = ("--batch", "3") if name == "pairs" else ()
+        assert command("optimize", f"fixed_models:{name}", *options, *batch, "-o", name).returncode == 0
+    return folder
+
+
+@pytest.mark.usefixtures("fixed")
+def test_queries_of_different_sizes_are_not_set_side_by_side(artifacts: Path, command: Command) -> None:
+    done = command("profile", "pairs", str(artifacts / "plain"), *ALONE, "-q")
+    assert done.returncode == 2
+    assert "they take queries of different numbers of images: pairs of 3" in done.stderr
+    done = command("profile", "pairs", "--json", "-q")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["batch"] == document["surroundings"]["batch"] == 3
+    assert document["against"] is None
+    assert any("is measured with queries of one image, not of 3" in note for note in document["notes"])
+    done = command("profile", "pairs", "--scenario", "Offline", *ALONE, "--json", "-q")
+    (offline,) = json.loads(done.stdout)["scenarios"]
+    assert (offline["batch"], offline["value"] is not None) == (3, True), offline["reasons"]
+
+
+@pytest.mark.usefixtures("fixed")
+def test_an_input_that_is_no_batch_is_measured_as_it_is(command: Command) -> None:
+    done = command("profile", "masked", "fixed_models:masked", *ALONE, "--json", "-q")
+    assert done.returncode == 0, done.stderr
+    errors = {each["name"]: each["error"] for each in json.loads(done.stdout)["results"]}
+    assert errors["masked"] is errors["fixed_models:masked eager-fp32"] is None
+    done = command("profile", "masked", "--scenario", "Offline", *ALONE, "--json", "-q")
+    (offline,) = json.loads(done.stdout)["scenarios"]
+    assert offline["reasons"] == ["one of its inputs is no batch, so that it has no single samples to answer for"]
+
+
+def test_a_target_is_named_once(artifacts: Path, command: Command) -> None:
+    done = command("profile", str(artifacts / "plain"), str(artifacts / "plain"), *ALONE, "-q")
+    assert (done.returncode, "a target is named twice" in done.stderr) == (2, True)
+
+
+def test_a_reference_of_which_nothing_was_measured_is_not_remembered(
+    artifacts: Path, command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    broken = LABELLED.replace("nn.Conv2d(3, 8, 3), nn.Flatten()", "nn.Conv2d(4, 8, 3), nn.Flatten()")
+    (folder / "labelled_model.py").write_text(broken)
+    before = set(cache_folder("references").glob("*"))
+    arguments = ("profile", str(artifacts / "plain"), "--against", "labelled_model:small", "--threads", "1", "-q")
+    done = command(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    assert any(note.startswith("no comparison: ") for note in json.loads(done.stdout)["notes"])
+    assert set(cache_folder("references").glob("*")) == before

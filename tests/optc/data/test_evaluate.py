@@ -46,3 +46,11 @@ def test_outputs_that_are_no_scores_are_refused() -> None:
 
     with pytest.raises(DataError, match="one output of shape"):
         evaluate(features, DigitsDataset().split("test", PLAIN), 8)
+
+
+def test_scores_with_nan_are_no_class() -> None:
+    split = DigitsDataset().split("test", PLAIN)
+    answers = [label for _, labels in split.batches(500) for label in labels]  # type: ignore[union-attr]
+    assert 0 in answers
+    nothing = evaluate(lambda images: torch.full((len(images), 10), float("nan")), split, 100)
+    assert (nothing.correct, nothing.total) == (0, 359)
