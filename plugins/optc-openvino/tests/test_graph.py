@@ -11,6 +11,7 @@ from torch import nn
 
 import optc
 import optc_openvino
+from optc.machine import isa
 from optc_openvino.graph import (
     drop_repeated_quantizations,
     drop_zero_points,
@@ -37,7 +38,10 @@ def test_dropping_zero_points_changes_nothing_but_the_graph(alexnet_int8: optc.O
     assert drop_zero_points(model) == 0
     x = np.random.default_rng(0).standard_normal((1, 3, 224, 224)).astype(np.float32)
     (ours,), (reference,) = OpenVinoRunner(model, TARGET)(x), OpenVinoRunner(plain, TARGET)(x)
-    np.testing.assert_allclose(ours, reference, rtol=1e-4, atol=1e-5)
+    if not {"avx512_vnni", "avx_vnni"}.isdisjoint(isa() or ()):
+        np.testing.assert_allclose(ours, reference, rtol=1e-4, atol=1e-5)
+    # Without int8 instructions other kernels run, which round some values that lie between two steps the other way.
+    assert np.square(ours - reference).sum() < 10**-4.5 * np.square(reference).sum()
 
 
 def test_other_zero_points_stay(tmp_path: Path) -> None:
