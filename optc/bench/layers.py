@@ -87,8 +87,9 @@ class LayerProfile:
 
 def program_layers(program: Program, target: Target, peaks: Peaks) -> LayerProfile:
     """Profile a captured model as it is, in eager PyTorch on the CPU, on its example inputs."""
-    images = target.batch if program.dynamic_batch else len(program.example_inputs[0])
-    query = [tensor[:images].contiguous() for tensor in program.example_inputs]
+    query = program.example_inputs
+    if program.dynamic_batch:
+        query = tuple(tensor[: target.batch].contiguous() for tensor in query)
     before = torch.get_num_threads()
     torch.set_num_threads(target.threads)
     try:

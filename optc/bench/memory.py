@@ -63,8 +63,10 @@ def program_memory(program: Program, target: Target) -> Memory:
         BackendError: it cannot be written as a graph file.
         MeasurementError: the process failed; has its last line.
     """
-    size = target.batch if program.dynamic_batch else len(program.example_inputs[0])
-    inputs = [[[size, *t.shape[1:]], str(t.dtype).removeprefix("torch.")] for t in program.example_inputs]
+    inputs: list[list[Any]] = [[list(t.shape), str(t.dtype).removeprefix("torch.")] for t in program.example_inputs]
+    if program.dynamic_batch:
+        for shape, _ in inputs:
+            shape[0] = target.batch
     with tempfile.TemporaryDirectory(prefix="optc-memory-") as folder:
         files = write_graph(program, Path(folder))
         total = sum(Path(folder, name).stat().st_size for name in files)

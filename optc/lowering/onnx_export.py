@@ -22,6 +22,7 @@ from optc.errors import BackendError
 from optc.lowering import onnx_blocks, onnx_dynamic, onnx_rewrites
 from optc.lowering.onnx_attention import fit_attention
 from optc.lowering.onnx_decompose import decomposed_where_needed
+from optc.lowering.onnx_pools import fit_divisors
 from optc.lowering.onnx_registry import registry_kept
 from optc.ops import COMPOSITES, decompose, global_pools_as_means
 from optc.program import Program
@@ -86,6 +87,7 @@ def _translated(program: Program, opset: int) -> tuple[ir.Model, Program]:
     if found is None or found[0] != state:
         plain = decompose(program)
         global_pools_as_means(plain)
+        fit_divisors(plain)
         fit_attention(plain)
         model = _translate(plain, opset)
         onnx_rewrites.tidy(model)

@@ -59,10 +59,11 @@ def transpose_weights(model: ir.Model) -> None:
     """Replace ``Transpose(weight)`` by a transposed weight, and ``Transpose(DequantizeLinear(weight))`` likewise.
 
     The exporter writes a linear layer on more than two dimensions as MatMul with its weight transposed. Folded by the
-    runtime at load time, that would hold each weight twice.
+    runtime at load time, that would hold each weight twice. One that is an output of the model stays: an output has a
+    node that makes it, and a name of its own.
     """
     for node in list(model.graph):
-        if node.op_type != "Transpose" or node.domain != "":
+        if node.op_type != "Transpose" or node.domain != "" or node.outputs[0].is_graph_output():
             continue
         source, perm = node.inputs[0], node.attributes["perm"].as_ints()
         assert source is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_flop
 
 from optc.ops.composites import COMPOSITES, Composite
 from optc.program import Program
+from optc.rewrite import dims
 
 aten = torch.ops.aten
-_MOVES = frozenset(
-    ("cat", "clone", "constant_pad_nd", "copy", "index", "pad", "roll", "slice", "stack", "to", "_to_copy")
-)
+_PICKS = frozenset(("embedding", "index", "index_select"))
+"""Operators that read no more of their table than they write."""
+_MOVES = _PICKS | {"cat", "clone", "constant_pad_nd", "copy", "pad", "roll", "slice", "stack", "to", "_to_copy"}
 """Operators that compute nothing, besides views."""
 
 
@@ -39,7 +40,7 @@ class NodeCost:
     Attributes:
         node, operator, module: its name, what it calls, and the path of the module it came from (may be empty).
         operations: multiplications and additions, a fused multiply-add counted as two.
-        constant_bytes: weights and other constants it reads, as they are stored.
+        constant_bytes: what it reads of weights and other constants, as they are stored.
         reads: by the node that made the value, bytes of what it reads of it; views and dequantizations are looked
             through, so that what was quantized counts as integers. Inputs of the model are such nodes too.
         writes: bytes of its result, as integers where only quantizations read it.
@@ -61,30 +62,38 @@ def node_costs(program: Program, batch: int) -> tuple[NodeCost, ...]:
 
     Operations of convolutions, matrix products and attention are counted by :mod:`torch.utils.flop_counter`, which
     lacks attention on CPUs: it is added here. Composites count as the layer in them, and any other operator that
-    computes counts one operation for each element of the largest tensor it reads or writes.
+    computes counts one operation for each element of the largest tensor it reads or writes. What does not vary with the
+    batch counts as it is.
     """
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
     scale = batch / len(program.example_inputs[0]) if program.dynamic_batch else 1.0
+    varying = _varying(program)
     found = []
+
+    def elements(node: fx.Node) -> float:
+        return _elements(node) * (scale if node in varying else 1.0)
+
     for node in program.graph.nodes:
         if node.op != "call_function" or _is_transparent(node) or _value(node) is None:
             continue
         operands = [operand for operand in node.all_input_nodes if _value(operand) is not None]
-        constants = {source: _bytes(source) for operand in operands for source in _constants(operand)}
-        reads: Counter[fx.Node] = Counter()
+        reads: dict[fx.Node, float] = defaultdict(float)
         for operand in operands:
-            if not _constants(operand):  # of several views of a value it reads each, but no more than there is
-                source = _source(operand)
-                reads[source] = min(reads[source] + _elements(operand) * _item(source), _bytes(source))
+            picked = _schema_name(node) in _PICKS and operand is node.args[0]
+            read = min(elements(operand), elements(node)) if picked else elements(operand)
+            for source in _constants(operand) or [_source(operand)]:
+                # Of several views of a value it reads each, but no more than there is.
+                reads[source] = min(reads[source] + read * _item(source), elements(source) * _item(source))
+        written = _written(node)
         found.append(
             NodeCost(
                 node=node.name,
                 operator=str(node.target),
                 module=_module(node),
-                operations=_operations(node, counter) * scale,
-                constant_bytes=sum(constants.values()),
-                reads={source.name: round(size * scale) for source, size in reads.items()},
-                writes=round(_written(node) * scale),
+                operations=_operations(node, counter) * (1.0 if varying.isdisjoint((node, *operands)) else scale),
+                constant_bytes=round(sum(size for source, size in reads.items() if source.op == "get_attr")),
+                reads={source.name: round(size) for source, size in reads.items() if source.op != "get_attr"},
+                writes=round(elements(written) * _item(written)),
                 result=_is_result(node),
             )
         )
@@ -120,12 +129,25 @@ class CostGraph(dict[str, NodeCost]):
         return sum(cost.operations for cost in mine), constants, reads + outgoing
 
 
+def _varying(program: Program) -> set[fx.Node]:
+    """The values whose sizes vary with the batch; one that does not say does if anything that it is made from does."""
+    found: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        known = dims(node)
+        if known is None:
+            varies = node.op == "placeholder" or not found.isdisjoint(node.all_input_nodes)
+        else:
+            varies = any(isinstance(size, str) for size in known)
+        if varies:
+            found.add(node)
+    return found
+
+
 def _operations(node: fx.Node, counter: FlopCounterMode) -> float:
     target = node.target
     if not isinstance(target, OpOverload):
         return 0.0
-    name = target._schema.name.rpartition("::")[2]
-    if name in _MOVES:
+    if _schema_name(node) in _MOVES:
         return 0.0
     if target not in COMPOSITES and torch.Tag.pointwise not in target.tags:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda operand: operand.meta["val"])
@@ -144,7 +166,8 @@ def _operations(node: fx.Node, counter: FlopCounterMode) -> float:
 def _composite_operations(row: Composite, node: fx.Node) -> float:
     x, weight = (operand.meta["val"] for operand in node.args[:2] if isinstance(operand, fx.Node))
     if row.is_conv:
-        return float(conv_flop_count(list(x.shape), list(weight.shape), list(node.meta["val"].shape)))
+        batch = [1] * (4 - x.dim())  # which an image may lack
+        return float(conv_flop_count([*batch, *x.shape], list(weight.shape), [*batch, *node.meta["val"].shape]))
     return 2.0 * int(x.numel()) * len(weight)
 
 
@@ -161,7 +184,7 @@ def _is_transparent(node: fx.Node) -> bool:
     return (
         node.target is operator.getitem
         or bool(getattr(node.target, "is_view", False))
-        or _schema_name(node).startswith("dequantize_")
+        or _schema_name(node).startswith(("dequantize_", "_unsafe_view"))  # a view whose schema does not say so
     )
 
 
@@ -189,10 +212,11 @@ def _readers(node: fx.Node) -> Iterable[fx.Node]:
             yield user
 
 
-def _written(node: fx.Node) -> int:
+def _written(node: fx.Node) -> fx.Node:
+    """The node whose value it stores: its own, or the integers where only quantizations read it."""
     readers = list(_readers(node))
     quantized = bool(readers) and all(map(_is_quantize, readers)) and not _is_quantize(node)
-    return _bytes(readers[0] if quantized else node)
+    return readers[0] if quantized else node
 
 
 def _is_result(node: fx.Node) -> bool:
@@ -214,10 +238,6 @@ def _elements(node: fx.Node) -> int:
 def _item(node: fx.Node) -> int:
     value = _value(node)
     return 0 if value is None else value.element_size()
-
-
-def _bytes(node: fx.Node) -> int:
-    return _elements(node) * _item(node)
 
 
 def _module(node: fx.Node) -> str:

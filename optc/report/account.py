@@ -147,9 +147,9 @@ def account_figure(account: Sequence[Row], title: str) -> Figure:
                           textcoords="offset points", va="center", fontsize=8)  # fmt: skip
     what = "the model's outputs, this layer alone" if known else "the layer's own output"
     axes[-1].set_xlabel(f"SQNR of {what} (dB)")
-    axes[0].set_yticks(places, [f"{layer.label}  {layer.chosen['form']}" for layer in layers])
+    axes[0].set_yticks(places, [f"{layer.label}  {layer.chosen['form']}" for layer in layers], parse_math=False)
     axes[0].invert_yaxis()
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     return figure
 
 

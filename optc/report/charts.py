@@ -66,7 +66,10 @@ def latency_chart(candidates: Sequence[Latencies]) -> Chart:
                 short(mark[0]), (mark[0], row - 0.56), (3, -3), textcoords="offset points", va="center", fontsize=9
             )
             across = axes.get_yaxis_transform()
-            axes.annotate(shortened(each.name, 60), (0, row - 0.68), (3, 0), across, "offset points", fontsize=9)
+            place = (0, row - 0.68)
+            axes.annotate(
+                shortened(each.name, 60), place, (3, 0), across, "offset points", fontsize=9, parse_math=False
+            )
         axes.set_yticks(range(len(candidates)), [""] * len(candidates))
         axes.set_ylim(len(candidates) - 0.8, -1.0)
         axes.grid(visible=False, axis="y")
@@ -99,7 +102,7 @@ def pareto_chart(points: Sequence[Point], metric: str = "accuracy") -> Chart:
         if measured:
             values = [each.accuracy * 100 for each in measured if each.accuracy is not None]
             _scatter(first, measured, values, better=1)
-            first.set_ylabel(f"{metric} (%)")
+            first.set_ylabel(f"{metric} (%)", parse_math=False)
             first.set_ylim(min(values) - 1.5, min(max(values) + 1.5, 102))
             second = drawn.add_subplot(panels, 1, 2, sharex=first)
         else:
@@ -118,7 +121,9 @@ def pareto_chart(points: Sequence[Point], metric: str = "accuracy") -> Chart:
         numbers = {each: number for number, each in enumerate(points, 1)}
         marks = [_mark(each) for each in points]
         names = [f"{number}  {shortened(each.name, 60)}" for each, number in numbers.items()]
-        drawn.legend(marks, names, loc="outside lower left", borderpad=0, handletextpad=0.2)
+        legend = drawn.legend(marks, names, loc="outside lower left", borderpad=0, handletextpad=0.2)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
         if measured:
             _number(first, measured, values, numbers)
         _number(second, points, sizes, numbers)
@@ -135,7 +140,7 @@ def steps_chart(title: str, unit: str, names: Sequence[str], values: Sequence[fl
         axes = drawn.add_subplot()
         bars = axes.barh(range(len(names)), values, color=SERIES[0], height=0.68)
         axes.bar_label(bars, [short(value) for value in values], padding=3, fontsize=9)
-        axes.set_yticks(range(len(names)), list(names))
+        axes.set_yticks(range(len(names)), list(names), parse_math=False)
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
         axes.set_xlim(0, max(values) * 1.12 or 1)

@@ -114,6 +114,17 @@ def test_a_model_of_one_batch_size_is_profiled_with_that(tmp_path: Path, monkeyp
         assert profile.operations == 2 * 4 * 8 * 8
 
 
+def test_inputs_that_are_no_batch_are_profiled_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_times, "SECONDS", 0.01)
+
+    class Masked(nn.Module):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return x @ mask
+
+    program = optc.capture(Masked(), (torch.randn(2, 6), torch.randn(6, 6)), dynamic_batch=False)
+    assert program_layers(program, optc.Target(threads=1), PEAKS).operations == 2 * 2 * 6 * 6
+
+
 def test_without_costs_there_are_times_only() -> None:
     profile = profiled("net", [KernelTime("k", "Conv", 1.0, "float32", ("conv",))], (), {}, PEAKS)
     assert profile.seconds == 1.0

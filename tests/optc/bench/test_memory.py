@@ -29,6 +29,16 @@ def test_weights_show_in_the_memory_of_the_process() -> None:
     assert found.device is None
 
 
+def test_inputs_that_are_no_batch_are_taken_as_they_are() -> None:
+    class Masked(nn.Module):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return x @ mask
+
+    program = optc.capture(Masked(), (torch.randn(2, 6), torch.randn(6, 6)), dynamic_batch=False)
+    found = program_memory(program, TARGET)
+    assert 0 < found.loaded <= found.query_peak
+
+
 def test_an_artifact_takes_what_its_runtime_takes_and_a_broken_one_says_why(tmp_path: Path) -> None:
     inputs = torch.randn(2, 8)
     optimized = optc.optimize(nn.Linear(8, 4), inputs, "fuse", backend="eager", measure=False, target=TARGET)

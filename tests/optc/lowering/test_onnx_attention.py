@@ -33,6 +33,18 @@ class Attends(nn.Module):
         return scaled_dot_product_attention(x[..., : self.queries, :], x, x, attn_mask=mask, **self.options)
 
 
+class Learned(nn.Module):
+    """Attention of an input with a parameter: queries it has, or keys and values."""
+
+    def __init__(self, constant: Tensor, queries: bool, **options: object) -> None:
+        super().__init__()
+        self.constant, self.queries, self.options = nn.Parameter(constant), queries, options
+
+    def forward(self, x: Tensor, keys: Tensor) -> Tensor:
+        query, key = (self.constant, x) if self.queries else (x, self.constant)
+        return scaled_dot_product_attention(query, key, key, **self.options)
+
+
 class Encoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -56,6 +68,15 @@ MODELS = {
     "one head, by key": (Attends(lambda keys: keys[:, None, :]), FLAT),
     "one head, whole": (Attends(torch.randn(6, 6)), FLAT),
     "padded sentences": (Encoder(), FLAT),
+    "learned queries": (Learned(torch.randn(1, 4, 3, 8), queries=True), HEADS),
+    "learned keys": (Learned(torch.randn(1, 4, 3, 8), queries=False), HEADS),
+    "learned keys, one head": (Learned(torch.randn(1, 3, 8), queries=False), FLAT),
+    "learned keys, the same for all heads": (Learned(torch.randn(1, 1, 3, 8), queries=False), HEADS),
+    "learned keys of groups": (Learned(torch.randn(1, 2, 3, 8), queries=False, enable_gqa=True), HEADS),
+    "learned queries, masked by query": (
+        Learned(torch.randn(1, 4, 3, 8), queries=True, attn_mask=torch.randn(3, 1)),
+        HEADS,
+    ),
 }
 
 

@@ -74,6 +74,22 @@ def test_weights_are_transposed_in_the_file_not_by_the_runtime(captured_block: P
     assert sum(name.endswith(".T") for name in initializers) == 2  # qkv and proj; the head is a Gemm
 
 
+def test_a_transposed_weight_may_be_an_output_too(tmp_path: Path) -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 8))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return x @ self.weight.t(), self.weight.t(), self.weight.permute(1, 0) + 1
+
+    program = capture(Both(), (torch.randn(2, 8),))
+    export_onnx(program, tmp_path / "m.onnx")
+    x = torch.randn(3, 8)
+    for ours, graph in zip(run(tmp_path / "m.onnx", x.numpy()), program.run(x), strict=True):
+        np.testing.assert_allclose(ours, graph.detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
 def test_no_source_paths_are_written(captured_block: Program, tmp_path: Path) -> None:
     export_onnx(captured_block, tmp_path / "m.onnx")
     content = (tmp_path / "m.onnx").read_bytes()

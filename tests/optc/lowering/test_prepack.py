@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from optc import Program, capture
 from optc.lowering.prepack import LAYERS, prepack
 from optc.ops import COMPOSITES
+from optc.rewrite import STRIDES_READ
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
 aten = torch.ops.aten
@@ -139,3 +140,40 @@ def test_a_vector_as_weight_is_left() -> None:
 
 def test_table_covers_the_composites() -> None:
     assert set(LAYERS) == {*COMPOSITES, aten.conv2d.default, aten.linear.default}
+
+
+class Broadcast(nn.Module):
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(5, 6)), nn.Parameter(torch.randn(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 5)], ids=str)
+def test_a_bias_that_is_broadcast_is_left(shape: tuple[int, ...]) -> None:
+    """oneDNN would leave a single number out without a word."""
+    program = capture(Broadcast(shape), (torch.randn(2, 6),))
+    assert dict(prepack(program.fork()).left) == {"its bias is not one number per output channel": 1}
+    check(program, torch.randn(2, 6))
+
+
+class Strided(nn.Module):
+    """Two operators, each behind a convolution, that want the strides they were captured with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.other = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(self.conv(x).view(x.shape[0], 4, 8, 4, 2))
+        return torch.view_as_real(pairs * 1j).flatten(3) + self.other(x).as_strided((4, 8), (8, 1)).sum()
+
+
+def test_operators_that_want_particular_strides_have_them() -> None:
+    program = capture(Strided(), (torch.randn(2, 4, 8, 8),))
+    packed = prepack(program.fork())
+    assert packed.layers == 1
+    assert dict(packed.left) == {STRIDES_READ: 1}
+    check(program, torch.randn(2, 4, 8, 8), tolerance=1e-4)

@@ -89,11 +89,18 @@ def test_what_a_kernel_hands_on_to_itself_is_no_traffic() -> None:
     assert costs.traffic(set(costs))[2] == (3 + 4) * 100 * 4
 
 
-@pytest.mark.parametrize("name", ["view", "permute"])
+VIEWS = {
+    "view": lambda x: x.view(-1, 12),
+    "permute": lambda x: x.permute(0, 2, 1),
+    "_unsafe_view": lambda x: torch.ops.aten._unsafe_view(x, [x.shape[0], 12]),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
 def test_views_cost_nothing(name: str) -> None:
     class Viewing(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.relu(x.view(-1, 12) if name == "view" else x.permute(0, 2, 1))
+            return torch.relu(VIEWS[name](x))
 
     costs = costs_of(Viewing(), (3, 4))
     assert [cost.operator for cost in costs.values()] == ["aten.relu.default"]
@@ -138,3 +145,70 @@ def test_a_constant_repeated_for_each_sample_is_read_once() -> None:
     assert joined.constant_bytes == 8 * 4
     assert sum(joined.reads.values()) == 4 * 3 * 8 * 4
     assert joined.operations == 0
+
+
+class FirstImage(nn.Module):
+    """A layer whose values do not vary with the batch, between a view that takes one image and one that repeats it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 6, 3, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x[0]).relu().expand(len(x), -1, -1, -1)
+
+
+@pytest.mark.parametrize("passes", ["", "fuse"])
+@pytest.mark.parametrize("batch", [1, 2, 16])
+def test_what_does_not_vary_with_the_batch_is_not_scaled(passes: str, batch: int) -> None:
+    conv = next(iter(costs_of(FirstImage(), (4, 8, 8), passes, batch).values()))
+    assert conv.operations == 2 * 4 * 9 * 6 * 6 * 6
+    assert (list(conv.reads.values()), conv.writes) == ([4 * 8 * 8 * 4], 6 * 6 * 6 * 4)
+    assert conv.constant_bytes == 6 * 4 * 9 * 4
+
+
+def test_what_adds_up_a_batch_is_scaled_with_it() -> None:
+    class Sum(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.sum(0)
+
+    (total,) = costs_of(Sum(), (8,), batch=4).values()
+    assert (total.operations, sum(total.reads.values()), total.writes) == (4 * 8, 4 * 8 * 4, 8 * 4)
+
+
+LOOKUPS = {
+    "embedding": lambda table, x: nn.functional.embedding(x, table),
+    "index": lambda table, x: table[x],
+    "index_select": lambda table, x: table.index_select(0, x.flatten()),
+}
+
+
+@pytest.mark.parametrize("name", LOOKUPS)
+def test_of_a_table_counts_what_is_looked_up(name: str) -> None:
+    class Lookup(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(1000, 16))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return LOOKUPS[name](self.table, x)
+
+    program = optc.capture(Lookup(), (torch.zeros(2, 5, dtype=torch.int64),))
+    for batch, read in ((1, 5), (4, 20), (1000, 1000)):
+        (lookup,) = node_costs(program, batch)
+        assert lookup.constant_bytes == read * 16 * 4
+        assert lookup.writes == batch * 5 * 16 * 4
+        assert sum(lookup.reads.values()) == batch * 5 * 8
+
+
+def test_of_a_constant_counts_the_part_that_is_read() -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.positions = nn.Parameter(torch.randn(1, 100, 8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.positions[:, :3]
+
+    (added,) = costs_of(Positions(), (3, 8), batch=4).values()
+    assert added.constant_bytes == 3 * 8 * 4

@@ -6,7 +6,11 @@ import re
 
 import numpy as np
 
-from optc.report.charts import Latencies, Point, latency_chart, pareto_chart
+from optc.bench.layers import profiled
+from optc.bench.peaks import Peaks
+from optc.lowering.kernel_times import KernelTime
+from optc.report.charts import Latencies, Point, latency_chart, pareto_chart, steps_chart
+from optc.report.layer_charts import bars_chart
 
 LONG = "optc openvino fuse,quant streams=2 kernels=measured"
 
@@ -45,3 +49,16 @@ def test_latencies_are_named_in_full() -> None:
     found = texts(latency_chart([Latencies(LONG, np.array([1.0, 2.0, 3.0]), strong=True)]).svg)
     assert LONG in found
     assert "2" in found, "the median, at its stroke"
+
+
+def test_names_are_text_and_no_formulas() -> None:
+    name = "runs/$a_{$b"
+    peaks = Peaks(1, {"float32": 1e9}, ((1.0, 1e9),))
+    charts = (
+        latency_chart([Latencies(name, np.array([1.0, 2.0, 3.0]))]),
+        pareto_chart([Point(name, 5.0, 5.0, 0.9)], metric=name),
+        steps_chart("Passes", "ms", [name], [1.0]),
+        bars_chart({"net": profiled("net", [KernelTime("k", name, 1e-3)], (), {}, peaks)}),
+    )
+    for chart in charts:
+        assert any(name in text for text in texts(chart.svg)), chart.title
