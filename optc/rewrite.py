@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from optc.program import Program, get_constant
 from optc.program import complete_meta as complete_meta
 
 Target = Callable[..., Any]
-_qd = torch.ops.quantized_decomposed
+aten, _qd = torch.ops.aten, torch.ops.quantized_decomposed
 QUANTIZERS = (_qd.quantize_per_tensor.default, _qd.quantize_per_channel.default)
 """The operators that round to integers by constant scales."""
 DEQUANTIZERS = (
@@ -170,15 +171,63 @@ def used_by(node: fx.Node, besides: fx.Node) -> str:
     return ", ".join(names) + (f" and {len(others) - 2} more" if len(others) > 2 else "")
 
 
-_LAYOUT_FIXED = (torch.ops.aten.linear.default, torch.ops.aten.layer_norm.default)
-"""Operators whose output is contiguous whatever their input's strides."""
+def returned(program: Program) -> set[fx.Node]:
+    """What the outputs are, or are views of: callers may write into it."""
+    found: set[fx.Node] = set()
+    pending = program.graph.output_node().all_input_nodes
+    while pending:
+        node = pending.pop()
+        found.add(node)
+        if is_view(node):
+            pending += node.all_input_nodes
+    return found
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether a node may hand on its operand's memory."""
+    return node.target is operator.getitem or bool(getattr(node.target, "is_view", False))
+
+
+def needed_copy(program: Program, node: fx.Node, source: fx.Node) -> str | None:
+    """Why ``source`` cannot stand for its equal ``node``: an output would be memory that callers must not write into.
+
+    That is an input's, a constant's or, where ``node`` is a value of its own, another output's. ``None`` if it can.
+    """
+    found = returned(program)
+    if node not in found:
+        return None
+    owner = source
+    while is_view(owner):
+        owner = owner.all_input_nodes[0]
+    if owner.op != "call_function":
+        return f"an output would be the same tensor as {owner.name}"
+    return "two outputs would be the same tensor" if owner in found and not is_view(node) else None
+
+
+DENSE_READERS = (aten.view_as_complex.default, aten.view.dtype)
+"""Operators that take dense values only, and have no form that copies where it must."""
+
+STRIDES_READ = "an as_strided takes it apart by the strides it was captured with"
+
+
+def strides_read(program: Program) -> set[fx.Node]:
+    """The values whose strides some ``as_strided`` depends on: no rewrite may change those."""
+    found: set[fx.Node] = set()
+    pending = [operand for node in calls(program, aten.as_strided.default) for operand in node.all_input_nodes]
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending += [] if _fixes_layout(node) else node.all_input_nodes
+    return found
 
 
 def loosen_layout(nodes: Iterable[fx.Node]) -> None:
     """Say that the strides of these nodes' values may no longer be those captured.
 
-    Only ``view`` asks for particular strides, so every view that depends on one of them becomes a ``reshape``, which
-    computes the same and copies where a view is impossible. Linear in the nodes reached.
+    Every view that depends on one of them becomes a ``reshape``, which computes the same and copies where a view is
+    impossible; other operators that want dense values are given a copy. Nothing helps an ``as_strided``: do not change
+    the layout of what is in :func:`strides_read`. Linear in the nodes reached.
     """
     seen: set[fx.Node] = set()
     pending = list(nodes)
@@ -187,8 +236,29 @@ def loosen_layout(nodes: Iterable[fx.Node]) -> None:
         if node in seen:
             continue
         seen.add(node)
-        for user in node.users:
-            if is_call(user, torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
-                user.target = torch.ops.aten.reshape.default
-            if not is_call(user, *_LAYOUT_FIXED):
+        for user in list(node.users):
+            if is_call(user, aten.view.default, aten._unsafe_view.default):
+                user.target = aten.reshape.default
+            elif is_call(user, *DENSE_READERS):
+                user.replace_input_with(node, _dense_copy(node, user))
+            if not _fixes_layout(user):
                 pending.append(user)
+
+
+def _fixes_layout(node: fx.Node) -> bool:
+    """Whether a node's output is contiguous whatever its input's strides."""
+    if is_call(node, aten.clone.default, aten.contiguous.default):
+        return argument(node, "memory_format") is torch.contiguous_format
+    return is_call(node, aten.linear.default, aten.layer_norm.default)
+
+
+def _dense_copy(node: fx.Node, user: fx.Node) -> fx.Node:
+    """A contiguous copy of ``node`` right before ``user``."""
+    with node.graph.inserting_before(user):
+        copy = node.graph.call_function(aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
+    copy.meta = {key: user.meta[key] for key in ("nn_module_stack", "stage") if key in user.meta}
+    if "dims" in node.meta:
+        copy.meta["dims"] = node.meta["dims"]
+    if "val" in node.meta:
+        copy.meta["val"] = node.meta["val"].contiguous()
+    return copy

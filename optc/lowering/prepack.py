@@ -13,7 +13,18 @@ from torch._ops import OpOverload
 from optc.ops import COMPOSITES, Composite, cpu
 from optc.ops.composites import pair
 from optc.program import Program
-from optc.rewrite import add_constant, argument, calls, constant_of, erase_unused, loosen_layout, replace, shape
+from optc.rewrite import (
+    STRIDES_READ,
+    add_constant,
+    argument,
+    calls,
+    constant_of,
+    erase_unused,
+    loosen_layout,
+    replace,
+    shape,
+    strides_read,
+)
 
 aten, mkldnn = torch.ops.aten, torch.ops.mkldnn
 _PLAIN = {
@@ -41,10 +52,13 @@ def prepack(program: Program) -> Packed:
     """
     packed, left, convolutions = 0, Counter[str](), []
     uses = Counter(str(node.target) for node in program.graph.find_nodes(op="get_attr"))
+    strided = strides_read(program)
     for node in calls(program, *LAYERS):
         row = LAYERS[node.target]  # type: ignore[index]
         weight = constant_of(program, argument(node, "weight"))
         reason = "its weight is computed" if weight is None else _refusal(node, row, weight)
+        if row.is_conv and node in strided:
+            reason = STRIDES_READ
         if weight is None or reason:
             left[str(reason)] += 1
             continue

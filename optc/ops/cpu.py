@@ -36,6 +36,8 @@ def refusal(composite: Composite, args: tuple[Any, ...], packed: bool = False) -
     # oneDNN reads a strided bias as if it were dense, and torch's wrapper does not check.
     if not (is_dense(weight) and (bias is None or bias.is_contiguous())):
         return "its weight or bias is not stored densely"
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):  # oneDNN ignores a single number
+        return "its bias is not one number per output channel"
     if other is not None and tuple(other.shape) != composite.output_shape(args):
         return "the added operand is broadcast"
     if composite.is_conv and _window_in_padding(x, weight, *geometry[1:3]):
@@ -82,6 +84,8 @@ def is_dense(weight: Tensor) -> bool:
 
 def fused_call(composite: Composite, args: tuple[Any, ...]) -> tuple[OpOverload, tuple[Any, ...]]:
     """The ``mkldnn`` operator and arguments that compute a composite call in one oneDNN primitive.
+
+    oneDNN's relu, relu6 and hardsigmoid give a number where their input is NaN; torch's give NaN.
 
     Args:
         args: all arguments of the composite: tensors, or what stands for them in a graph.

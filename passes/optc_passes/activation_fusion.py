@@ -26,7 +26,11 @@ _WITHOUT_COMPOSITE = (
 
 
 class FuseActivation(Pass):
-    """Conv2d or linear (also with a residual fused in) and the activation that alone uses it become one composite."""
+    """Conv2d or linear (also with a residual fused in) and the activation that alone uses it become one composite.
+
+    Exact for finite values: oneDNN's fused relu, relu6 and hardsigmoid give a number where the activation alone gives
+    NaN, so a model that overflows may not show it any more.
+    """
 
     name = "fuse-activation"
     summary = "Fuse activations into the convolution or linear layer before them."

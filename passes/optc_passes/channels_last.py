@@ -9,7 +9,17 @@ from torch import Tensor, fx
 
 from optc import Change, Pass, PassContext, PassResult, Program, Skip
 from optc.ops import COMPOSITES
-from optc.rewrite import add_constant, argument, constant_of, erase_unused, is_call, loosen_layout, set_argument
+from optc.rewrite import (
+    STRIDES_READ,
+    add_constant,
+    argument,
+    constant_of,
+    erase_unused,
+    is_call,
+    loosen_layout,
+    set_argument,
+    strides_read,
+)
 from optc_passes.fake_values import recompute
 
 aten = torch.ops.aten
@@ -38,8 +48,9 @@ class ChannelsLast(Pass):
         outputs = [n for n in program.graph.output_node().all_input_nodes if n.meta["val"].is_contiguous()]
         weights: dict[fx.Node, fx.Node] = {}
         chosen = []
+        strided = strides_read(program)
         for node in _convolutions(program):
-            if reason := _refusal(program, node):
+            if reason := STRIDES_READ if node in strided else _refusal(program, node):
                 skipped.append(Skip(self.name, node.name, reason))
                 continue
             chosen.append(node)

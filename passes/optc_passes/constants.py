@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from optc import Change, Pass, PassContext, PassResult, Program, Skip
-from optc.rewrite import add_constant, constant_of
+from optc.rewrite import add_constant, constant_of, returned
 from optc_passes.subexpressions import is_random
 
 FREE_BYTES = 1 << 20
@@ -59,7 +58,7 @@ class FoldConstants(Pass):
 def _constant_expressions(program: Program, skipped: list[Skip]) -> set[fx.Node]:
     """Every operator all of whose operands are constants or such operators, and that may be evaluated."""
     found: set[fx.Node] = set()
-    returned = _returned(program)
+    outputs = returned(program)
     for node in program.graph.nodes:
         if node.op != "call_function" or not node.users:
             continue
@@ -68,24 +67,12 @@ def _constant_expressions(program: Program, skipped: list[Skip]) -> set[fx.Node]
         target = str(node.target)
         if is_random(node) or target.startswith(("aten.empty", "aten.new_empty")):
             skipped.append(Skip("fold-constants", node.name, "its value is not determined"))
-        elif node in returned:
+        elif node in outputs:
             skipped.append(Skip("fold-constants", node.name, "an output would be the same tensor as a constant"))
         elif "dequantize" in target:
             skipped.append(Skip("fold-constants", node.name, "folding it would undo a quantization"))
         else:
             found.add(node)
-    return found
-
-
-def _returned(program: Program) -> set[fx.Node]:
-    """What the outputs are, or are views of: callers may write into it."""
-    found: set[fx.Node] = set()
-    pending = program.graph.output_node().all_input_nodes
-    while pending:
-        node = pending.pop()
-        found.add(node)
-        if node.target is operator.getitem or getattr(node.target, "is_view", False):
-            pending += node.all_input_nodes
     return found
 
 

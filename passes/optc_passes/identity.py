@@ -9,6 +9,8 @@ from torch import Tensor, fx
 
 from optc import Change, Pass, PassContext, PassResult, Program, Skip
 from optc.rewrite import (
+    DENSE_READERS,
+    STRIDES_READ,
     argument,
     calls,
     constant_of,
@@ -18,8 +20,10 @@ from optc.rewrite import (
     is_call,
     loosen_layout,
     module_path,
+    needed_copy,
     set_argument,
     shape,
+    strides_read,
 )
 from optc_passes.layers import CONVOLUTIONS, LINEARS, TRANSPOSED
 
@@ -31,8 +35,8 @@ class RemoveIdentity(Pass):
 
     Copies (``clone``, ``contiguous``) mean nothing in a functional graph. One asked for in another memory format than
     its input has stays, as a choice of layout; ``merge-views`` takes those that only serve a view. A copy that keeps a
-    program output from being the very tensor that was passed in stays too. A layer's bias of zeros is an addition that
-    changes no value.
+    program output from sharing the memory of an input, a constant or another output stays too. A layer's bias of zeros
+    is an addition that changes no value.
     """
 
     name = "remove-identity"
@@ -44,6 +48,7 @@ class RemoveIdentity(Pass):
         applied: list[Change] = []
         skipped: list[Skip] = []
         relaid: list[fx.Node] = []
+        strided = strides_read(program)
         for node in list(program.graph.nodes):
             rule = _RULES.get(node.target) if node.op == "call_function" and node.users else None
             if rule is None or not rule(program, node):
@@ -57,10 +62,8 @@ class RemoveIdentity(Pass):
                 replaced = [user for user in users if user.args[1] == 0]
             else:
                 replaced = [node]
-            if source.op in ("placeholder", "get_attr") and any(
-                user.op == "output" for old in replaced for user in old.users
-            ):
-                skipped.append(Skip(self.name, node.name, f"an output would be the same tensor as {source.name}"))
+            if reason := STRIDES_READ if node in strided else needed_copy(program, node, source):
+                skipped.append(Skip(self.name, node.name, reason))
                 continue
             if _strides(node) != _strides(source) or is_call(node, aten.clone.default, aten.contiguous.default):
                 relaid.append(source)
@@ -107,7 +110,9 @@ def _always(program: Program, node: fx.Node) -> bool:
 
 
 def _copy(program: Program, node: fx.Node) -> bool:
-    """A copy that keeps or does not choose the memory format."""
+    """A copy that keeps or does not choose the memory format, and is not there to make a value dense."""
+    if any(is_call(user, *DENSE_READERS) for user in node.users):
+        return False
     chosen = argument(node, "memory_format")
     free = chosen is None or chosen is torch.preserve_format
     if is_call(node, aten.contiguous.default):

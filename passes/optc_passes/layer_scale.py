@@ -38,7 +38,10 @@ class FoldLayerScale(Pass):
 
 
 def _factor(program: Program, node: fx.Node) -> tuple[fx.Node, Tensor | float] | None:
-    """What a ``mul`` multiplies, and the constant; ``None`` if there is no constant or it changes shape or type."""
+    """What a ``mul`` multiplies, and the constant; ``None`` if there is no constant or it changes shape or type.
+
+    A tensor without dimensions has no channels.
+    """
     for value, factor in (node.args[:2], node.args[1::-1]):
         if not isinstance(value, fx.Node) or constant_of(program, value) is not None:
             continue
@@ -46,7 +49,7 @@ def _factor(program: Program, node: fx.Node) -> tuple[fx.Node, Tensor | float] |
         constant = tensor.detach() if tensor is not None else factor
         if not isinstance(constant, (Tensor, int, float)):
             continue
-        same = shape(value) == shape(node) and dtype(value) == dtype(node)
+        same = () != shape(value) == shape(node) and dtype(value) == dtype(node)
         return (value, constant) if same and dtype(value).is_floating_point else None
     return None
 

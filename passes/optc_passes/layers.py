@@ -95,6 +95,8 @@ class Layer:
                 return f"the {name} of {self.node.name} is {str(tensor.dtype).removeprefix('torch.')}"
             if name == "weight" and tensor.ndim < 2:
                 return f"the weight of {self.node.name} is a vector"
+            if name == "bias" and tuple(tensor.shape) != (self.output_channels,):
+                return f"the bias of {self.node.name} is not one number per output channel"
         return None
 
 

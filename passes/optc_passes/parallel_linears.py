@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from optc import Change, Pass, PassContext, PassResult, Program, Skip
 from optc.ops import COMPOSITES
 from optc.rewrite import (
+    STRIDES_READ,
     add_constant,
     argument,
     calls,
@@ -20,6 +21,7 @@ from optc.rewrite import (
     loosen_layout,
     replace,
     shape,
+    strides_read,
     used_by,
 )
 from optc_passes.layers import as_layer
@@ -44,12 +46,13 @@ class MergeParallelLinears(Pass):
         applied: list[Change] = []
         skipped: list[Skip] = []
         parts: list[fx.Node] = []
+        strided = strides_read(program)
         for nodes in by_input.values():
             if len(nodes) < 2:
                 continue
             mergeable = []
             for node in nodes:
-                reason = _obstacle(program, node)
+                reason = STRIDES_READ if node in strided else _obstacle(program, node)
                 if reason is None:
                     mergeable.append(node)
                 else:

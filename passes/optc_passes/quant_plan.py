@@ -204,6 +204,8 @@ def _why_not(program: Program, node: fx.Node, uses: Counter[int]) -> str | None:
             return "its bias is computed, not a constant"
         if uses[value.data_ptr()] > 1:
             return "its bias is used more than once"
+        if tuple(value.shape) != shape(weight)[:1]:
+            return "its bias is not one number per output channel"
     if not isinstance(source, fx.Node) or source.op == "get_attr":
         return "its input is a constant"
     if node.target in CONVS and len(shape(source)) != 4:

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from optc import Change, Pass, PassContext, PassResult, Program
-from optc.rewrite import constant_of
+from optc import Change, Pass, PassContext, PassResult, Program, Skip
+from optc.rewrite import constant_of, is_view, needed_copy
 
 
 class MergeCommonSubexpressions(Pass):
     """Merge operators with the same target and arguments, and constants that are the same memory.
 
     Equal arguments are equal in type too: multiplying by ``1`` and by ``1.0`` may give different types. Random
-    operators differ each time and are left alone.
+    operators differ each time and are left alone, and outputs that were two tensors stay two.
     """
 
     name = "merge-common-subexpressions"
@@ -24,17 +24,23 @@ class MergeCommonSubexpressions(Pass):
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         applied: list[Change] = []
+        skipped: list[Skip] = []
         first: dict[Hashable, fx.Node] = {}
         for node in list(program.graph.nodes):
             key = _key(program, node)
             if key is None:
                 continue
             known = first.setdefault(key, node)
-            if known is not node:
+            if known is node:
+                continue
+            reason = None if node.op == "get_attr" or is_view(node) else needed_copy(program, node, known)
+            if reason:
+                skipped.append(Skip(self.name, node.name, reason))
+            else:
                 applied.append(Change(self.name, node.name, f"same as {known.name}"))
                 node.replace_all_uses_with(known)
                 program.graph.erase_node(node)
-        return PassResult(program, bool(applied), tuple(applied))
+        return PassResult(program, bool(applied), tuple(applied), tuple(skipped))
 
 
 def is_random(node: fx.Node) -> bool:

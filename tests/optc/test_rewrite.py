@@ -101,3 +101,56 @@ def test_loosened_layouts_turn_the_views_behind_them_into_reshapes() -> None:
     assert program.graph.find_nodes(op="call_function", target=aten.reshape.default) == [second]
     rewrite.loosen_layout(program.graph.find_nodes(op="placeholder"))
     assert first.target is aten.reshape.default
+
+
+class Outputs(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = x.relu()
+        return y[:, :1], y.exp().clone().flatten(1), x.clone()
+
+
+def test_copies_that_outputs_need() -> None:
+    program = optc.capture(Outputs(), (torch.randn(2, 8, 2),))
+    names = {node.name for node in rewrite.returned(program)}
+    assert names >= {"relu", "clone", "clone_1"}
+    assert names.isdisjoint({"x", "exp"})
+    relu, exp = _only(program, aten.relu.default), _only(program, aten.exp.default)
+    computed, given = rewrite.calls(program, aten.clone.default)
+    (x,) = program.graph.find_nodes(op="placeholder")
+    assert rewrite.needed_copy(program, computed, exp) is None
+    assert rewrite.needed_copy(program, exp, relu) is None
+    assert rewrite.needed_copy(program, given, x) == "an output would be the same tensor as x"
+    assert rewrite.needed_copy(program, computed, relu) == "two outputs would be the same tensor"
+
+
+class Complex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = self.linear(x.relu()).exp()
+        return torch.view_as_real(torch.view_as_complex(pairs)).as_strided((2, 4), (4, 1), 0)
+
+
+def test_loosened_layouts_put_a_copy_before_what_wants_dense_values() -> None:
+    program = optc.capture(Complex(), (torch.randn(2, 2, 2),), dynamic_batch=False)
+    exp = _only(program, aten.exp.default)
+    exp.meta["stage"] = 1
+    _only(program, aten.view_as_complex.default).meta["stage"] = 2
+    for _ in range(2):  # the second time the copy is there
+        rewrite.loosen_layout([exp.args[0]])
+        rewrite.loosen_layout(program.graph.find_nodes(op="placeholder"))
+        copy = _only(program, aten.clone.default)
+        assert copy.args == (exp,)
+        assert _only(program, aten.view_as_complex.default).args == (copy,)
+        assert copy.meta["stage"] == 2
+        assert copy.meta["val"].is_contiguous()
+        assert rewrite.dims(copy) == rewrite.dims(exp)
+
+
+def test_strides_are_read_up_to_where_they_are_made() -> None:
+    program = optc.capture(Complex(), (torch.randn(2, 2, 2),), dynamic_batch=False)
+    names = {node.name for node in rewrite.strides_read(program)}
+    assert {"linear", "exp", "view_as_complex", "view_as_real"} == names
+    assert not rewrite.strides_read(optc.capture(Viewed(), (torch.randn(2, 8),)))

@@ -90,3 +90,12 @@ def test_says_why_not(tester: Callable, case: str) -> None:
 @pytest.mark.parametrize("compute", [lambda m, x: m.linear(x) * x, lambda m, x: m.linear(x)[:, :1] * m.table])
 def test_products_of_computed_values_and_broadcasts_are_no_candidates(tester: Callable, compute: Callable) -> None:
     assert not tester(Scaled(compute), TOKENS).run(FoldLayerScale()).check_untouched().skipped
+
+
+@pytest.mark.parametrize(
+    "compute", [lambda m, x: x / (x.abs().mean() * 2.0 + 1), lambda m, x: x * (m.one.exp() * m.one)]
+)
+def test_a_single_number_has_no_channels(tester: Callable, compute: Callable) -> None:
+    model = Scaled(compute)
+    model.one = nn.Parameter(torch.tensor(0.5))
+    assert not tester(model, TOKENS).run(FoldLayerScale()).check_untouched().check_close().skipped

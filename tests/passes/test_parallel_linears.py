@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -107,3 +108,12 @@ def test_layer_with_its_activation_fused_is_left(tester: Callable) -> None:
     t = tester(Gated(), TOKENS).run(FuseActivation(), MergeParallelLinears()).check_count(linear_silu=1, linear=1)
     t.check_skipped("merge-parallel-linears", "it is fused with what follows it (linear_silu)")
     tester(Gated(), TOKENS).run(MergeParallelLinears()).check_count(linear=1, silu=1).check_close()
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 8)], ids=str)
+def test_a_bias_that_is_broadcast_is_left(tester: Callable, shape: tuple[int, ...]) -> None:
+    """Beside two that can be merged."""
+    model = Attention()
+    model.q.bias = nn.Parameter(torch.randn(shape))
+    t = tester(model, TOKENS).run(MergeParallelLinears()).check_count(split_with_sizes=1, linear=3).check_close()
+    t.check_skipped("merge-parallel-linears", "the bias of linear is not one number per output channel")

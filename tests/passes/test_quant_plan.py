@@ -130,6 +130,11 @@ LEFT_IN_FLOAT = {
         torch.randn(2, 6),
         "weight is used more than once",
     ),
+    "bias-of-one-number": (
+        Calls(lambda m, x: functional.linear(x, m.a.weight, m.b), a=nn.Linear(6, 6), b=nn.Parameter(torch.tensor(0.5))),
+        torch.randn(2, 6),
+        "bias is not one number per output channel",
+    ),
     "shared-bias": (
         Calls(
             lambda m, x: functional.linear(m.a(x), m.b.weight, m.a.bias), a=nn.Linear(6, 6), b=nn.Linear(6, 6, False)

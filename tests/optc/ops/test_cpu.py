@@ -105,6 +105,7 @@ def test_linears_equal_their_decomposition_at_any_rank(name: str, shape: tuple[i
                 torch.testing.assert_close(OPERATORS[name](*args), row(name).decomposition(*args), rtol=1e-4, atol=1e-5)
 
 
+BROADCAST = "its bias is not one number per output channel"
 IMAGE, WEIGHT, BIAS = torch.randn(2, 4, 6, 6), torch.randn(4, 4, 1, 1), torch.randn(4)
 REFUSED = {
     "float64": ("conv2d_relu", (IMAGE.double(), WEIGHT.double(), BIAS.double()), "no float64 kernel"),
@@ -116,6 +117,9 @@ REFUSED = {
     "strided weight": ("linear_relu", (torch.randn(2, 4), torch.randn(4, 4).t(), None), "not stored densely"),
     "broadcast": ("conv2d_add", (channels_last(IMAGE), WEIGHT, BIAS, IMAGE[:, :1]), "the added operand is broadcast"),
     "grouped": ("conv2d_add", (IMAGE, torch.randn(4, 2, 1, 1), BIAS, IMAGE, [1, 1], [0, 0], [1, 1], 2), "grouped"),
+    "number as bias": ("linear_relu", (torch.randn(2, 4), torch.randn(5, 4), torch.tensor(0.7)), BROADCAST),
+    "bias of one": ("linear_add", (torch.randn(2, 4), torch.randn(5, 4), torch.randn(1), torch.randn(2, 5)), BROADCAST),
+    "row as bias": ("linear_relu", (torch.randn(2, 4), torch.randn(5, 4), torch.randn(1, 5)), BROADCAST),
     "layout": ("conv2d_add_relu", (IMAGE, WEIGHT, BIAS, IMAGE), "only to a channels-last convolution"),
 }
 
