@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from optc.errors import OptcError
 
 Call = Callable[..., Any]
+_ROUNDING = 1e-6
 ACCURACY, AGREEMENT = "accuracy", "top-1 agreement"
 
 
@@ -43,9 +44,9 @@ class Metric:
             value = float(score)
         except (TypeError, ValueError):
             raise wrong from None
-        if value < 0.0 or value > 1.0:
+        if value < -_ROUNDING or value > 1.0 + _ROUNDING:
             raise wrong
-        return value
+        return min(max(value, 0.0), 1.0) if math.isfinite(value) else value
 
 
 def agreement(model: Call, batches: Sequence[tuple[Tensor, ...]], data: str = "") -> Metric:

@@ -25,8 +25,13 @@ def most_threads() -> int:
     A quota (``docker run --cpus``, a Kubernetes limit) hides no CPU. More threads would use it up in a part of each
     period and then wait for the next.
     """
-    cpus, quota = len(_affinity()), cpu_quota()
+    cpus, quota = usable_cpus(), cpu_quota()
     return cpus if quota is None else max(1, min(cpus, int(quota)))
+
+
+def usable_cpus() -> int:
+    """Hardware threads in the affinity mask of this process."""
+    return len(_affinity())
 
 
 def cpu_quota() -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import sys
 from types import FrameType
@@ -24,6 +25,10 @@ COMMANDS = {
     "backends": "List the backends and whether they run here.",
     "doctor": "Show what is installed, what works and what this machine can do.",
 }
+
+
+_COMPLETION = "_OPTC_COMPLETE"
+"""Shells set it to ask for completions."""
 
 
 class _Commands(click.Group):
@@ -74,7 +79,7 @@ def run(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         return 0
     except (Exception, SystemExit) as error:
-        line = in_one_line(error)
+        line = None if _COMPLETION in os.environ else in_one_line(error)  # click ends with sys.exit() then
         if line is None:
             raise
         if "-v" in argv or "--verbose" in argv:

@@ -219,7 +219,7 @@ def _scenarios(found: Profile, request: Request, submission: Submission | None, 
                 continue
             batch = MULTISTREAM_SAMPLES if scenario in ("MultiStream", "Offline") else 1
             for candidate in subject.candidates(batch):
-                only = _only_batch(candidate, batch)
+                only = _only_batch(subject, candidate, batch)
                 if submission is not None:
                     plan = replace(plan, log_folder=partial(submission.performance, candidate.name))
                 with progress.step(f"{scenario}: {candidate.name}") as step, _Opened(candidate) as opened:
@@ -249,10 +249,10 @@ def _split(subject: Subject, dataset: Dataset | None, notes: list[str]) -> Split
         return None
 
 
-def _only_batch(candidate: Candidate, asked: int) -> int | None:
+def _only_batch(subject: Subject, candidate: Candidate, asked: int) -> int | None:
     """The one number of images that a candidate takes at a time, if it takes no other."""
-    images = len(candidate.inputs[0][0])
-    return images if candidate.specialised or images != asked else None
+    takes_others = subject.images(asked) != subject.images(asked + 1)
+    return None if takes_others and not candidate.specialised else len(candidate.inputs[0][0])
 
 
 def _performance(

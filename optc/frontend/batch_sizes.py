@@ -12,11 +12,14 @@ from torch.utils import _pytree as pytree
 
 from optc.errors import CaptureError
 from optc.program import Program
+from optc.rewrite import argument
 from optc.sqnr import decides, sqnr_db
 
 aten = torch.ops.aten
 
 _TRIED = (*range(2, 66), 100, 127, 128, 255, 256, 1000)
+OWN_BATCHES = 32
+"""What optc itself puts together, as for calibration and Offline."""
 _SAME_SIZE = re.compile(r"L\S+\.size\(\)\[0\] == L\S+\.size\(\)\[0\]")
 _SQUEEZES = (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze_.default, aten.squeeze_.dim)
 CONDITIONS = "optc.conditions"
@@ -29,11 +32,11 @@ _LEAST_DB_OTHERWISE = 60.0
 def refuse_other_paths(graph: fx.Graph) -> None:
     """Where the model's code asks for the batch size, the graph holds only the path that the example batch took.
 
-    The exporter writes down what it took for granted, as ranges and conditions of sizes. That 0 and 1 may be special
+    The exporter writes down what it took for granted, as conditions of sizes and strides. That 0 and 1 may be special
     it leaves out: see :func:`compare_with_model`.
 
     Args:
-        graph: as exported, with a batch that varies, or as it was loaded from a file.
+        graph: as exported just now, with a batch that varies.
 
     Raises:
         CaptureError: some batch size from 2 on does not meet them.
@@ -43,15 +46,23 @@ def refuse_other_paths(graph: fx.Graph) -> None:
             raise CaptureError(
                 "squeeze() drops the batch dimension of a single sample; name the dimension: squeeze(-1)"
             )
-    sizes = [size for size in map(_batch, graph.find_nodes(op="placeholder")) if size is not None]
-    for size in sizes:
-        limits = size.node.shape_env.var_to_range.get(size.node.expr)
-        if limits is not None and (limits.lower > 2 or limits.upper < max(_TRIED)):
-            raise CaptureError(f"its code goes another way for batches beyond {limits.lower} to {limits.upper}")
+    sizes = _batches(graph)
+    # As they were when a condition was written down, and as equal sizes became one.
+    symbols = {symbol for size in sizes for symbol in (size.node._expr, size.node.expr)}
     for guard in sizes[0].node.shape_env.guards if sizes else ():
-        if not all(_holds(guard.expr, batch) for batch in _TRIED):
+        about_batches = symbols.issuperset(guard.expr.free_symbols)
+        if about_batches and not all(_holds(guard.expr, batch) for batch in _TRIED):
             condition = re.sub(r"\bs\d+\b", "batch", str(guard.expr))
             raise CaptureError(f"its code goes another way unless {condition}")
+
+
+def limits(graph: fx.Graph) -> tuple[int, int | None]:
+    """The least and the most samples that a graph loaded from a file takes at a time, ``None`` without a bound."""
+    found = [size.node.shape_env.var_to_range.get(size.node.expr) for size in _batches(graph)]
+    known = [each for each in found if each is not None]
+    upper = min((each.upper for each in known), default=None)
+    bounded = upper is not None and upper < 2**31
+    return max((int(each.lower) for each in known), default=0), int(upper) if bounded and upper is not None else None
 
 
 def takes_one_batch(module: torch.nn.Module, inputs: Sequence[Tensor]) -> bool:
@@ -64,30 +75,55 @@ def takes_one_batch(module: torch.nn.Module, inputs: Sequence[Tensor]) -> bool:
     return any(isinstance(value, Tensor) and value.ndim > 0 and not _varies(value.shape[0]) for value in values)
 
 
-def refuse_conditions(conditions: Sequence[str]) -> None:
-    """As :func:`refuse_other_paths`, for what a file says in words: they are not evaluated, as they might be anything.
+def refuse_limits(graph: fx.Graph, conditions: Sequence[str]) -> None:
+    """As :func:`refuse_other_paths`, for a graph from a file.
+
+    Args:
+        conditions: in words; they are not evaluated, as they might be anything.
 
     Raises:
-        CaptureError: one is about a batch size, and not only that two inputs have the same.
+        CaptureError: it takes fewer samples than optc puts together, or a condition is about a batch size, and not only
+            that two inputs have the same.
     """
+    least, most = limits(graph)
+    if least > 2 or (most is not None and most < OWN_BATCHES):
+        raise CaptureError(f"it was exported for batches from {least} to {most or 'any'}")
     for condition in conditions:
         if ".size()[0]" in condition and not _SAME_SIZE.fullmatch(condition):
             raise CaptureError(f"it was exported for batches with {condition[:100]}")
 
 
-def compare_with_model(model: torch.nn.Module, program: Program, inputs: Sequence[Tensor], what: str) -> None:
+def model_outputs(model: torch.nn.Module, inputs: Sequence[Tensor]) -> list[Any]:
+    """What the model returns, flat. Neither the inputs nor the model's buffers are changed.
+
+    Attention is computed as it is exported: PyTorch's other way writes zeros for tokens that are masked out.
+    """
+    buffers = [(buffer, buffer.clone(), buffer._version) for buffer in model.buffers()]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad():
+            return pytree.tree_leaves(model(*(tensor.clone() for tensor in inputs)))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for buffer, before, version in buffers:
+            if buffer._version != version:
+                buffer.copy_(before)
+
+
+def compare_with_model(wanted: Sequence[Any], program: Program, inputs: Sequence[Tensor], what: str) -> None:
     """Hold the graph to what the model itself computes.
 
     Random operators draw other numbers in each call; then only the outputs' shapes are compared.
 
     Args:
+        wanted: what the model returned. It has to be run before it is exported: what it keeps of an export, as in a
+            cache of its own, are no real tensors.
         what: what the inputs are, for errors.
 
     Raises:
         CaptureError: an output differs.
     """
-    with torch.no_grad():
-        wanted = pytree.tree_leaves(model(*(tensor.clone() for tensor in inputs)))
     got = program.run(*(tensor.clone() for tensor in inputs))
     random = any(map(_is_random, program.graph.nodes))
     for number, (model_output, output) in enumerate(zip(wanted, got, strict=True)):
@@ -98,10 +134,12 @@ def compare_with_model(model: torch.nn.Module, program: Program, inputs: Sequenc
             raise CaptureError(f"output {number} of the graph differs {what} from what the model computes")
 
 
-def _batch(node: fx.Node) -> Any:
-    """The varying size of an input's first dimension, or ``None``."""
-    value = node.meta.get("val")
-    return value.shape[0] if isinstance(value, Tensor) and value.ndim > 0 and _varies(value.shape[0]) else None
+def _batches(graph: fx.Graph) -> list[Any]:
+    """The sizes of the inputs' first dimensions that vary."""
+    values = [node.meta.get("val") for node in graph.find_nodes(op="placeholder")]
+    return [
+        value.shape[0] for value in values if isinstance(value, Tensor) and value.ndim > 0 and _varies(value.shape[0])
+    ]
 
 
 def _varies(size: object) -> bool:
@@ -122,7 +160,12 @@ def _holds(condition: Any, batch: int) -> bool:
 
 
 def _is_random(node: fx.Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    """Whether an operator draws random numbers; layers that may drop values do so where they are told to."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    names = {each.name for each in node.target._schema.arguments}  # type: ignore[union-attr]
+    chance = next((argument(node, name) for name in ("dropout_p", "dropout") if name in names), None)
+    return chance != 0.0 and not ("train" in names and not argument(node, "train"))
 
 
 def _same(wanted: Tensor, got: Tensor) -> bool:
@@ -131,6 +174,8 @@ def _same(wanted: Tensor, got: Tensor) -> bool:
     least = _LEAST_DB.get(wanted.dtype, _LEAST_DB_OTHERWISE)
     if wanted.is_complex():
         wanted, got = torch.view_as_real(wanted.resolve_conj()), torch.view_as_real(got.resolve_conj())
+    if wanted.dtype.is_floating_point and wanted.dtype.itemsize == 1:
+        wanted, got = wanted.float(), got.float()
     known = wanted.isfinite()
     signal = wanted[known].double()
     noise = float((got[known].double() - signal).square().sum())

@@ -21,7 +21,8 @@ from optc.evaluation import evaluation_mode
 from optc.frontend.batch_sizes import (
     CONDITIONS,
     compare_with_model,
-    refuse_conditions,
+    model_outputs,
+    refuse_limits,
     refuse_other_paths,
     takes_one_batch,
 )
@@ -58,21 +59,24 @@ def capture(
             inputs = tuple(torch.cat([t, t]) if t.shape[0] == 1 else t.detach() for t in given)
             try:
                 _refuse_fixed_batch(model)
+                # The exporter takes for granted that no size is 1.
+                single = [tensor[:1] for tensor in inputs]
+                wanted = model_outputs(model, single)
                 shapes = torch.export.ShapesCollection()
                 for tensor in inputs:
                     shapes[tensor] = {0: Dim.DYNAMIC}
                 exported = torch.export.export(model, inputs, dynamic_shapes=shapes.dynamic_shapes(model, inputs))
                 refuse_other_paths(exported.graph)
                 program = program_from_exported(exported, inputs, True, info)
-                # The exporter takes for granted that no size is 1.
-                compare_with_model(model, program, [tensor[:1] for tensor in inputs], "for a batch of 1")
+                compare_with_model(wanted, program, single, "for a batch of 1")
                 return program
             except Exception as error:
                 dynamic_error = error
         try:
+            wanted = model_outputs(model, given)
             exported = torch.export.export(model, given)
             program = program_from_exported(exported, given, False, info)
-            compare_with_model(model, program, given, "for the example inputs")
+            compare_with_model(wanted, program, given, "for the example inputs")
         except Exception as error:
             raise capture_error(model, error) from error
     if dynamic_batch:
@@ -126,7 +130,7 @@ def program_from_exported(
     graph.graph_copy(unlifted.graph, values)
     leaves: list[Any] = pytree.tree_leaves(unlifted.graph.output_node().args[0])
     for number, leaf in enumerate(leaves):
-        if not isinstance(leaf, fx.Node) or not isinstance(leaf.meta.get("val"), Tensor):
+        if not isinstance(leaf, fx.Node) or isinstance(leaf.meta.get("val"), _NUMBERS):
             kind = "a number" if isinstance(leaf, fx.Node) else repr(leaf)
             raise CaptureError(f"its output {number} is {kind}, not a tensor", "make it return tensors only")
     graph.output(tuple(values[leaf] for leaf in leaves))
@@ -144,6 +148,7 @@ def program_from_exported(
     return program
 
 
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 _WORDED = {getattr(aten, name).padding: getattr(aten, name).default for name in ("conv1d", "conv2d", "conv3d")}
 
 
@@ -165,8 +170,7 @@ def _refuse_fixed_batch(model: torch.nn.Module) -> None:
     if isinstance(model, fx.GraphModule):
         if takes_one_batch(model, ()):
             raise CaptureError("it was exported for one batch size")
-        refuse_other_paths(model.graph)
-        refuse_conditions(model.meta.get(CONDITIONS, ()))
+        refuse_limits(model.graph, model.meta.get(CONDITIONS, ()))
 
 
 @contextmanager

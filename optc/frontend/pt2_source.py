@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optc.errors import OptcError
-from optc.frontend.batch_sizes import CONDITIONS
+from optc.frontend.batch_sizes import CONDITIONS, OWN_BATCHES, limits
 from optc.frontend.pt2_safety import checked_copy
 from optc.frontend.source import BuiltModel, ModelSource
 from optc.program import Preprocessing
@@ -48,7 +48,11 @@ class Pt2Source(ModelSource):
         note = f"{path.name} does not say how images are prepared for it: assuming ImageNet's mean and std"
         module = exported.module(check_guards=False)
         module.meta[CONDITIONS] = tuple(exported._guards_code)
-        return BuiltModel(module, preprocessing, "given", f"inside {path.name}", tuple(args), (note,))
+        notes = [note]
+        _, most = limits(module.graph)
+        if most is not None and most >= OWN_BATCHES:
+            notes.append(f"{path.name} was exported for batches up to {most}: what it computes for more is not known")
+        return BuiltModel(module, preprocessing, "given", f"inside {path.name}", tuple(args), tuple(notes))
 
 
 def load_exported(path: Path) -> ExportedProgram:

@@ -40,7 +40,7 @@ class TensorEntry(BaseModel):
     @field_validator("shape")
     @classmethod
     def _fits_into_memory(cls, shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
-        if math.prod(1 if size is None else size for size in shape) > _MOST_VALUES:
+        if math.prod(1 if size is None else size for size in shape[1:]) > _MOST_VALUES:
             raise ValueError("no memory holds so many values")
         return shape
 

@@ -92,7 +92,7 @@ def test_with_a_gpu_cuda_and_its_driver_are_among_the_versions() -> None:
 
 
 def test_load_is_warned_of_from_a_quarter_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(facts, "available_threads", lambda: 4)
+    monkeypatch.setattr(facts, "usable_cpus", lambda: 4)
     monkeypatch.setattr("os.getloadavg", lambda: (0.9, 0.0, 0.0))
     assert load_warning() is None
     monkeypatch.setattr("os.getloadavg", lambda: (3.0, 0.0, 0.0))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -113,3 +115,11 @@ def test_memory_that_is_not_there_is_one_line() -> None:
 def test_a_bug_is_not_told_as_the_users_mistake() -> None:
     for error in (RuntimeError("shapes differ"), OSError("no file named"), AssertionError(), KeyError("x")):
         assert in_one_line(error) is None
+
+
+def test_shells_are_given_completions() -> None:
+    command = [sys.executable, "-c", "from optc.cli.main import main; main()"]
+    environment = {**os.environ, "_OPTC_COMPLETE": "bash_source"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "complete" in done.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 from collections.abc import Callable
@@ -33,9 +34,9 @@ class Written(nn.Module):
 
 
 CASES: dict[str, tuple[Forward, str]] = {
-    "more than three": (lambda f, x: f(x) if x.shape[0] > 3 else x * 2, "for batches beyond"),
+    "more than three": (lambda f, x: f(x) if x.shape[0] > 3 else x * 2, r"unless batch \S+ [34]$"),
     "odd": (lambda f, x: f(x) if x.shape[0] % 2 else x * 2, r"unless \w+\(Mod\(batch, 2\), 0\)"),
-    "the first four": (lambda f, x: f(x)[:4], "for batches beyond"),
+    "the first four": (lambda f, x: f(x)[:4], r"unless batch \S+ [34]$"),
     "a single one": (lambda f, x: f(x) if x.shape[0] == 1 else x * 2, "output 0 of the graph differs for a batch of 1"),
     "squeeze": (lambda f, x: f(x).squeeze(), r"squeeze\(\) drops the batch dimension of a single sample"),
     "squeeze of the batch": (lambda f, x: f(x).squeeze(0), r"squeeze\(\) drops the batch dimension"),
@@ -103,7 +104,7 @@ def test_a_graph_that_differs_from_the_model_is_refused() -> None:
 @pytest.mark.parametrize(
     ("limit", "forward", "reason"),
     [
-        ((2, 4), lambda f, x: f(x), "for batches beyond 2 to 4"),
+        ((2, 4), lambda f, x: f(x), "it was exported for batches from 2 to 4"),
         ((2, 64), lambda f, x: f(x) if x.shape[0] % 2 == 0 else x, "it was exported for batches with"),
     ],
     ids=["range", "condition"],
@@ -112,7 +113,7 @@ def test_what_a_file_says_of_its_batch_is_kept_to(
     tmp_path: Path, limit: tuple[int, int], forward: Forward, reason: str
 ) -> None:
     model, x = Written(forward).eval(), torch.randn(4, 6)
-    batch = torch.export.Dim("batch", min=limit[0], max=limit[1]) if "beyond" in reason else torch.export.Dim.DYNAMIC
+    batch = torch.export.Dim("batch", min=limit[0], max=limit[1]) if "from" in reason else torch.export.Dim.DYNAMIC
     torch.export.save(torch.export.export(model, (x,), dynamic_shapes=({0: batch},)), tmp_path / "model.pt2")
     built = Pt2Source().build(str(tmp_path / "model.pt2"), pretrained=True, num_classes=None, seed=0)
     assert built.example_inputs is not None
@@ -147,3 +148,98 @@ class CountsItsBatch(nn.Module):
 def test_a_number_among_the_outputs_is_refused() -> None:
     with pytest.raises(CaptureError, match=r"its output 1 is \w+, not a tensor"):
         capture(CountsItsBatch(), (torch.randn(2, 3),))
+
+
+def test_a_file_for_more_than_optc_puts_together_varies_and_says_so(tmp_path: Path) -> None:
+    batch = torch.export.Dim("batch", max=64)
+    exported = torch.export.export(nn.Linear(6, 3), (torch.randn(2, 6),), dynamic_shapes=({0: batch},))
+    torch.export.save(exported, tmp_path / "model.pt2")
+    built = Pt2Source().build(str(tmp_path / "model.pt2"), pretrained=True, num_classes=None, seed=0)
+    assert "was exported for batches up to 64" in built.notes[1]
+    assert built.example_inputs is not None
+    assert capture(built.module, built.example_inputs).dynamic_batch
+
+
+@pytest.mark.parametrize(
+    "take",
+    [lambda x: x[:, 0], lambda x: x[:, :, ::2], lambda x: x.transpose(1, 2), lambda x: x[::2]],
+    ids=["slice", "steps", "transposed", "every other sample"],
+)
+def test_the_strides_of_an_input_fix_no_batch(take: Callable[[Tensor], Tensor]) -> None:
+    x = take(torch.randn(4, 4, 8, 8))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), 8), nn.ReLU()).eval()
+    program = capture(model, (x,))
+    assert program.dynamic_batch, program.info.notes
+    torch.testing.assert_close(program.run(x)[0], model(x))
+
+
+@functools.lru_cache
+def positions(count: int) -> Tensor:
+    return torch.arange(count) / count
+
+
+class KeepsATable(nn.Module):
+    """What it computes from its input's width it keeps, outside of itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + positions(x.shape[1])
+
+
+def test_what_a_model_keeps_in_a_cache_are_no_tensors_of_the_exporter() -> None:
+    positions.cache_clear()
+    x = torch.randn(2, 5)
+    assert capture(KeepsATable(), (x,)).dynamic_batch
+    torch.testing.assert_close(KeepsATable()(x), x + torch.arange(5) / 5)
+
+
+class ReturnsWhatItChanged(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        changed = x.relu_()
+        return changed, self.layer(changed)
+
+
+def test_an_input_that_was_changed_may_be_an_output() -> None:
+    model, x = ReturnsWhatItChanged().eval(), torch.randn(2, 3)
+    program = capture(model, (x.clone(),))
+    for got, wanted in zip(program.run(x.clone()), model(x.clone()), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+class Attends(nn.Module):
+    """Its masked-out tokens PyTorch writes zeros for where it does not export."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1)
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        return self.encoder(x, src_key_padding_mask=padding)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_attention_is_compared_as_it_is_exported() -> None:
+    padding = torch.zeros(2, 5, dtype=torch.bool)
+    padding[:, 3:] = True
+    fast = torch.backends.mha.get_fastpath_enabled()
+    program = capture(Attends(), (torch.randn(2, 5, 8), padding))
+    assert program.dynamic_batch, program.info.notes
+    assert torch.backends.mha.get_fastpath_enabled() == fast
+
+
+class AttendsOtherwise(nn.Module):
+    """Takes another way for a single sample, which only values tell, and has attention, which draws nothing here."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        attended = nn.functional.scaled_dot_product_attention(x, x, x)
+        return attended * 3 if x.shape[0] == 1 else attended
+
+
+def test_attention_without_dropout_is_not_random() -> None:
+    program = capture(AttendsOtherwise(), (torch.randn(2, 2, 4, 8),))
+    assert not program.dynamic_batch
+    assert "differs for a batch of 1" in program.info.notes[0]
