@@ -17,6 +17,7 @@ from optc.cli.options import (
     progress_for,
     target_options,
     verbosity_options,
+    weights_option,
 )
 from optc.cli.terminal import stdout
 from optc.cli.values import IMAGES, TEXT
@@ -35,13 +36,7 @@ LIMIT_SECONDS = 120.0
 
 @click.command("compare")
 @click.argument("targets", nargs=-1, required=True, type=TEXT)
-@click.option(
-    "--weights",
-    type=TEXT,
-    default="pretrained",
-    show_default=True,
-    help="For model names: pretrained, random or a file.",
-)
+@weights_option
 @click.option("--batch", type=IMAGES, help="Images in a query.  [default: what the first artifact is optimized for]")
 @click.option("--force", is_flag=True, help="Compare runs of different machines, threads or versions all the same.")
 @limit_options

@@ -78,6 +78,17 @@ def device_option(command: Command) -> Command:
     )(command)
 
 
+def weights_option(command: Command) -> Command:
+    """``--weights`` of commands whose targets need not be models."""
+    return click.option(
+        "--weights",
+        type=TEXT,
+        default="pretrained",
+        show_default=True,
+        help="For model names: pretrained, random or a file.",
+    )(command)
+
+
 def limit_options(command: Command) -> Command:
     """``--cpu-affinity`` and ``--memory-limit``: measure as on a smaller machine."""
     command = click.option(

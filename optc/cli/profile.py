@@ -21,6 +21,7 @@ from optc.cli.options import (
     report_option,
     target_options,
     verbosity_options,
+    weights_option,
 )
 from optc.cli.output import check_output
 from optc.cli.terminal import stdout
@@ -51,13 +52,7 @@ if TYPE_CHECKING:
     help="Model to compare with, measured once and remembered; or none.",
 )
 @click.option("--data", type=TEXT, help="Measure accuracy, too: digits, or a folder of images.")
-@click.option(
-    "--weights",
-    type=TEXT,
-    default="pretrained",
-    show_default=True,
-    help="For model names: pretrained, random or a file.",
-)
+@weights_option
 @click.option("--official", is_flag=True, help="MLPerf's full durations: ten minutes or more for each scenario.")
 @click.option(
     "--user-conf",
