@@ -188,6 +188,15 @@ def is_view(node: fx.Node) -> bool:
     return node.target is operator.getitem or bool(getattr(node.target, "is_view", False))
 
 
+def is_random(node: fx.Node) -> bool:
+    """Whether an operator draws random numbers; layers that may drop values do so where they are told to."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    names = {each.name for each in node.target._schema.arguments}  # type: ignore[union-attr]
+    chance = next((argument(node, name) for name in ("dropout_p", "dropout") if name in names), None)
+    return chance != 0.0 and not ("train" in names and not argument(node, "train"))
+
+
 def needed_copy(program: Program, node: fx.Node, source: fx.Node) -> str | None:
     """Why ``source`` cannot stand for its equal ``node``: an output would be memory that callers must not write into.
 

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from optc.errors import CaptureError
 from optc.program import Program
-from optc.rewrite import argument
+from optc.rewrite import is_random
 from optc.sqnr import decides, sqnr_db
 
 aten = torch.ops.aten
@@ -125,7 +125,7 @@ def compare_with_model(wanted: Sequence[Any], program: Program, inputs: Sequence
         CaptureError: an output differs.
     """
     got = program.run(*(tensor.clone() for tensor in inputs))
-    random = any(map(_is_random, program.graph.nodes))
+    random = any(map(is_random, program.graph.nodes))
     for number, (model_output, output) in enumerate(zip(wanted, got, strict=True)):
         if model_output.shape != output.shape:
             was, now = tuple(model_output.shape), tuple(output.shape)
@@ -157,15 +157,6 @@ def _squeezed(node: fx.Node) -> list[object]:
 def _holds(condition: Any, batch: int) -> bool:
     """Whether a condition of sympy's is met where every size in it is the batch."""
     return bool(condition.subs(dict.fromkeys(condition.free_symbols, batch)))
-
-
-def _is_random(node: fx.Node) -> bool:
-    """Whether an operator draws random numbers; layers that may drop values do so where they are told to."""
-    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
-        return False
-    names = {each.name for each in node.target._schema.arguments}  # type: ignore[union-attr]
-    chance = next((argument(node, name) for name in ("dropout_p", "dropout") if name in names), None)
-    return chance != 0.0 and not ("train" in names and not argument(node, "train"))
 
 
 def _same(wanted: Tensor, got: Tensor) -> bool:

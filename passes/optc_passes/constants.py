@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from optc import Change, Pass, PassContext, PassResult, Program, Skip
-from optc.rewrite import add_constant, constant_of, returned
-from optc_passes.subexpressions import is_random
+from optc.rewrite import add_constant, constant_of, is_random, returned
 
 FREE_BYTES = 1 << 20
 """A folded value up to this size may be larger than what it replaces."""

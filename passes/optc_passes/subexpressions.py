@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any
 
-import torch
 from torch import fx
 
 from optc import Change, Pass, PassContext, PassResult, Program, Skip
-from optc.rewrite import constant_of, is_view, needed_copy
+from optc.rewrite import constant_of, is_random, is_view, needed_copy
 
 
 class MergeCommonSubexpressions(Pass):
@@ -41,11 +40,6 @@ class MergeCommonSubexpressions(Pass):
                 node.replace_all_uses_with(known)
                 program.graph.erase_node(node)
         return PassResult(program, bool(applied), tuple(applied), tuple(skipped))
-
-
-def is_random(node: fx.Node) -> bool:
-    """Whether two calls may give different values."""
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _key(program: Program, node: fx.Node) -> Hashable | None:
