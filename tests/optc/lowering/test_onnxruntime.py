@@ -165,19 +165,20 @@ def test_several_threads_may_call_at_once(
 
 
 def test_workers_hardly_spin_after_a_call(loaded: Callable[..., OnnxRuntimeRunner]) -> None:
-    x = np.zeros((8, 3, 16, 16), np.float32)
+    x = np.zeros((64, 3, 16, 16), np.float32)
 
-    def spent(runner: OnnxRuntimeRunner) -> float:
-        """CPU time in 0.3 s after a call: the least of three, as other threads may run meanwhile."""
+    def spent(runner: OnnxRuntimeRunner) -> list[float]:
+        """CPU time in the 0.3 s after each of five calls."""
         found = []
-        for _ in range(3):
+        for _ in range(5):
             runner(x)
             before = time.process_time()
             time.sleep(0.3)
             found.append(time.process_time() - before)
-        return min(found)
+        return found
 
-    assert 5 * spent(loaded()) < spent(loaded(spin_us=200_000))
+    # Other threads may run meanwhile, and a worker that a busy machine did not wake for the call does not spin.
+    assert 5 * min(spent(loaded())) < max(spent(loaded(spin_us=200_000)))
 
 
 def test_a_device_onnxruntime_lacks_is_refused_with_the_mend() -> None:
