@@ -40,6 +40,8 @@ SHORT_MODELS, SHORT_BATCHES, SHORT_BLOCKS = ("alexnet", "mobilenetv3_large_100")
 IMAGES, BLOCK_SECONDS, ROW_SECONDS = 32, 0.5, 900.0
 BLOCKS = len(PEERS)
 """Each tool has each place in the order of a round once."""
+FINAL_BLOCKS, FINAL_SECONDS, FINAL_NEAR = 31, 300.0, 1.1
+"""optc auto and the peers at most so many times slower than the best are measured again, in more and shorter rounds."""
 REOPENED_BYTES = 1e9
 """Models smaller than this are opened anew for each block: what is opened last in a process is slower than it would be
 otherwise, by more than some of these tools differ. Larger ones take seconds to open."""
@@ -71,28 +73,37 @@ def measure_row(task: Task, names: Sequence[str], blocks: int, scratch: Path) ->
         if productions[name].error is None
     ]
     target = Target(threads=task.threads, batch=task.batch)
-    options = {"blocks": blocks, "block_seconds": BLOCK_SECONDS, "limit_seconds": ROW_SECONDS}
-    measured = measure(candidates, task.queries, target, **options, reopen=4 * weights < REOPENED_BYTES)
+    options = {"block_seconds": BLOCK_SECONDS, "reopen": 4 * weights < REOPENED_BYTES}
+    measured = measure(candidates, task.queries, target, **options, blocks=blocks, limit_seconds=ROW_SECONDS)
     found = row(task, productions, sqnr, measured)
-    best = found["best_peer"]
-    if not measured.interleaved and AUTO in found["ratios"]:
-        # Too large for all to be in memory at once, but two fit.
-        two = [candidate for candidate in candidates if candidate.name in (best, AUTO)]
-        again = measure(two, task.queries, target, **options, together=True)
-        found = with_the_two_again(found, again)
+    names = finalists(found)
+    if len(names) > 1:
+        final = [candidate for candidate in candidates if candidate.name in names]
+        options |= {"blocks": FINAL_BLOCKS, "limit_seconds": FINAL_SECONDS, "together": True}
+        again = measure(final, task.queries, target, **options)
+        found = with_finalists_again(found, measured, again)
     return found
 
 
-def with_the_two_again(row: Mapping[str, Any], again: Measurement) -> dict[str, Any]:
-    """A row whose candidates did not take turns, with optc auto and the best peer as measured when those two did."""
-    best = row["best_peer"]
+def finalists(row: Mapping[str, Any]) -> list[str]:
+    """optc auto and the peers about as fast as the best: a row's ratio hangs on these. Of large models two fit."""
+    if AUTO not in row["ratios"]:
+        return []
+    sound = sorted((p50, name) for name, p50 in row["p50_ms"].items() if name not in row["out"] and name != AUTO)
+    near = [name for p50, name in sound if p50 <= FINAL_NEAR * sound[0][0]]
+    return [AUTO, *(near if row["measurement"]["interleaved"] else near[:1])]
+
+
+def with_finalists_again(row: Mapping[str, Any], measured: Measurement, again: Measurement) -> dict[str, Any]:
+    """A row with its finalists as measured when those alone took turns, which also says which peer is the best."""
     failed = [f"{result.name} was not measured again: {result.error}" for result in again.results if result.error]
     if failed:
         warnings = [*row["measurement"]["warnings"], *failed]
         return {**row, "measurement": {**row["measurement"], "warnings": warnings}}
     p50 = {result.name: result.percentiles.p50_ns / 1e6 for result in again.results if result.percentiles}
-    ratios = {name: asdict(_ratio(again, name, best)) for name in p50}
-    return {**row, "p50_ms": {**row["p50_ms"], **p50}, "ratios": {**row["ratios"], **ratios}, "again": again.to_dict()}
+    best = min((name for name in p50 if not is_optc(name)), key=p50.__getitem__)
+    ratios = {name: asdict(_ratio(again if name in p50 else measured, name, best)) for name in row["p50_ms"]}
+    return {**row, "best_peer": best, "p50_ms": {**row["p50_ms"], **p50}, "ratios": ratios, "again": again.to_dict()}
 
 
 def _opener(name: str, task: Task, folder: Path, reference: list[Array], sqnr: dict[str, float]) -> Any:

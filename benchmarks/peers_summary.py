@@ -53,7 +53,8 @@ def row_markdown(row: Mapping[str, Any]) -> str:
         )
     how = "" if row["measurement"]["interleaved"] else f"Not interleaved: {row['measurement']['sequential_reason']}."
     if "again" in row:
-        how += f" {AUTO} and {row['best_peer']} were measured again, interleaved."
+        names = [result["name"] for result in row["again"]["results"]]
+        how += f" {', '.join(names[:-1])} and {names[-1]} were measured again, in turns; the table has that."
     warnings = [f"- {warning}" for warning in (*row["measurement"]["warnings"], *_warnings_of_the_two(row))]
     title = f"## {row['model']}, batch {row['batch']}: best peer {row['best_peer'] or 'none'}"
     return "\n".join([title, "", *markdown_table(table), "", *([how] if how else []), *warnings]).rstrip() + "\n"
@@ -61,7 +62,8 @@ def row_markdown(row: Mapping[str, Any]) -> str:
 
 def _warnings_of_the_two(row: Mapping[str, Any]) -> list[str]:
     """What was odd about the measurements that make the ratio."""
-    two = [result for result in _results(row) if result["name"] in (row["best_peer"], AUTO)]
+    results = row["again"]["results"] if "again" in row else _results(row)
+    two = [result for result in results if result["name"] in (row["best_peer"], AUTO)]
     return [f"{result['name']}: {warning}" for result in two for warning in result.get("warnings", ())]
 
 

@@ -115,31 +115,44 @@ def test_the_best_peer_is_the_fastest_that_computes_the_same(peers: ModuleType, 
     assert "output differs: 3.0 dB" in peers.row_markdown(wrong)
 
 
-def test_models_too_large_to_take_turns_are_decided_by_the_two_that_matter(
-    peers: ModuleType, measured: Measurement
-) -> None:
+def test_the_finalists_decide_in_a_measurement_of_their_own(peers: ModuleType, measured: Measurement) -> None:
     task = peers.Task("test_resnet", 1, threads=1, images=4)
     made = {result.name: peers.Production() for result in measured.results}
     row = peers.row(task, made, dict.fromkeys(made, 40.0), measured)
+    assert "again" not in peers.row_markdown(row)
+    assert peers.finalists(row) == ["optc auto", "openvino nncf int8"]
+    p50 = row["p50_ms"]
+    close = {**row, "p50_ms": {**p50, "eager fp32": 1.05 * p50["openvino nncf int8"]}}
+    assert peers.finalists(close) == ["optc auto", "openvino nncf int8", "eager fp32"]
     row["measurement"] |= {"interleaved": False, "sequential_reason": "they are large"}
-    assert "interleaved." not in peers.row_markdown(row)
+    assert peers.finalists(close) == ["optc auto", "openvino nncf int8"], "of large models two fit"
+    assert peers.finalists({**close, "out": {"openvino nncf int8": "its output differs"}})[1:] == ["eager fp32"]
+    assert not peers.finalists({**row, "ratios": {}}), "optc made nothing"
 
     sides = {"openvino nncf int8": 512, "optc auto": 64}  # now the other way round
     two = [Candidate(name, "", False, lambda side=side: Constant(side)) for name, side in sides.items()]
     query = [(np.ones((1, 4), np.float32),)]
     again = measure(two, query, Target(threads=1), blocks=2, block_seconds=0.02, together=True)
-    decided = peers.with_the_two_again(row, again)
+    decided = peers.with_finalists_again(row, measured, again)
     assert row["ratios"]["optc auto"]["value"] > 1 > decided["ratios"]["optc auto"]["value"]
     assert decided["p50_ms"]["optc auto"] == again["optc auto"].percentiles.p50_ns / 1e6
     assert decided["p50_ms"]["eager fp32"] == row["p50_ms"]["eager fp32"]
-    assert "optc auto and openvino nncf int8 were measured again, interleaved." in peers.row_markdown(decided)
+    assert decided["ratios"]["eager fp32"] == row["ratios"]["eager fp32"]
+    assert "openvino nncf int8 and optc auto were measured again, in turns" in peers.row_markdown(decided)
     assert json.dumps(decided["again"])
 
     gone = [Candidate(name, "", False, lambda: Constant(-1)) for name in sides]
     failed = measure(gone, query, Target(threads=1), blocks=2, block_seconds=0.02, together=True)
-    undecided = peers.with_the_two_again(row, failed)
+    undecided = peers.with_finalists_again(row, measured, failed)
     assert undecided["ratios"] == row["ratios"]
     assert "- optc auto was not measured again: ValueError" in peers.row_markdown(undecided)
+
+    sides = {"openvino nncf int8": 512, "eager fp32": 64, "optc auto": 128}
+    three = [Candidate(name, "", False, lambda side=side: Constant(side)) for name, side in sides.items()]
+    again = measure(three, query, Target(threads=1), blocks=2, block_seconds=0.02, together=True)
+    other = peers.with_finalists_again(row, measured, again)
+    assert other["best_peer"] == "eager fp32"
+    assert other["ratios"]["openvino nncf int8"]["value"] > other["ratios"]["optc auto"]["value"] > 1
 
 
 def test_optc_is_out_where_its_own_outputs_differ(peers: ModuleType, measured: Measurement) -> None:
