@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from optc.machine import load_warning, machine
+from optc.bench.disturbance import busy_warning
+from optc.machine import machine
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -49,7 +50,7 @@ def publish(
         command: what a reader types to run it; by default the script of that name.
         load: whether to note that the machine was busy before.
     """
-    busy = load_warning() if load else None
+    busy = busy_warning() if load else None
     revision = commit()
     start = time.perf_counter()
     result = benchmark()

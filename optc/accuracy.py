@@ -17,12 +17,19 @@ from optc.report.report import Accuracy
 
 
 def metric_of(
-    given: Callable[[Call], float] | None, captured: Program, batches: Sequence[tuple[Tensor, ...]] | None
+    given: Callable[[Call], float] | None,
+    captured: Program,
+    batches: Sequence[tuple[Tensor, ...]] | None,
+    argument: str = "evaluate",
 ) -> Metric | None:
-    """The caller's metric by its name; without one, agreement with the captured model on ``batches``, if there are."""
+    """The caller's metric by its name; without one, agreement with the captured model on ``batches``, if there are.
+
+    Args:
+        argument: what the caller's metric was given as.
+    """
     if given is None:
         return None if batches is None else agreement(captured.call, batches)
-    return given if isinstance(given, Metric) else Metric(ACCURACY, given, "the data of 'evaluate'")
+    return given if isinstance(given, Metric) else Metric(ACCURACY, given, f"the data of '{argument}'")
 
 
 def _meaningless(metric: Metric | None, program: Program) -> str:

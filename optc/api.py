@@ -8,6 +8,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from optc.accuracy import after_of, before_of, budget_of, metric_of
 from optc.batches import Batches, as_calibration, at_batch, first_samples, fixed_batch
 from optc.bench.latency import latencies
-from optc.budget import Call, exceeds
+from optc.budget import Call, Metric, exceeds
 from optc.contest import TemporaryFolder
 from optc.errors import BackendError, CaptureError, OptcError, VerificationError
 from optc.frontend.capture import capture, checked_inputs
@@ -194,8 +195,11 @@ def optimize(
             for remark in watch.remarks:
                 run.note(remark)
     metric = metric_of(evaluate, captured, batches if max_drop is not None else None)
-    before = before_of(run, metric, original, captured)
-    search = metric_of(validate, captured, None) or metric
+    # Agreement has batches of its own, on the CPU; a caller's metric is asked about the model as it was given.
+    before = before_of(run, metric, original if evaluate is not None else model, captured)
+    search = metric_of(validate, captured, None, "validate") or metric
+    if search is not None and model is not original:  # the captured model is on the CPU
+        search = replace(search, score=partial(_from_any_device, search))
     quick = [each for each in chosen if not has_own_process(each)]
     quick = [each for each in quick if not each.simulates_quantization(target)] or quick
     measures = {each.name: _latency_on(each, target) for each in quick}
@@ -284,6 +288,10 @@ def _on_cpu(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[nn.Module, tu
     if all(tensor.device.type == "cpu" for tensor in inputs):
         return model, inputs
     return copy.deepcopy(model).cpu(), tuple(tensor.cpu() for tensor in inputs)
+
+
+def _from_any_device(metric: Metric, call: Call) -> float:
+    return metric(lambda *inputs: call(*(tensor.cpu() for tensor in inputs)))
 
 
 _MORE_DB = 3.0

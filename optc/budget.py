@@ -52,7 +52,11 @@ class Metric:
 def agreement(model: Call, batches: Sequence[tuple[Tensor, ...]], data: str = "") -> Metric:
     """Share of samples whose largest output stays ``model``'s own: what is left of accuracy where labels are missing.
 
-    Taken over the first output, along its last dimension. The model is run once, when the metric is first asked.
+    Taken over the first output, along its last dimension; of integers and truth values, which are decisions already,
+    each for itself. The model is run once, when the metric is first asked.
+
+    Raises:
+        OptcError: by the metric, of outputs that have no largest one.
     """
     wanted: list[Tensor] = []
 
@@ -69,6 +73,14 @@ def agreement(model: Call, batches: Sequence[tuple[Tensor, ...]], data: str = ""
 
 def _largest(outputs: Any) -> Tensor:
     first: Tensor = pytree.tree_leaves(outputs)[0]
+    if not first.is_floating_point() and not first.is_complex():
+        return first
+    if first.is_complex() or first.ndim < 2 or first.shape[-1] == 1:
+        raise OptcError(
+            f"outputs of {first.dtype} and shape {tuple(first.shape)} have no largest one, which is compared where"
+            " there are no labels",
+            "give labelled --data, or evaluate= in Python, or leave --max-drop away",
+        )
     return first.argmax(-1).masked_fill(first.isnan().any(-1), -1)
 
 

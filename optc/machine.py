@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from optc.threads import available_threads, usable_cpus
+from optc.threads import available_threads
 
 ISA_FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 """Instruction sets that decide how fast int8 and bf16 run, as Linux spells them."""
@@ -35,7 +35,6 @@ PACKAGES = (
     "numpy",
     "scipy",
 )
-_LOADED = 0.25
 
 
 @dataclass(frozen=True)
@@ -142,14 +141,6 @@ def available_memory() -> int:
 def load_average() -> float | None:
     """Runnable processes, averaged over the last minute."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-
-
-def load_warning() -> str | None:
-    """A line to print beside a measurement if other work was running before it began, else ``None``."""
-    load, cores = load_average(), usable_cpus()  # of the machine, whatever part a container's quota allows
-    if load is None or load < _LOADED * cores:
-        return None
-    return f"the machine was busy before the measurement (load {load:.1f} on {cores} cores): latencies may be too high"
 
 
 def _cpuinfo() -> dict[str, str]:

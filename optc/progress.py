@@ -46,6 +46,8 @@ class Run:
     @contextmanager
     def step(self, title: str) -> Iterator[Step]:
         start = time.perf_counter()
-        with self._progress.step(title) as step:
-            yield step
-        self.seconds[title] = time.perf_counter() - start
+        try:
+            with self._progress.step(title) as step:
+                yield step
+        finally:  # trials repeat steps, and one that fails took its time as well
+            self.seconds[title] = self.seconds.get(title, 0.0) + time.perf_counter() - start

@@ -200,11 +200,16 @@ def is_random(node: fx.Node) -> bool:
 def needed_copy(program: Program, node: fx.Node, source: fx.Node) -> str | None:
     """Why ``source`` cannot stand for its equal ``node``: an output would be memory that callers must not write into.
 
-    That is an input's, a constant's or, where ``node`` is a value of its own, another output's. ``None`` if it can.
+    That is an input's, a constant's or, where ``node`` is a value of its own, another output's or memory that holds
+    several of its values in one place. ``None`` if it can.
     """
     found = returned(program)
     if node not in found:
         return None
+    value = source.meta.get("val")
+    places = zip(value.stride(), value.shape, strict=True) if isinstance(value, Tensor) else ()
+    if not is_view(node) and any(step == 0 and size != 1 for step, size in places):
+        return "an output would hold several of its values in one place"
     owner = source
     while is_view(owner):
         owner = owner.all_input_nodes[0]

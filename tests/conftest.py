@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 # A job started in the background of a shell may ignore SIGINT, and its children with it; tests send it to theirs.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -20,7 +21,74 @@ import pytest
 gc.set_threshold(50_000, 20, 20)
 
 
+# Files whose session fixtures take seconds: one worker makes them.
+TOGETHER = {
+    **dict.fromkeys(
+        (f"test_{name}.py" for name in ("backend", "graph", "attention", "bfloat16", "runner")), "openvino"
+    ),
+    **dict.fromkeys((f"test_{name}.py" for name in ("page", "markdown", "optimized")), "report"),
+}
+FOLDERS = {"openvino": "plugins/optc-openvino/tests", "report": "tests/optc/report"}
+# What takes long comes first, however few tests it has, so that all workers end at about the same time.
+FIRST = (
+    "openvino",
+    "tests/optc/lowering/test_pipeline.py",
+    "tests/optc/lowering/test_inductor.py",
+    "tests/optc/cli/test_profile.py",
+    "tests/optc/distributed/test_failures.py",
+    "tests/optc/test_budget.py",
+    "tests/optc/test_api.py",
+    "tests/optc/cli/test_commands.py",
+    "tests/optc/bench/test_baselines.py",
+    "tests/optc/lowering/test_inductor_compile.py",
+    "tests/optc/lowering/test_inductor_pack.py",
+    "tests/optc/test_pipeline_api.py",
+    "tests/passes/test_fuse.py",
+    "tests/optc/distributed/test_torchrun.py",
+    "tests/optc/lowering/test_variants.py",
+    "tests/optc/cli/test_partition.py",
+    "tests/optc/cli/test_compare.py",
+    "tests/optc/cli/test_report.py",
+    "report",
+    "tests/optc/bench/test_statistics.py",
+    "tests/examples/test_train_digits.py",
+    "tests/examples/test_examples.py",
+    "tests/optc/lowering/test_torch_memory.py",
+    "tests/optc/lowering/test_artifact.py",
+    "tests/packaging/test_wheel.py",
+    "tests/docs/test_documents.py",
+    "tests/passes/test_quant.py",
+    "tests/passes/test_quant_reach.py",
+    "tests/passes/test_partition.py",
+)
+
+
+def unit(nodeid: str) -> str:
+    """What one worker runs: a file, or the files that share fixtures which take long to make."""
+    file = nodeid.partition("::")[0]
+    folder, _, name = file.rpartition("/")
+    together = TOGETHER.get(name, file)
+    return together if FOLDERS.get(together) == folder else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hand out units in the order in which they are collected, not by how many tests they have."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Units(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return unit(nodeid)
+
+    config.option.loadscopereorder = False
+    return Units(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: number for number, name in enumerate(FIRST)}
+    items.sort(key=lambda item: place.get(unit(item.nodeid), len(place)))
     needing_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if needing_gpu:
         import torch
@@ -64,6 +132,7 @@ def briefly(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("optc.selection.measure_candidates", partial(measure, blocks=2, block_seconds=0.05))
     monkeypatch.setattr("optc.bench.measure.SETTLING_SECONDS", 0.0)
+    monkeypatch.setattr("optc.contest.LOOK_SECONDS", 0.02)
     for name in ("STEADY_SECONDS", "ARTIFACT_SECONDS", "MODEL_SECONDS"):
         monkeypatch.setattr(f"optc.cli.profiling.{name}", 1.0)
 

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from optc.bench.results import Candidate
 from optc.errors import MeasurementError
 from optc.evaluation import set_evaluation_mode
+from optc.lowering.agreement import as_array
 from optc.lowering.backend import Array, Runner
 from optc.lowering.torch_memory import keep_freed_memory, return_freed_memory
 from optc.machine import BF16_FLAGS, isa
@@ -156,7 +157,7 @@ def _open_compiled(source: _Converted, example: tuple[Tensor, ...]) -> Runner:
             warnings.simplefilter("ignore")
             compiled = torch.compile(source.get(), dynamic=False)
             runner = _TorchRunner(compiled, "torch.compile inductor", source.dtype, source.device)
-            runner(*[t.detach().cpu().numpy() for t in example])
+            runner(*map(as_array, example))
     except Exception as error:
         text = str(error)
         hint = "install a C++ compiler such as g++" if "InvalidCxxCompiler" in text else ""

@@ -6,11 +6,31 @@ import os
 import time
 from pathlib import Path
 
+from optc.machine import load_average
+from optc.threads import usable_cpus
+
 OTHERS_SHARE = 0.10
 """Share of this process's CPUs that others may take before the numbers get a warning."""
 STOLEN_SHARE = 0.02
+_LOADED, _LOOK_SECONDS = 0.25, 0.5
+"""The load for each CPU from which on others are looked for, and for how long."""
 _CPUS = Path("/sys/devices/system/cpu")
 _QUOTA = Path("/sys/fs/cgroup/cpu.stat")
+
+
+def busy_warning() -> str | None:
+    """A line to print beside a measurement if other processes are at work as it begins, else ``None``.
+
+    The load average alone does not tell: what this process did in the last minute is in it.
+    """
+    load = load_average()
+    if load is None or load < _LOADED * usable_cpus():  # of the machine, whatever part a container's quota allows
+        return None
+    with Watch() as watch:
+        time.sleep(_LOOK_SECONDS)
+    if watch.others <= OTHERS_SHARE:
+        return None
+    return f"other processes took {watch.others:.0%} of the CPUs as the measurement began: latencies may be too high"
 
 
 class Watch:

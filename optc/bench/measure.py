@@ -12,7 +12,7 @@ import torch
 
 from optc import machine
 from optc.bench import statistics
-from optc.bench.disturbance import Watch
+from optc.bench.disturbance import Watch, busy_warning
 from optc.bench.loadgen import single_stream
 from optc.bench.quiet import frozen_heap, quiet_machine, torch_threads
 from optc.bench.results import Block, Candidate, CandidateResult, Measurement, conclude
@@ -96,7 +96,7 @@ def measure(
         KeyboardInterrupt: after closing what was open.
     """
     note = "" if together or reopen else _why_not_together(candidates, target) if together is None else "as asked"
-    warnings = [warning] if (warning := machine.load_warning()) else []
+    warnings = [warning] if (warning := busy_warning()) else []
     names = (optimized,) if isinstance(optimized, str) else tuple(optimized)
     with torch_threads(target.threads), frozen_heap():
         states = [_State(candidate, logs) for candidate in candidates]

@@ -19,7 +19,7 @@ QUERIES = 3
 def main(asked: dict[str, Any]) -> dict[str, int | None]:
     """Load and run what is asked for; returns sizes in bytes, named as in :class:`optc.bench.memory.Memory`."""
     target, folder, files = Target(**asked["target"]), Path(asked["folder"]), tuple(asked["files"])
-    query = [np.zeros(shape, dtype) for shape, dtype in asked["inputs"]]
+    query = [np.zeros(shape, _numpy_name(dtype)) for shape, dtype in asked["inputs"]]
     load = _loader(asked["backend"], folder, files, target)
     free = _device_free(target)
     runtime = _status("VmRSS")
@@ -54,7 +54,8 @@ def _loader(backend: str, folder: Path, files: tuple[str, ...], target: Target) 
 
             def run(*query: Array) -> object:
                 with torch.inference_mode():
-                    return program.run(*(torch.from_numpy(array).to(target.device) for array in query))
+                    tensors = map(torch.from_numpy, query)
+                    return program.run(*(new.to(old) for new, old in zip(tensors, program.example_inputs, strict=True)))
 
             return run
 
@@ -63,6 +64,11 @@ def _loader(backend: str, folder: Path, files: tuple[str, ...], target: Target) 
 
     made = registry().load("backend", backend)()
     return lambda: made.load(folder, files, target)
+
+
+def _numpy_name(dtype: str) -> str:
+    """Runners take float32 for what numpy has not."""
+    return "float32" if dtype.startswith(("bfloat", "float8")) else dtype
 
 
 def _device_free(target: Target) -> int | None:

@@ -17,6 +17,7 @@ from optc.bench.run import Run, parse_run, read_run
 from optc.bench.statistics import Ratio
 from optc.errors import MeasurementError
 from optc.frontend.load import find_source
+from optc.lowering.manifest import sha256
 from optc.progress import Progress
 
 DEFAULT = "vit_huge_patch14_224"
@@ -36,7 +37,7 @@ class Reference:
         run: all of them, with raw latencies.
         weights: where its weights come from: ``"random"``, unless it brings its own.
         parameters: how many it has; ``None`` if unknown.
-        file: where it is remembered.
+        file: where it is remembered; ``None`` of a factory's model, which is measured each time.
     """
 
     name: str
@@ -44,7 +45,12 @@ class Reference:
     run: Run
     weights: str
     parameters: int | None
-    file: Path
+    file: Path | None
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What to know before believing its latencies."""
+        return (*self.run.warnings, *self.result.warnings)
 
     def ratio(self, result: CandidateResult) -> Ratio:
         """Median latency of ``result`` over the reference's. They were not measured in turns."""
@@ -64,8 +70,12 @@ def reference(name: str, surroundings: Mapping[str, Any], options: tuple[str, ..
     """
     from optc.machine import available_memory
 
-    file = cache_file(cache_folder("references"), {"model": name, "surroundings": dict(surroundings)})
-    run = _recalled(file)
+    source, given = find_source(name)
+    contents = sha256(Path(given).expanduser()) if source.name == "pt2" else ""
+    known = {"model": name, "contents": contents, "surroundings": dict(surroundings)}
+    # What a factory's code does by now its name does not say.
+    file = cache_file(cache_folder("references"), known) if source.name != "factory" else None
+    run = _recalled(file) if file else None
     if run is None:
         need, free = MEMORY_BYTES.get(name, 0), available_memory()
         if need > free:
@@ -73,11 +83,13 @@ def reference(name: str, surroundings: Mapping[str, Any], options: tuple[str, ..
                 f"measuring {name} takes {need / 1e9:.0f} GB of memory, {free / 1e9:.1f} GB are free",
                 f"--against a smaller model, or {NONE}",
             )
-        with progress.step(f"Measuring {name} to compare with, once for this machine (minutes for a large model)"):
-            text = _measure(name, options)
+        once = ", once for this machine" if file else ""
+        with progress.step(f"Measuring {name} to compare with{once} (minutes for a large model)"):
+            text = _measure(name, () if source.name in _OWN_WEIGHTS else ("--weights", "random"), options)
         run = parse_run(text, name)
         contender(name, run.results)  # raises where nothing was measured, which is not to be remembered
-        write_cache(file, text)
+        if file:
+            write_cache(file, text)
     target = next(iter(run.targets), {})
     best = contender(name, run.results).result
     return Reference(name, best, run, str(target.get("weights", "")), target.get("parameters"), file)
@@ -93,8 +105,7 @@ def _recalled(file: Path) -> Run | None:
         return None
 
 
-def _measure(name: str, options: tuple[str, ...]) -> str:
-    weights = () if find_source(name)[0].name in _OWN_WEIGHTS else ("--weights", "random")
+def _measure(name: str, weights: tuple[str, ...], options: tuple[str, ...]) -> str:
     command = [sys.executable, "-P", "-m", "optc.cli.main", "profile", name, *weights, "--against", NONE]
     done = subprocess.run([*command, *options, "--json", "-q"], capture_output=True, text=True, check=False)
     lines = done.stderr.strip().splitlines()

@@ -219,8 +219,9 @@ def fastest(results: Sequence[CandidateResult], interleaved: bool) -> CandidateR
     complete = [result for result in complete if not result.nonfinite_queries] or complete
     named = {result.name: result for result in complete}
     complete = [each for each in complete if _is_worth_its_options(each, named.get(each.instead_of), interleaved)]
-    best = min(complete, key=lambda result: result.percentiles.p50_ns if result.percentiles else math.inf, default=None)
-    for other in complete:
+    complete.sort(key=lambda result: result.percentiles.p50_ns if result.percentiles else math.inf)
+    best = next(iter(complete), None)
+    for other in complete:  # the fastest first: of those with as many blocks as each other only that can be kept
         if best is not None and interleaved and len(other.blocks) != len(best.blocks):
             ratio = statistics.ratio_of_medians(other.latencies_ns, best.latencies_ns, interleaved=True)
             best = other if ratio.outcome == "faster" else best

@@ -31,6 +31,7 @@ class Run:
         surroundings: as :func:`optc.bench.surroundings.surroundings` said then.
         created: when, ISO 8601, UTC.
         targets: what is known of each target, by ``"name"``: parameters, accuracy, where its weights come from.
+        warnings: what to know before believing its numbers.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Run:
     surroundings: Mapping[str, Any]
     created: str
     targets: tuple[Mapping[str, Any], ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def run_document(measurement: Measurement, surroundings: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,12 +75,18 @@ def parse_run(text: str, name: str) -> Run:
         raise MeasurementError(f"cannot read '{name}': {error}", _HINT) from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise MeasurementError(f"'{name}' is no measured run", _HINT)
-    if int(document.get("format_version", 0)) > FORMAT_VERSION:
+    version = document.get("format_version")
+    if not isinstance(version, int):
+        raise MeasurementError(f"'{name}' is not valid: its format_version is {version!r}", _HINT)
+    if version > FORMAT_VERSION:
         raise MeasurementError(f"'{name}' was written by a newer optc ({document.get('optc')})", "upgrade optc")
     try:
         results = tuple(_result(entry) for entry in document["results"])
         known = tuple(document.get("targets", ()))
-        return Run(name, results, dict(document["surroundings"]), str(document["created"]), known)
+        warnings = [str(warning) for warning in document.get("warnings", ())]
+        if reason := document.get("sequential_reason"):
+            warnings.append(f"measured one after another, not in turns: {reason}")
+        return Run(name, results, dict(document["surroundings"]), str(document["created"]), known, tuple(warnings))
     except (LookupError, TypeError, ValueError) as error:
         raise MeasurementError(f"'{name}' is not valid: {type(error).__name__}: {error}", _HINT) from error
 

@@ -139,6 +139,7 @@ def _compare(given: Sequence[Run | Subject], target: Target, force: bool, progre
     ]
     compared = comparisons(found)
     notes += warnings
+    notes += [f"{each.name}: {warning}" for each in given if isinstance(each, Run) for warning in each.warnings]
     notes += _other_batches(given, target.batch)
     if any(not each.interleaved for each in compared):
         notes.append("measured at different times: what changed on the machine in between is in the ratio as well")

@@ -204,16 +204,14 @@ def _print(found: Profile, target: Target, output: Path | None) -> None:
             console.print(each.sentence)
     notes = [*found.notes, *problems(found.measurement, found.scenarios)]
     if reference is not None:
-        notes += [f"the reference, {reference.name}: {warning}" for warning in reference.result.warnings]
+        notes += [f"the reference, {reference.name}: {warning}" for warning in reference.warnings]
     for line in dict.fromkeys(notes):
         console.print(Text(f"! {line}", style="yellow"))
     if reference is not None:
         when = reference.run.created.partition("T")[0]
         which = " with random weights, which latency does not depend on" if reference.weights == "random" else ""
-        console.print(
-            f"{reference.name} was measured on {when}{which}; to measure it again, delete {reference.file}",
-            soft_wrap=True,
-        )
+        again = f"; to measure it again, delete {reference.file}" if reference.file else ""
+        console.print(f"{reference.name} was measured on {when}{which}{again}", soft_wrap=True)
     console.print(_conditions(found, target))
     if output is not None:
         console.print(f"Written to {output}")

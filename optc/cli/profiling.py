@@ -96,7 +96,7 @@ class Profile:
                 "weights": self.reference.weights,
                 "parameters": self.reference.parameters,
                 "measured": self.reference.run.created,
-                "file": str(self.reference.file),
+                "file": self.reference.file and str(self.reference.file),
                 "fastest": self.reference.result.name,
                 "results": [asdict(result) for result in self.reference.run.results],
                 "ratios": ratios,

@@ -128,6 +128,7 @@ def _model(name: str, weights: str, target: Target, progress: Progress) -> Subje
     from optc.bench.inside import look_inside
     from optc.cli.model import load
     from optc.frontend.batch_sizes import takes_one_batch
+    from optc.lowering.agreement import as_array
 
     loaded, _ = load(name, weights, None, 0, progress)
 
@@ -135,7 +136,7 @@ def _model(name: str, weights: str, target: Target, progress: Progress) -> Subje
         query = loaded.example_inputs
         if not takes_one_batch(loaded.module, query):
             query = tuple(torch.cat([tensor[:1]] * batch) for tensor in query)
-        arrays = (tuple(tensor.numpy() for tensor in query),)
+        arrays = (tuple(map(as_array, query)),)
         return [
             replace(each, name=f"{name} {each.name}", inputs=arrays) for each in baselines(loaded.module, query, target)
         ]

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from optc.program import Preprocessing
 
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What is decoded, whatever a file is called: Pillow hands EPS to Ghostscript, which executes it."""
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
 _SPLIT_FOLDERS: dict[str, SplitName] = {
     "train": "train",
@@ -193,7 +195,7 @@ class _FolderSplit(Split):
         from optc.data.preprocess import prepare_image
 
         try:
-            with Image.open(file) as image:
+            with Image.open(file, formats=_FORMATS) as image:
                 return prepare_image(image, self._preprocessing)
         except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise DataError(f"image '{file}' cannot be read: {error}", "mend or remove it") from error

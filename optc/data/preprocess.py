@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,7 +30,8 @@ def prepare_image(image: Image.Image, preprocessing: Preprocessing) -> NDArray[n
         Array of shape (channels, height, width), uint8, not normalised.
 
     Raises:
-        ValueError: its pixels are floats or integers of 32 bits, of which nobody knows what white is.
+        ValueError: its pixels are floats or integers of 32 bits, of which nobody knows what white is; or it is so long
+            and thin that resized it would be larger than Pillow opens.
     """
     channels, height, width = preprocessing.input_size
     if image.mode.startswith("I;16"):  # convert() would clip them to 255
@@ -39,6 +41,8 @@ def prepare_image(image: Image.Image, preprocessing: Preprocessing) -> NDArray[n
     image = image.convert("L" if channels == 1 else "RGB")
     short, long = sorted(image.size)
     scaled = int(preprocessing.resize * long / short)
+    if scaled * preprocessing.resize > (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise ValueError(f"{image.width}x{image.height} pixels are too long and thin to be {preprocessing.resize} wide")
     size = (preprocessing.resize, scaled) if image.width <= image.height else (scaled, preprocessing.resize)
     if size != image.size:
         image = image.resize(size, RESAMPLING[preprocessing.interpolation])

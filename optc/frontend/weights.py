@@ -76,12 +76,27 @@ def _state_dict(path: Path, state: Any) -> dict[str, Tensor]:
         if isinstance(state, dict) and isinstance(state.get(nest), dict):
             state = state[nest]
             break
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items())
+    ):
         raise WeightsError(f"'{path}' holds no state dict (names to tensors)", "save model.state_dict()")
     for prefix in _PREFIXES:
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
     return dict(state)
+
+
+def _named_as(ours: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """A state by a module's own names: where that is a wrapper itself, prefixes were taken off that belong there."""
+    prefix = ""
+    for each in _PREFIXES:
+        if ours and all(name.startswith(prefix + each) for name in ours):
+            prefix += each
+    if not prefix or ours.keys() & state.keys():
+        return state
+    return {prefix + name: value for name, value in state.items()}
 
 
 def classes_in_checkpoint(module: nn.Module, checkpoint: Checkpoint) -> int | None:
@@ -90,8 +105,10 @@ def classes_in_checkpoint(module: nn.Module, checkpoint: Checkpoint) -> int | No
     So it is when every tensor of another shape differs in its first dimension alone, and all by the same two sizes.
     """
     sizes = set()
-    for name, ours in module.state_dict().items():
-        theirs = checkpoint.state.get(name)
+    own = module.state_dict()
+    state = _named_as(own, checkpoint.state)
+    for name, ours in own.items():
+        theirs = state.get(name)
         if theirs is not None and theirs.shape != ours.shape:
             if theirs.ndim != ours.ndim or theirs.ndim == 0 or theirs.shape[1:] != ours.shape[1:]:
                 return None
@@ -109,12 +126,13 @@ def apply_checkpoint(module: nn.Module, model: str, checkpoint: Checkpoint) -> N
         WeightsError: a name is missing or unexpected, or a shape differs; names the first few.
     """
     ours = module.state_dict()
+    state = _named_as(ours, checkpoint.state)
     # Batch norm counts its training batches there; inference never reads it and old checkpoints lack it.
-    missing = [n for n in ours if n not in checkpoint.state and not n.endswith("num_batches_tracked")]
-    unexpected = [n for n in checkpoint.state if n not in ours]
+    missing = [n for n in ours if n not in state and not n.endswith("num_batches_tracked")]
+    unexpected = [n for n in state if n not in ours]
     misshapen = [
         f"{name} is {_shape(value)}, the model's {_shape(ours[name])}"
-        for name, value in checkpoint.state.items()
+        for name, value in state.items()
         if name in ours and value.shape != ours[name].shape
     ]
     problems = [
@@ -124,7 +142,7 @@ def apply_checkpoint(module: nn.Module, model: str, checkpoint: Checkpoint) -> N
     ]
     if problems:
         raise WeightsError(f"'{checkpoint.file}' does not fit {model}: {', '.join(problems)}", "is it this model's?")
-    module.load_state_dict(checkpoint.state, strict=False)
+    module.load_state_dict(state, strict=False)
 
 
 def _few(names: Iterable[str]) -> str:

@@ -73,6 +73,8 @@ class EagerBackend(Backend):
     def lower(self, program: Program, target: Target, folder: Path) -> Lowered:
         """Write ``graph.json`` and ``weights.safetensors``, and compare what the kernels compute with the graph.
 
+        ``details["not_onednn"]`` has the layers without a oneDNN primitive on a CPU, with reasons, if there are any.
+
         Raises:
             BackendError: the graph holds something that is not a call of a PyTorch operator, or the outputs on the
                 example inputs differ from the graph's.
@@ -91,6 +93,9 @@ class EagerBackend(Backend):
             "no_run_script": "eager artifacts run inside optc: optc.load(folder)",
         }
         runner = self.load(folder, files, target)
+        if isinstance(runner, EagerRunner) and runner.left:
+            labels = {node.name: label(node) for node in program.graph.nodes}
+            details["not_onednn"] = {labels.get(name, name): reason for name, reason in runner.left.items()}
         details["check"] = check_agreement(self.name, program, runner).details()
         runner.close()
         return Lowered(files, details, provider=runner.provider, precision=runner.precision)
@@ -125,12 +130,12 @@ class EagerRunner(Runner):
     """A graph in eager PyTorch. Takes the program over: its weights are repacked in place.
 
     Attributes:
-        left: why layers did not get a oneDNN primitive, with how many for each reason; empty on CUDA.
+        left: why layers did not get a oneDNN primitive, by the names of their nodes; empty on CUDA.
     """
 
     def __init__(self, program: Program, target: Target) -> None:
         self.precision = _precision(program)
-        self.left: dict[str, int] = {}
+        self.left: dict[str, str] = {}
         self._device = torch.device(target.device)
         self._threads = target.threads
         self._dtypes = [example.dtype for example in program.example_inputs]
@@ -139,8 +144,8 @@ class EagerRunner(Runner):
         if self._device.type == "cpu":
             _dequantize_weights(program)
             packed = prepack(program)
-            self.left = dict(packed.left)
-            library = f"oneDNN: {packed.layers} of {packed.layers + packed.left.total()} layers"
+            self.left = packed.left
+            library = f"oneDNN: {packed.layers} of {packed.layers + len(packed.left)} layers"
         self.provider = f"eager {target.device} ({library})"
         self._graph: fx.GraphModule | None = program.module.to(self._device)
 

@@ -116,7 +116,7 @@ class InductorBackend(Backend):
         result = _result(process, scratch)
         Path(scratch, PACKAGE).rename(folder / PACKAGE)
         details: dict[str, Any] = {"layers": result["layers"], "kernels": result["kernels"]}
-        if any("::quantize_" in str(getattr(node.target, "_schema", "")) for node in program.graph.nodes):
+        if any("quantize_" in str(getattr(node.target, "_schema", "")) for node in program.graph.nodes):
             details["not_int8"] = _not_int8(program, result["unquantized"], target)
         runner = self.load(folder, (PACKAGE,), target)
         details["check"] = check_agreement(self.name, program, runner).details()
@@ -311,6 +311,9 @@ def _why_float(layer: fx.Node | None, target: Target) -> str:
     if target.device == "cuda":
         return "Inductor has no int8 kernels on CUDA"
     if layer is not None:
+        weight = getattr(argument(layer, "weight"), "target", None)
+        if "::dequantize_per_channel_group" in str(getattr(weight, "_schema", "")):
+            return "Inductor has no kernels for weights in blocks, which it holds as float32"
         for operand, what in (("input", "input"), ("weight", "weight")):
             source = argument(layer, operand)
             if "::dequantize_" not in str(getattr(getattr(source, "target", None), "_schema", "")):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,18 +41,23 @@ _CHATTY = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
 
 
 def export_onnx(
-    program: Program, path: Path, opset: int = OPSET, external_data_bytes: int = EXTERNAL_DATA_BYTES
+    program: Program,
+    path: Path,
+    opset: int = OPSET,
+    external_data_bytes: int = EXTERNAL_DATA_BYTES,
+    check: Callable[[Path], None] = lambda file: None,
 ) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Write ``program`` as ONNX: inputs named as its placeholders, outputs ``output`` or ``output_0``, ``output_1``, …
 
     Dimension 0 of every input is called ``batch`` where the program's batch is dynamic. Explicit quantize and
     dequantize operators become QuantizeLinear and DequantizeLinear; quantized weights stay integers. Weights are read
-    from the program's tensors one by one while the file is written.
+    from the program's tensors one by one while the file is written. What is refused leaves ``path`` as it was.
 
     Args:
         path: the ``.onnx`` file to write.
         opset: version of the ONNX operator set, at least :data:`LEAST_OPSET`.
         external_data_bytes: weights beyond this many bytes are written beside it as ``<path>.data``.
+        check: called with the file before it gets its name; what it raises refuses it.
 
     Returns:
         Names of the files written, and what is worth knowing of them: opset, operator counts, decomposed composites,
@@ -64,8 +71,13 @@ def export_onnx(
         model, plain = _translated(program, opset)
         size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
         data = f"{path.name}.data" if size > external_data_bytes else None
-        ir.save(model, path, external_data=data)
-        _check_file(path)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+            draft = Path(folder, path.name)
+            ir.save(model, draft, external_data=data)
+            _check_file(draft)
+            check(draft)
+            for name in filter(None, (data, path.name)):
+                os.replace(draft.with_name(name), path.with_name(name))
     details = {
         "opset": opset,
         "weight_bytes": size,

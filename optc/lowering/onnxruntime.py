@@ -151,8 +151,11 @@ class OnnxRuntimeBackend(Backend):
 
         Raises:
             BackendError: ONNX Runtime refuses the file, or did not run every node on the target's device and the
-                target does not allow that.
+                target does not allow that; what it needs for that device is missing.
         """
+        reason = None if target.allow_fallback else self.unavailable(target)
+        if reason:
+            raise BackendError(reason)
         return OnnxRuntimeRunner(folder / files[0], self.providers(target.device), target, self.options(target))
 
     def profile(

@@ -61,6 +61,8 @@ class Layer:
             return "its weight is not quantized to 8 bits in the graph"
         if not self.input_quantized:
             return "its input is not quantized in the graph"
+        if kernel is not None and kernel.provider == "CUDAExecutionProvider":
+            return "onnxruntime's CUDA provider has no int8 kernels"
         follows = next((operator for operator in self.followed_by if operator not in _CLAMPS), "")
         if "Conv" in self.operator and follows != "QuantizeLinear":
             here = f"{follows} comes first" if follows else "other nodes read it too"

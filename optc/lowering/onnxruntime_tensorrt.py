@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,14 +36,14 @@ class OnnxRuntimeTensorRtBackend(OnnxRuntimeBackend):
         """As of the base class; or that TensorRT's library is missing, which ONNX Runtime's wheel does not hold."""
         from optc.lowering.tensorrt import library_missing
 
-        if reason := super().unavailable(target):
+        if reason := super().unavailable(replace(target, device="cuda")):
             return reason
         if library_missing():
             return (
                 "TensorRT's library (libnvinfer) is missing:"
                 " pip install 'optc[gpu]' --extra-index-url https://pypi.nvidia.com"
             )
-        return None
+        return super().unavailable(target)
 
     @classmethod
     def simulates_quantization(cls, target: Target) -> bool:

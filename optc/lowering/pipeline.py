@@ -76,7 +76,8 @@ class PipelineBackend(Backend):
             runner.close()
         count = len(description.stages)
         how = f"runs as several processes: torchrun --nproc-per-node {count} -m optc.distributed FOLDER"
-        return Lowered(loaded, {"stages": layers, "check": check, "no_run_script": how})
+        details = {"stages": layers, "check": check, "no_run_script": how}
+        return Lowered(loaded, details, provider=runner.provider, precision=runner.precision)
 
     def _lower_stages(
         self, program: Program, target: Target, folder: Path

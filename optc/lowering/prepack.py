@@ -37,10 +37,10 @@ LAYERS = {**_PLAIN, **COMPOSITES}
 
 @dataclass(frozen=True)
 class Packed:
-    """What :func:`prepack` did: ``layers`` it packed, and how many it left for each reason."""
+    """What :func:`prepack` did: how many ``layers`` it packed, and by the names of others' nodes why they were left."""
 
     layers: int
-    left: Counter[str]
+    left: dict[str, str]
 
 
 @torch.no_grad()
@@ -50,7 +50,7 @@ def prepack(program: Program) -> Packed:
     Weights are laid out for the batch size of the program's example inputs; other batch sizes compute the same.
     Convolutions then work channels-last inside, whatever layout their input has.
     """
-    packed, left, convolutions = 0, Counter[str](), []
+    packed, left, convolutions = 0, dict[str, str](), []
     uses = Counter(str(node.target) for node in program.graph.find_nodes(op="get_attr"))
     strided = strides_read(program)
     for node in calls(program, *LAYERS):
@@ -60,7 +60,7 @@ def prepack(program: Program) -> Packed:
         if row.is_conv and node in strided:
             reason = STRIDES_READ
         if weight is None or reason:
-            left[str(reason)] += 1
+            left[node.name] = str(reason)
             continue
         old = argument(node, "weight")
         new = _pack(program, node, row, weight)

@@ -18,11 +18,18 @@ def facts() -> dict[str, Any]:
     return found
 
 
+def gpu() -> str:
+    """The name of the GPU there is."""
+    if not torch.cuda.is_available():
+        sys.exit("model.engine was built for a GPU, and this PyTorch sees none")
+    return torch.cuda.get_device_name()
+
+
 def load() -> Any:
     """The deserialized engine; TensorRT takes only those of its own version, built for this GPU."""
-    made, gpu = facts(), torch.cuda.get_device_name()
-    if (made["tensorrt"], made["gpu"]) != (trt.__version__, gpu):
-        sys.exit(f"built by TensorRT {made['tensorrt']} for a {made['gpu']}, this is {trt.__version__} on a {gpu}")
+    made, here = facts(), gpu()
+    if (made["tensorrt"], made["gpu"]) != (trt.__version__, here):
+        sys.exit(f"built by TensorRT {made['tensorrt']} for a {made['gpu']}, this is {trt.__version__} on a {here}")
     engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine((FOLDER / "model.engine").read_bytes())
     if engine is None:
         sys.exit("TensorRT cannot read model.engine")
@@ -68,6 +75,7 @@ def main(files: list[str]) -> None:
         array = given[index] if given else np.zeros(shape)
         if list(array.shape) != shape:
             sys.exit(f"input {value['name']} has the shape {list(array.shape)}, the model takes {shape}")
+        gpu()
         tensors.append(torch.tensor(array, dtype=getattr(torch, value["dtype"]), device="cuda"))
     for index, output in enumerate(run(load(), tensors)):
         print(f"output {index} shape: {tuple(output.shape)}")

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext, suppress
 from ctypes.util import find_library
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,10 +116,10 @@ class TensorRtBackend(Backend):
         runner = self.load(folder, (ENGINE, FACTS), target)
         details = {
             "engines": engines,
-            "not_tensorrt": rows,
+            "not_tensorrt": {row["layer"]: row["reason"] for row in rows},
             "layers": layers,
             "tf32": False,
-            "check": check_agreement(self.name, program, runner).details(),
+            "check": check_agreement(self.name, _fitting(program, target), runner).details(),
         }
         runner.close()
         script, provider, precision = RUN_SCRIPT.read_text(), runner.provider, runner.precision
@@ -153,6 +154,14 @@ def layer_types(form: Program) -> dict[str, int]:
             int8 = all("::dequantize_" in str(getattr(source.target, "_schema", "")) for source in sources)
             counts["int8" if int8 else str(node.meta["val"].dtype).removeprefix("torch.")] += 1
     return dict(counts)
+
+
+def _fitting(program: Program, target: Target) -> Program:
+    """The program with no more example samples than its engine takes."""
+    if not program.dynamic_batch:
+        return program
+    most = largest_batch(target)
+    return replace(program, example_inputs=tuple(tensor[:most] for tensor in program.example_inputs))
 
 
 def _facts(program: Program, target: Target, layers: Mapping[str, int]) -> dict[str, Any]:

@@ -40,14 +40,14 @@ def export_tensorrt_onnx(
         BackendError: the quantization is not symmetric int8 (quantize for the device cuda), an operator has no ONNX
             form, or the file breaks one of the rules; names the nodes.
     """
-    files, details = export_onnx(tensorrt_form(program), path, OPSET, external_data_bytes)
+    return export_onnx(tensorrt_form(program), path, OPSET, external_data_bytes, _refuse_broken)
+
+
+def _refuse_broken(path: Path) -> None:
     broken = broken_rules(onnx.load(path, load_external_data=False), path.parent)
     if broken:
-        for name in files:
-            path.with_name(name).unlink(missing_ok=True)
         more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
         raise BackendError(f"TensorRT would refuse the ONNX file: {'; '.join(broken[:3])}{more}")
-    return files, details
 
 
 def broken_rules(model: onnx.ModelProto, folder: Path) -> list[str]:

@@ -24,7 +24,7 @@ class TorchOptions(BackendOptions):
     keep_memory: bool = Field(
         True,
         description="keep freed memory for the next call, in the whole process, in place of returning it to the"
-        " operating system, until the model is closed (CPU, Linux)",
+        " operating system, for as long as the process lives (CPU, Linux)",
     )
 
 

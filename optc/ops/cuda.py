@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optc.ops.composites import COMPOSITES, Composite, register_kernel
+from optc.ops.composites import COMPOSITES, Composite, pair, register_kernel
 
 _TYPES = (torch.float32, torch.float16)
 
@@ -42,7 +42,8 @@ def _kernel(composite: Composite) -> Callable[..., Tensor]:
         args = composite.complete(args)
         if refusal(composite, args):
             return composite.decomposition(*args)
-        (x, weight, bias, *geometry), other = composite.split(args)
+        (x, weight, bias, stride, padding, dilation, groups), other = composite.split(args)
+        geometry = pair(stride), pair(padding), pair(dilation), groups
         if composite.residual:
             return torch.cudnn_convolution_add_relu(x, weight, other, 1.0, bias, *geometry)
         return torch.cudnn_convolution_relu(x, weight, bias, *geometry)

@@ -27,7 +27,7 @@ def deviations(lowering: Mapping[str, Any], every: bool = False) -> list[tuple[s
             f"{each['node']} ({each['operator']})"
         )
     for key, found in lowering.items():
-        if key.startswith("not_"):
+        if key.startswith("not_") and isinstance(found, Mapping):
             for layer, reason in found.items():
                 groups[key.replace("_", " "), reason].append(layer)
     rows = [(what, _named(names, every), reason) for (what, reason), names in groups.items()]

@@ -63,6 +63,7 @@ def measured_document(
     if reference is not None:
         held = f"{reference.name}, measured on {reference.run.created.partition('T')[0]}"
         summary += [f"{each.name} takes {reference.ratio(each).value:.3g} times as long as {held}." for each in ranked]
+        summary += [f"The reference, {reference.name}: {warning}." for warning in reference.warnings]
     invalid = ((each, of_blocks(each)) for each in whole)
     summary += [f"{each.name}: INVALID by LoadGen's rules: {told.reason}" for each, told in invalid if not told.valid]
     summary += [each.sentence for each in accuracies]

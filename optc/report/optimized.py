@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -64,6 +65,8 @@ def _headline(report: Report) -> str:
     """What the run is about, in one sentence a layman can read."""
     name, measurement = report.model.name, report.measurement
     subject = measurement[measurement.optimized] if measurement and measurement.optimized else None
+    if subject is not None and subject.error is not None:
+        return f"{name} was optimized, and failed when it was measured: {subject.error}."
     if measurement is None or subject is None or subject.percentiles is None:
         return f"{name} was optimized; its speed was not measured."
     query = f" a query of {measurement.batch}" if measurement.batch > 1 else ""
@@ -248,7 +251,7 @@ def _again(
     lines = [f"pip install {' '.join(versions)}", *commands]
     parts: list[str | Chart | Table | Code] = [Code("The same run", tuple(lines))]
     if (artifact / "run.py").exists():
-        parts.append(Code("The result without optc", (f"python {artifact / 'run.py'}",)))
+        parts.append(Code("The result without optc", (shlex.join(("python", str(artifact / "run.py"))),)))
     model = {key: value for key, value in asdict(report.model).items() if key not in ("notes", "preprocessing")}
     parts.append(
         Table("Model", ("what", "is"), tuple((key.replace("_", " "), str(value)) for key, value in model.items()))
@@ -261,6 +264,6 @@ def _again(
 def _result(measurement: Measurement | None, name: str | None) -> CandidateResult | None:
     """What was measured of a candidate, if anything was."""
     for result in measurement.results if measurement else ():
-        if result.name == name and result.percentiles is not None:
+        if result.name == name and result.percentiles is not None and result.error is None:
             return result
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import defaultdict
 from pathlib import Path
 
@@ -44,9 +45,8 @@ def render(report: Report, artifact: Path, verbose: bool = False) -> Group:
     ]
     style = "bold green" if report.faster else "bold yellow"
     script = artifact / "run.py"
-    parts.append(
-        Text(f"Artifact: {artifact}" + (f" (python {script} runs it without optc)" if script.exists() else ""))
-    )
+    command = shlex.join(("python", str(script)))
+    parts.append(Text(f"Artifact: {artifact}" + (f" ({command} runs it without optc)" if script.exists() else "")))
     parts.append(Text(report.verdict, style=style))
     return Group(*parts)  # type: ignore[arg-type]
 

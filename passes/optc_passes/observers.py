@@ -20,6 +20,8 @@ _LEAST_SHARE = 1e-12
 """Stands for the share of values in a bin that quantization leaves empty, where the divergence would be infinite."""
 _NEARLY = 0.75
 """From here on the shorter side of a range is nearly as long as the other: making them equal costs 1.2 dB at most."""
+_EXACT_COUNT = 2**24
+"""``torch.histc`` counts in float32, which counts no further."""
 _BIAS_LIMIT = 2.0**30
 """Largest |bias / scale|: leaves half of int32 to the products it is added to."""
 
@@ -95,7 +97,8 @@ class HistogramRangeObserver(ActivationObserver):
             self.limit = needed
         while self.limit < needed:
             self._double()
-        self.counts += torch.histc(x, self.BINS, -self.limit, self.limit)
+        for part in x.flatten().split(_EXACT_COUNT):
+            self.counts += torch.histc(part, self.BINS, -self.limit, self.limit)
         zeros = x.numel() - int(torch.count_nonzero(x))
         self.zeros += zeros
         self.counts[self.BINS // 2] -= zeros
@@ -150,9 +153,17 @@ class EntropyObserver(HistogramRangeObserver):
         share = float(min(self.SHARES, key=lambda share: self._divergence(counts, float(share))))
         return self.min_val * share, self.max_val * share
 
+    def _represented(self, low: float, high: float) -> tuple[float, float]:
+        """What 256 levels reach where this range is chosen: zero is among it, and both sides alike if symmetric."""
+        low, high = min(low, 0.0), max(high, 0.0)
+        if self.qscheme != torch.per_tensor_symmetric:
+            return low, high
+        reach = max(-low, high)
+        return -reach, reach
+
     def _divergence(self, counts: NDArray[np.float64], share: float) -> float:
         width = 2 * self.limit / self.BINS
-        ends = (min(float(self.min_val), 0.0) * share, max(float(self.max_val), 0.0) * share)
+        ends = [end * share for end in self._represented(float(self.min_val), float(self.max_val))]
         first, last = (min(int((end + self.limit) / width), self.BINS - 1) for end in ends)
         inside = counts[first : last + 1]
         filled = inside > 0
@@ -192,7 +203,7 @@ class MseObserver(EntropyObserver):
         return min(candidates, key=lambda ends: self._error(centers[held], counts[held], *map(float, ends)))
 
     def _error(self, values: NDArray[np.float64], counts: NDArray[np.float64], low: float, high: float) -> float:
-        low, high = min(low, 0.0), max(high, 0.0)
+        low, high = self._represented(low, high)
         step = (high - low) / (self.LEVELS - 1)
         if step == 0.0:
             return float("inf")

@@ -46,13 +46,15 @@ class MergeParallelLinears(Pass):
         applied: list[Change] = []
         skipped: list[Skip] = []
         parts: list[fx.Node] = []
-        strided = strides_read(program)
+        strided, outputs = strides_read(program), program.graph.output_node().all_input_nodes
         for nodes in by_input.values():
             if len(nodes) < 2:
                 continue
             mergeable = []
             for node in nodes:
                 reason = STRIDES_READ if node in strided else _obstacle(program, node)
+                if reason is None and node in outputs:
+                    reason = "an output would be a part of a larger tensor"
                 if reason is None:
                     mergeable.append(node)
                 else:

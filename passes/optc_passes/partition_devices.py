@@ -120,7 +120,7 @@ def _named(name: str, threads: int | None) -> Device:
 class _Entry(BaseModel):
     """One ``[[device]]`` of a TOML file."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     name: str
     count: int = Field(1, ge=1)
@@ -163,6 +163,8 @@ def read(path: Path) -> tuple[Device, ...]:
 def _described(entry: _Entry, where: str) -> Device:
     base: Device | None = None
     if entry.base is not None:
+        if entry.base.endswith(".toml"):
+            raise OptcError(f"{where}: base '{entry.base}' is a file", f"name one of {', '.join(KNOWN)}")
         (base,) = parse(entry.base)[:1]
     flops = {kind: value * TERA for kind, value in (entry.tflops or {}).items()}
     if any(value <= 0 for value in flops.values()):

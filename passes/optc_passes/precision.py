@@ -255,7 +255,7 @@ class _Rewrite:
         return new
 
     def _constant(self, node: fx.Node, value: Tensor, to: torch.dtype) -> fx.Node:
-        key = (value.data_ptr(), value.shape, value.stride(), to)
+        key = (value.data_ptr(), value.is_neg(), value.shape, value.stride(), to)
         if key not in self._constants:  # tied weights stay tied
             self._constants[key] = value.detach().to(to)
         new = add_constant(self._program, node, str(node.target), self._constants[key])

@@ -64,9 +64,9 @@ class Quant(Pass):
     Other formats round the weights of linear layers alone, in blocks (:mod:`optc_passes.quant_blocks`), or choose for
     each layer by measuring (:mod:`optc_passes.quant_auto`).
 
-    Biases are corrected if that brings the outputs closer. If they miss the SQNR budget on calibration data, or cost
-    more of the task's metric than the context allows, attention goes back to float, and then the layers that add most
-    noise, as few as it takes.
+    Biases of int8 layers are corrected if that brings the outputs closer, those of layers with weights in blocks
+    wherever there is calibration data. If the outputs miss the SQNR budget on that, or cost more of the task's metric
+    than the context allows, attention goes back to float, and then the layers that add most noise, as few as it takes.
     """
 
     name = "quant"

@@ -97,7 +97,7 @@ def worth_having(noise: Mapping[Pair, float], seconds: Mapping[str, Mapping[Pair
     """
 
     def faster(pair: Pair) -> bool:
-        return any(each[pair] < each[pair[0], FLOAT] for each in seconds.values())
+        return any(each.get(pair, math.nan) < each[pair[0], FLOAT] for each in seconds.values())
 
     return {pair: level for pair, level in noise.items() if faster(pair)}
 

@@ -292,7 +292,7 @@ def _could_be_int8(node: fx.Node) -> bool:
         return False
     if node.target is aten.mean.dim:
         rank = len(shape(operands(node)[0]))
-        return rank == 4 and {dim % rank for dim in argument(node, "dim")} == {2, 3}
+        return rank == 4 and {dim % rank for dim in argument(node, "dim") or ()} == {2, 3}
     if node.target is aten.add.Tensor:
         both = operands(node)
         return len(both) == 2 and shape(both[0]) == shape(both[1]) and argument(node, "alpha") == 1

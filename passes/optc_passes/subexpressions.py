@@ -48,7 +48,8 @@ def _key(program: Program, node: fx.Node) -> Hashable | None:
         tensor = constant_of(program, node)
         if tensor is None or tensor.numel() == 0:
             return ("get_attr", node.target)
-        return ("get_attr", tensor.data_ptr(), tensor.device, tensor.dtype, tuple(tensor.shape), tensor.stride())
+        signs = tensor.is_conj(), tensor.is_neg()  # of views that read the same memory otherwise
+        return ("get_attr", tensor.data_ptr(), signs, tensor.device, tensor.dtype, tuple(tensor.shape), tensor.stride())
     if node.op != "call_function" or is_random(node):
         return None
     key = (node.target, _freeze(node.args), _freeze(node.kwargs))

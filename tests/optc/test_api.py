@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,27 @@ def test_a_choice_is_measured_once_for_a_model_and_a_machine(
     assert "Measuring with MLPerf LoadGen" in first.seconds.keys() - second.seconds.keys()
     (note,) = set(second.notes) - set(first.notes)
     assert Path(note.rpartition("delete ")[2]).is_file()
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_inputs_in_a_type_that_numpy_lacks_have_their_baselines() -> None:
+    made = optc.optimize(nn.Linear(64, 64).bfloat16(), torch.randn(1, 64).bfloat16(), "fuse", backend="eager")
+    assert made.report.measurement is not None
+    failed = {result.name: result.error for result in made.report.measurement.results if result.error}
+    assert {name for name, why in failed.items() if "emulates" not in why} == set()
+
+
+@pytest.mark.gpu
+def test_a_model_on_a_gpu_keeps_a_budget(net: Net) -> None:
+    moved, inputs = copy.deepcopy(net).cuda(), torch.randn(1, 3, 16, 16, device="cuda")
+    batches = [torch.randn(4, 3, 16, 16) for _ in range(2)]
+    given = {"calibration": batches, "measure": False, "max_drop": 50.0, **ORT}
+    assert optc.optimize(moved, inputs, "fuse,quant", **given).report.accuracy.after is not None
+
+    def evaluate(call: Callable[..., Any]) -> float:
+        return float(len(call(batches[0].cuda())["scores"]) == 4)
+
+    assert optc.optimize(moved, inputs, "fuse,quant", evaluate=evaluate, **given).report.accuracy.before == 1.0
 
 
 @pytest.mark.gpu

@@ -14,7 +14,7 @@ import optc
 from optc import api
 from optc.batches import in_batches_of
 from optc.budget import AGREEMENT, Budget, Metric, agreement
-from optc.errors import BackendError, VerificationError
+from optc.errors import BackendError, OptcError, VerificationError
 from optc.lowering.backend import Lowered
 from optc.lowering.eager import EagerBackend
 from optc.rewrite import add_constant, calls, constant_of
@@ -319,3 +319,25 @@ def test_a_trial_that_makes_the_same_again_is_passed_over() -> None:
 
 def sqnr_db(reference: torch.Tensor, outputs: torch.Tensor) -> float:
     return float(10 * torch.log10(reference.square().sum() / (reference - outputs).square().sum()))
+
+
+def test_decisions_agree_each_for_itself() -> None:
+    classes = agreement(lambda x: torch.tensor([0, 1, 2, 9]), [(torch.zeros(4, 1),)])
+    assert classes(lambda x: torch.tensor([5, 5, 5, 9])) == 0.25
+    masks = agreement(lambda x: x > 0, [(torch.tensor([[1.0, -1.0], [1.0, -1.0]]),)])
+    assert masks(lambda x: x > -2) == 0.5
+
+
+@pytest.mark.parametrize("shape", [(8, 1), (8,)])
+def test_outputs_without_a_largest_one_are_refused(shape: tuple[int, ...]) -> None:
+    metric = agreement(lambda x: torch.ones(shape), [(torch.zeros(8, 3),)])
+    with pytest.raises(OptcError, match=r"outputs of torch.float32 and shape .* have no largest one"):
+        metric(lambda x: -torch.ones(shape))
+
+
+def test_a_metric_of_the_search_is_told_from_that_of_the_result() -> None:
+    given = {**OPTIONS, "backend": "eager", "evaluate": lambda call: 0.5, "max_drop": 1.0}
+    scores = iter((1.0, *[0.0] * 50))
+    made = optc.optimize(Clean(), IMAGES[0], "quant", validate=lambda call: next(scores), **given)
+    reasons = {skip.reason for record in made.report.passes for skip in record.skipped}
+    assert any("accuracy falls by 100.00 points on the data of 'validate'" in reason for reason in reasons), reasons

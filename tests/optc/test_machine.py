@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from optc import machine as facts
-from optc.machine import ISA_FLAGS, available_memory, driver_version, load_warning, machine, total_memory, versions
+from optc.machine import ISA_FLAGS, available_memory, driver_version, machine, total_memory, versions
 from optc.threads import available_threads
 
 
@@ -89,16 +89,6 @@ def test_with_a_gpu_cuda_and_its_driver_are_among_the_versions() -> None:
     packages = machine(gpus=True).packages
     assert packages["cuda"] == torch.version.cuda
     assert packages["nvidia-driver"]
-
-
-def test_load_is_warned_of_from_a_quarter_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(facts, "usable_cpus", lambda: 4)
-    monkeypatch.setattr("os.getloadavg", lambda: (0.9, 0.0, 0.0))
-    assert load_warning() is None
-    monkeypatch.setattr("os.getloadavg", lambda: (3.0, 0.0, 0.0))
-    warning = load_warning()
-    assert warning is not None
-    assert "load 3.0 on 4 cores" in warning
 
 
 def test_needs_neither_torch_nor_numpy() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -15,8 +16,11 @@ from optc.passmanager.compare import compare
 from optc.target import Target
 
 
-def test_a_partitioned_quantized_model_is_saved_and_runs(residual_model: nn.Module, tmp_path: Path) -> None:
+def test_a_partitioned_quantized_model_is_saved_and_runs(
+    residual_model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """``fuse,quant,partition`` on ONNX Runtime: int8 in both stages, with the plan in the artifact."""
+    monkeypatch.setattr("optc.lowering.kernel_times.SECONDS", 0.01)  # how long layers take is not the point
     made = optc.optimize(
         residual_model,
         torch.randn(2, 8),

@@ -176,3 +176,35 @@ def test_least_squared_error_is_no_worse_than_any_other_observer(kind: str) -> N
     assert errors[MseObserver] <= 1.02 * least  # the histogram's bins round by a little themselves
     if kind != "one outlier":
         assert errors[MseObserver] < 0.95 * errors[ActivationObserver]
+
+
+def test_counts_go_beyond_what_float32_counts() -> None:
+    observer = HistogramRangeObserver(**ACTIVATION)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        observer(torch.cat([torch.zeros(2**24 + 2**20), torch.ones(1000)]))
+    finally:
+        torch.set_num_threads(before)
+    assert observer.zeros == 2**24 + 2**20
+    assert observer.counts.min() == 0
+    assert observer.counts.sum() == 1000
+
+
+@pytest.mark.parametrize("cls", [MseObserver, EntropyObserver])
+def test_what_is_symmetric_is_judged_by_the_levels_it_has(cls: type[EntropyObserver]) -> None:
+    """Values of one sign have half of the levels there, so that clipping pays sooner."""
+    symmetric = {"dtype": torch.int8, "quant_min": -128, "quant_max": 127, "qscheme": torch.per_tensor_symmetric}
+    x = torch.randn(200_000, generator=torch.Generator().manual_seed(0)).relu() ** 2
+    chosen = cls(**symmetric)
+    chosen(x)
+    (low, high), scale = chosen.choose(), chosen.calculate_qparams()[0]
+    assert float(scale) == pytest.approx(max(-float(low), float(high)) / 127.5)
+    if cls is MseObserver:
+        errors = []
+        for share in MseObserver.SHARES:
+            step = float(x.max()) * share / 127.5
+            rounded = torch.fake_quantize_per_tensor_affine(x, step, 0, -128, 127)
+            errors.append(float((rounded - x).double().square().mean()))
+        own = torch.fake_quantize_per_tensor_affine(x, float(scale), 0, -128, 127)
+        assert float((own - x).double().square().mean()) <= 1.02 * min(errors)

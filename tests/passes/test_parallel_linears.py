@@ -117,3 +117,18 @@ def test_a_bias_that_is_broadcast_is_left(tester: Callable, shape: tuple[int, ..
     model.q.bias = nn.Parameter(torch.randn(shape))
     t = tester(model, TOKENS).run(MergeParallelLinears()).check_count(split_with_sizes=1, linear=3).check_close()
     t.check_skipped("merge-parallel-linears", "the bias of linear is not one number per output channel")
+
+
+def test_outputs_are_tensors_of_their_own(tester: Callable) -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.d = (nn.Linear(8, 4) for _ in range(4))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return self.a(x), self.b(x).flatten(1), self.c(x) + self.d(x)
+
+    t = tester(Heads(), TOKENS).run(MergeParallelLinears()).check_count(linear=2).check_close()
+    assert [skip.reason for skip in t.skipped] == ["an output would be a part of a larger tensor"]
+    for output in t.program.run(TOKENS.double()):
+        output.view(-1)

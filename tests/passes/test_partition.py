@@ -245,7 +245,8 @@ def test_measured_times_are_used_where_the_device_is_here(vit: Program) -> None:
     assert len(calls) == 2
 
 
-def test_nodes_are_timed_in_the_eager_backend(vit: Program) -> None:
+def test_nodes_are_timed_in_the_eager_backend(vit: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optc.lowering.kernel_times.SECONDS", 0.01)
     fused = Fuse()(vit).program
     threads = torch.get_num_threads()
     found = node_times(fused, "cpu", 1, 1)
@@ -330,6 +331,12 @@ def test_a_stage_too_large_for_its_device_is_refused_with_the_numbers(vit: Progr
         ("[[device]]\nname = 'x'\nbase = 'h100'\n[[device]]\nname = 'y'\nbase = 'h99'", "unknown device 'h99'"),
         ("[[device]]\nname = 'x'\nbase = 'h100'\nmemory_gb = 0", "memory_gb: Input should be greater than 0"),
         ("[[device]]\nname = 'x'\nbase = 'h100'\ntflops = { float32 = 0 }", "tflops must be above 0"),
+        (
+            "[[device]]\nname = 'x'\nbase = 'h100'\ntflops = { float32 = nan }",
+            "Input should be a finite number",
+        ),
+        ("[[device]]\nname = 'x'\nbase = 'h100'\nmemory_gb = inf", "Input should be a finite number"),
+        ("[[device]]\nname = 'x'\nbase = 'devices.toml'", "base 'devices.toml' is a file"),
     ],
 )
 def test_a_bad_file_of_devices(tmp_path: Path, text: str, message: str) -> None:

@@ -234,3 +234,9 @@ def test_auto_without_a_backend_is_one_line() -> None:
 
     with pytest.raises(optc.OptcError, match="needs a backend to measure layers on"):
         Quant(formats="auto")(program, optc.PassContext(calibration=Batches()))
+
+
+def test_a_format_that_another_layer_of_the_kind_cannot_have_is_not_worth_having() -> None:
+    """Whether weights fit float16 depends on their values; layers are measured by kind."""
+    seconds = {"test": {("a", "float"): 2.0, ("a", "int8"): 1.0}}
+    assert worth_having({("a", "int8"): 30.0, ("a", "fp16"): 60.0}, seconds) == {("a", "int8"): 30.0}

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+import optc
+
 IMAGE = torch.randn(2, 3, 12, 12)
 
 
@@ -252,3 +254,9 @@ def test_an_unfolded_batch_norm_is_left_as_it_is(quantized: Callable) -> None:
     q = quantized(model.eval(), IMAGE)
     assert "_native_batch_norm_legit_no_training" in q.chain()
     assert q.sqnr_db > 25
+
+
+def test_a_mean_over_every_dimension_stays_in_float(quantized: Callable) -> None:
+    model = Calls(lambda m, x: (y := m.a(x)) - torch.mean(y, dim=None, keepdim=True), a=nn.Conv2d(3, 4, 3))
+    program = optc.capture(model, (IMAGE,), dynamic_batch=False)
+    assert quantized(program, batches=[(IMAGE,)] * 4).sqnr_db > 15

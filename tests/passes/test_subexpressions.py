@@ -56,3 +56,17 @@ def test_one_and_one_point_zero_are_different_arguments(tester: Callable) -> Non
 def test_random_values_differ(tester: Callable) -> None:
     model = Model(lambda m, x: x + torch.rand(8) + torch.rand(8))
     tester(model, X).run(MergeCommonSubexpressions()).check_untouched()
+
+
+def test_a_constant_and_its_conjugate_differ(tester: Callable) -> None:
+    class Conjugates(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            factor = torch.randn(8, dtype=torch.complex128)
+            self.register_buffer("factor", factor)
+            self.register_buffer("conjugate", factor.conj())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.view_as_real(x * self.factor + 2 * x * self.conjugate)
+
+    tester(Conjugates(), X).run(MergeCommonSubexpressions()).check_close()

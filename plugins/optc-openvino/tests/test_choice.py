@@ -27,6 +27,7 @@ X = torch.randn(2, 32, 28, 28, generator=torch.Generator().manual_seed(0))
 @pytest.fixture(autouse=True)
 def _nothing_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("optc_openvino.choice._ROUND_SECONDS", 0.05)  # the reference kernels are far slower
 
 
 def convolutions() -> nn.Module:

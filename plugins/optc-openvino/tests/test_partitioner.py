@@ -90,6 +90,7 @@ def test_both_are_really_run(model: ov.Model, monkeypatch: pytest.MonkeyPatch) -
         return found
 
     monkeypatch.setattr(partitioner_module, "_trial", noted)
+    monkeypatch.setattr(partitioner_module, "_ROUND_SECONDS", 0.02)
     faster_partitioner(model, TARGET, OpenVinoOptions())
     assert ran == {"AUTO", "STATIC"}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from optc.bench import disturbance
-from optc.bench.disturbance import Watch
+from optc.bench.disturbance import Watch, busy_warning
 
 _PROC_STAT = "cpu  0 0 0 0 0 0 0 0 0 0\n" + "".join(
     f"cpu{number} {{busy}} 0 0 0 0 0 0 {{steal}} 0 0\n" for number in range(512)
@@ -107,3 +107,15 @@ def test_what_running_child_processes_take_is_this_process_own() -> None:
         watch.__exit__()
         assert watch._sums["own"] >= 0.25
         print(file=child.stdin, flush=True)
+
+
+def test_the_load_that_this_process_made_is_no_reason_to_warn(system: _System, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (9.0, 0.0, 0.0))
+    monkeypatch.setattr("time.sleep", lambda seconds: system.set(seconds=1.0, busy=10))
+    assert busy_warning() is None
+    monkeypatch.setattr("time.sleep", lambda seconds: system.set(seconds=2.0, busy=110))
+    warning = busy_warning()
+    assert warning is not None
+    assert "other processes took 100% of the CPUs as the measurement began" in warning
+    monkeypatch.setattr("os.getloadavg", lambda: (0.1, 0.0, 0.0))
+    assert busy_warning() is None, "nobody looks where nothing ran"

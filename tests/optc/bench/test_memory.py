@@ -72,3 +72,8 @@ def test_the_graphs_costs_are_in_the_manifest(tmp_path: Path) -> None:
     optimized.save(tmp_path / "made")
     (cost,) = json.loads((tmp_path / "made" / "manifest.json").read_text())["report"]["costs"]
     assert (cost["operator"], cost["operations"]) == ("aten.linear.default", 2 * 8 * 4)
+
+
+def test_types_that_numpy_lacks_are_taken() -> None:
+    program = optc.capture(nn.Linear(6, 4).bfloat16(), (torch.randn(2, 6).bfloat16(),))
+    assert program_memory(program, TARGET).query_peak > 0

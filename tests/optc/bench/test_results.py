@@ -60,3 +60,12 @@ def test_how_many_blocks_a_ratio_rests_on_is_told(blocks: tuple[int, int], wide:
     told = " ".join(found.warnings)
     assert (f"only {min(blocks)} blocks to compare: the confidence interval is wide" in told) == wide
     assert ("14 blocks of mine and 2 of base, the ratio is of the 2 that took turns" in told) == uneven
+
+
+def test_of_those_with_more_blocks_the_fastest_is_kept_in_any_order() -> None:
+    disturbed = [1.0, 1.1, 1.0, 0.9, 1.0, *[1.5] * 10]
+    slower = result("slower", disturbed)
+    winner = result("winner", [(0.95 - 0.001 * (number % 2)) * each for number, each in enumerate(disturbed)])
+    early = result("early", [1.2] * 5)  # before the machine got slower: the lowest median of all
+    for results in ([slower, winner, early], [winner, slower, early], [early, slower, winner]):
+        assert fastest(results, interleaved=True) is winner

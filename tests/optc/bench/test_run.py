@@ -36,8 +36,10 @@ def document() -> dict[str, object]:
 
 def test_a_run_comes_back_as_it_was_measured(document: dict[str, object], tmp_path: Path) -> None:
     path = tmp_path / "run.json"
-    path.write_text(json.dumps(document))
+    told = {"warnings": ["it was hot"], "sequential_reason": "they are large"}
+    path.write_text(json.dumps({**document, **told}))
     run = read_run(path)
+    assert run.warnings == ("it was hot", "measured one after another, not in turns: they are large")
     quick, refused = run.results
     assert [list(block.latencies_ns) for block in quick.blocks] == [
         block["latencies_ns"]
@@ -55,6 +57,7 @@ def test_a_run_comes_back_as_it_was_measured(document: dict[str, object], tmp_pa
     [
         ({"format": "else"}, "is no measured run"),
         ({"format_version": FORMAT_VERSION + 1}, "newer optc"),
+        ({"format_version": None}, "its format_version is None"),
         ({"results": [{"name": "a"}]}, "is not valid: KeyError"),
         ({"surroundings": None}, "is not valid"),
     ],

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -11,10 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from optc.bench.cache import cache_folder
 from optc.bench.run import read_run
 from optc.cli import profiling
+from optc.cli.main import run
 from optc.data.digits import DigitsDataset, _DigitsSplit
 from optc.lowering.onnxruntime import OnnxRuntimeRunner
 
@@ -171,21 +175,22 @@ def test_a_reference_is_measured_once_and_remembered(
     artifacts: Path, command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")  # of the process that measures the reference: saves its compiler
-    run = subprocess.run
+    start = subprocess.run
 
     def briefly(command: list[str], **options: Any) -> Any:
         where = command.index("-m")
         assert command[where : where + 2] == ["-m", "optc.cli.main"]
-        return run([*command[:where], "-c", BRIEFLY, *command[where + 2 :]], **options)
+        return start([*command[:where], "-c", BRIEFLY, *command[where + 2 :]], **options)
 
     monkeypatch.setattr(subprocess, "run", briefly)
-    arguments = ("profile", str(artifacts / "plain"), "--against", "labelled_model:small", "--threads", "1", "-q")
+    export_small(folder / "small.pt2", channels=8)
+    arguments = ("profile", str(artifacts / "plain"), "--against", "small.pt2", "--threads", "1", "-q")
     first = command(*arguments, "--json")
     assert first.returncode == 0, first.stderr
     against = json.loads(first.stdout)["against"]
-    assert against["name"] == "labelled_model:small"
+    assert against["name"] == "small.pt2"
     assert against["parameters"] == sum(n for n in (8 * 27 + 8, 8 * 36 * 10 + 10))
-    assert {result["name"] for result in against["results"]} >= {"labelled_model:small eager-fp32"}
+    assert {result["name"] for result in against["results"]} >= {"small.pt2 eager-fp32"}
     assert all(result["blocks"][0]["latencies_ns"] for result in against["results"] if result["error"] is None)
     (name,) = against["ratios"]
     ratio = against["ratios"][name]
@@ -204,10 +209,22 @@ def test_a_reference_is_measured_once_and_remembered(
     assert second.returncode == 0, second.stderr
     words = " ".join(second.stdout.split())
     assert "top-1 ratio" in words
-    assert "labelled_model:small was measured on" in words
+    assert "small.pt2 was measured on" in words
+    saved = json.loads(Path(against["file"]).read_text())
+    Path(against["file"]).write_text(json.dumps({**saved, "warnings": ["it was a full moon"]}))
+    assert "the reference, small.pt2: it was a full moon" in " ".join(command(*arguments).stdout.split())
     Path(against["file"]).write_text("{}")
     with pytest.raises(AssertionError, match="measured again"):  # a file that is no run
         command(*arguments)
+    Path(against["file"]).write_text(json.dumps(saved))
+    export_small(folder / "small.pt2", channels=4)
+    with pytest.raises(AssertionError, match="measured again"):  # another model of the same name
+        command(*arguments)
+
+
+def export_small(path: Path, channels: int) -> None:
+    net = nn.Sequential(nn.Conv2d(3, channels, 3), nn.Flatten(), nn.Linear(channels * 36, 10))
+    torch.export.save(torch.export.export(net, (torch.randn(1, 3, 8, 8),)), path)
 
 
 def test_the_default_reference_may_fail_and_it_is_said(
@@ -276,10 +293,11 @@ def test_bad_input_is_one_line(
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_without_loadgen_one_line_says_what_to_install(artifacts: Path, folder: Path) -> None:
-    code = "import sys; sys.modules['mlperf_loadgen'] = None; from optc.cli.main import main; main()"
-    arguments = ("profile", str(artifacts / "plain"), "-q", *ALONE)
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+def test_without_loadgen_one_line_says_what_to_install(
+    artifacts: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "mlperf_loadgen", None)
+    done = command("profile", str(artifacts / "plain"), "-q", *ALONE)
     assert done.returncode == 2
     assert "pip install mlcommons-loadgen" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
@@ -309,20 +327,29 @@ def eights():
 """
 
 
+@pytest.fixture(scope="module")
+def made_of_fixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("fixed")
+    (made / "fixed_models.py").write_text(MASKED)
+    options = ("--passes", "fuse", "--backend", "onnxruntime", "--no-measure", "-q")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(made)
+        for name, count in (("masked", 1), ("pairs", 3), ("eights", 8)):
+            assert run(["optimize", f"fixed_models:{name}", *options, "--batch", str(count), "-o", name]) == 0
+    logging.disable(logging.NOTSET)
+    return made
+
+
 @pytest.fixture
-def fixed(folder: Path, command: Command) -> Path:
+def fixed(made_of_fixed: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Artifacts of models with fixed batches: ``masked``, one of whose inputs is no batch, ``pairs``, of three samples,
     and ``eights``.
     """
-    (folder / "fixed_models.py").write_text(MASKED)
-    options = ("--passes", "fuse", "--backend", "onnxruntime", "--no-measure", "-q")
-    for name, count in (("masked", 1), ("pairs", 3), ("eights", 8)):
-        batch = ("--batch", str(count))
-        assert command("optimize", f"fixed_models:{name}", *options, *batch, "-o", name).returncode == 0
-    return folder
+    monkeypatch.chdir(made_of_fixed)
+    return made_of_fixed
 
 
-@pytest.mark.usefixtures("fixed")
+@pytest.mark.usefixtures("fixed", "uncompiled")
 def test_queries_of_different_sizes_are_not_set_side_by_side(artifacts: Path, command: Command) -> None:
     done = command("profile", "pairs", str(artifacts / "plain"), *ALONE, "-q")
     assert done.returncode == 2

@@ -211,3 +211,23 @@ def test_classes_called_train_among_others_are_classes(tmp_path: Path) -> None:
     for name in ("train", "bus"):
         write_class(tmp_path, name, 5)
     assert FolderDataset(tmp_path).class_names == ("bus", "train")
+
+
+@pytest.mark.parametrize("name", ["x.jpg", "x.png"])
+def test_what_other_programs_would_have_to_decode_is_refused(name: str, tmp_path: Path) -> None:
+    write_class(tmp_path, "b", 1)
+    (tmp_path / "a").mkdir()
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+    (tmp_path / "a" / name).write_bytes(script)
+    with Image.open(tmp_path / "a" / name) as image:
+        assert image.format == "EPS", "Pillow would give it to Ghostscript"
+    with pytest.raises(DataError, match="cannot identify image file"):
+        list(FolderDataset(tmp_path).split("train", Preprocessing()).batches(1))
+
+
+def test_an_image_too_long_to_be_resized_is_named(tmp_path: Path) -> None:
+    write_class(tmp_path, "b", 1)
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", (100_000, 1)).save(tmp_path / "a" / "x.png")
+    with pytest.raises(DataError, match=r"x\.png' cannot be read: 100000x1 pixels are too long and thin"):
+        list(FolderDataset(tmp_path).split("train", Preprocessing()).batches(1))

@@ -115,3 +115,27 @@ def test_classes_are_inferred_only_from_the_head(tmp_path: Path) -> None:
     assert classes_in_checkpoint(model(classes=10), ten) is None
     wide = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(32, 3))
     assert classes_in_checkpoint(wide, ten) is None
+
+
+class Wrapped(nn.Module):
+    def __init__(self, classes: int = 3) -> None:
+        super().__init__()
+        self.model = model(classes)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_model_that_is_a_wrapper_itself_takes_its_own_checkpoint(tmp_path: Path, prefix: str) -> None:
+    source, target = Wrapped(), Wrapped()
+    nn.init.ones_(source.model[3].weight)
+    save_file({prefix + key: value for key, value in source.state_dict().items()}, tmp_path / "c.safetensors")
+    checkpoint = read_checkpoint(tmp_path / "c.safetensors")
+    apply_checkpoint(target, "wrapped", checkpoint)
+    assert same(source.state_dict(), target.state_dict())
+    assert classes_in_checkpoint(Wrapped(5), checkpoint) == 3
+    apply_checkpoint(model(), "plain", checkpoint)
+
+
+def test_names_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    torch.save({0: torch.ones(1)}, tmp_path / "c.pt")
+    with pytest.raises(WeightsError, match="holds no state dict"):
+        read_checkpoint(tmp_path / "c.pt")

@@ -89,7 +89,9 @@ def test_says_what_onednn_does_not_run(tmp_path: Path) -> None:
     runner = loaded(program, tmp_path)
     assert runner.precision == "float64"
     assert runner.provider == "eager cpu (oneDNN: 0 of 1 layers)"
-    assert list(runner.left.values()) == [1]
+    (reason,) = runner.left.values()
+    lowered = EagerBackend().lower(program, Target(threads=1), tmp_path)
+    assert lowered.details["not_onednn"] == {"linear (0)": reason}
     (output,) = runner(np.ones((3, 4)))
     assert output.dtype == np.float64
 

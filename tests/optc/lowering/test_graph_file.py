@@ -6,6 +6,7 @@ import json
 import math
 import operator
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +104,14 @@ def test_what_cannot_be_written_is_named() -> None:
         assert refusal(graph.call_function(aten.relu.default, (x,))) is None
 
 
+@cache
+def one_relu() -> Program:
+    return capture(nn.ReLU(), (torch.randn(2, 4),))
+
+
 def tampered(folder: Path, **changes: Any) -> Path:
     """A graph file of one relu with fields replaced."""
-    write_graph(capture(nn.ReLU(), (torch.randn(2, 4),)), folder)
+    write_graph(one_relu(), folder)
     document = {**json.loads((folder / GRAPH).read_text()), **changes}
     (folder / GRAPH).write_text(json.dumps(document))
     return folder

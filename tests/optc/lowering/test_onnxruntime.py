@@ -264,3 +264,13 @@ def test_wrong_inputs_get_one_line(wrong: tuple[Any, ...], loaded: Callable[...,
 )
 def test_an_error_is_told_in_one_line_that_is_whole(said: str, told: str) -> None:
     assert first_line(ValueError(said)) == told
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_file_made_for_a_gpu_says_what_it_takes_to_load_it(captured_cnn: Program, tmp_path: Path) -> None:
+    backend = OnnxRuntimeBackend()
+    files = backend.lower(captured_cnn, TARGET, tmp_path).files
+    cuda = replace(TARGET, device="cuda")
+    with pytest.raises(BackendError) as caught:
+        backend.load(tmp_path, files, cuda)
+    assert str(caught.value) == OnnxRuntimeBackend.unavailable(cuda)

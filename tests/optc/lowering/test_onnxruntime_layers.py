@@ -16,7 +16,7 @@ from optc import Program, Target
 from optc.errors import BackendError
 from optc.lowering.lowering import Lowering, lower
 from optc.lowering.onnxruntime import OnnxRuntimeBackend
-from optc.lowering.onnxruntime_layers import layers, match
+from optc.lowering.onnxruntime_layers import Layer, layers, match
 from optc.lowering.onnxruntime_profile import Kernel
 from optc.passmanager.contract import PassContext
 from optc.passmanager.manager import build_passes
@@ -160,3 +160,10 @@ def test_a_kernel_is_known_by_what_it_was_made_of(names: list[str], expected: li
     ran = [Kernel(name, "Conv", "CPUExecutionProvider") for name in names]
     matched = match(layers(conv_relu_add()), ran)
     assert [kernel.node if kernel else None for _, kernel in matched] == expected
+
+
+def test_the_cuda_provider_has_no_int8_kernels_whatever_follows() -> None:
+    layer = Layer("c", "Conv", "w", "int8", True, ("Relu", "Add"), ("c",))
+    assert "quantized at once" in layer.why_float(Kernel("c", "Conv", "CPUExecutionProvider"))
+    on_cuda = layer.why_float(Kernel("c", "Conv", "CUDAExecutionProvider"))
+    assert on_cuda == "onnxruntime's CUDA provider has no int8 kernels"

@@ -26,13 +26,18 @@ def test_tensorrt_is_what_is_asked_for() -> None:
 
 
 def test_where_it_cannot_run_it_says_why() -> None:
-    assert OnnxRuntimeTensorRtBackend.unavailable(Target()) == "onnxruntime-tensorrt runs on cuda, not on 'cpu'"
+    reasons = OnnxRuntimeTensorRtBackend.unavailable(Target()), OnnxRuntimeTensorRtBackend.unavailable(CUDA)
     if TENSORRT not in onnxruntime.get_available_providers():
-        reason = OnnxRuntimeTensorRtBackend.unavailable(CUDA)
-        assert (
-            reason
-            == f"the installed onnxruntime has no {TENSORRT}: pip uninstall onnxruntime && pip install 'optc[gpu]'"
-        )
+        mend = "pip uninstall onnxruntime && pip install 'optc[gpu]'"
+        assert reasons == 2 * (f"the installed onnxruntime has no {TENSORRT}: {mend}",)
+
+
+def test_where_all_is_installed_it_says_what_it_runs_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: [TENSORRT])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("optc.lowering.tensorrt.library_missing", lambda: False)
+    assert OnnxRuntimeTensorRtBackend.unavailable(Target()) == "onnxruntime-tensorrt runs on cuda, not on 'cpu'"
+    assert OnnxRuntimeTensorRtBackend.unavailable(CUDA) is None
 
 
 @pytest.mark.skipif(not library_missing(), reason="TensorRT is installed")

@@ -7,6 +7,7 @@ import re
 import runpy
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,7 +22,7 @@ import optc
 from optc import PassContext, Program, Target
 from optc.errors import BackendError, OptcError
 from optc.lowering.graph_file import read_graph, write_graph
-from optc.lowering.tensorrt import RUN_SCRIPT, TensorRtBackend
+from optc.lowering.tensorrt import RUN_SCRIPT, TensorRtBackend, _fitting
 from optc.lowering.tensorrt_build import export, partition_report, refuse_partition
 from optc.lowering.tensorrt_engine import check_batch, read_facts, refuse_others
 from optc.lowering.tensorrt_quant import quantize_op, quantize_ops, tensorrt_form
@@ -194,7 +195,7 @@ def test_the_engine_computes_what_the_graph_does(
     program = passed(request.getfixturevalue(name), passes)
     backend = TensorRtBackend()
     lowered = backend.lower(program, CUDA, tmp_path)
-    assert (lowered.details["engines"], lowered.details["not_tensorrt"]) == (1, [])
+    assert (lowered.details["engines"], lowered.details["not_tensorrt"]) == (1, {})
     runner = backend.load(tmp_path, lowered.files, CUDA)
     assert "TF32 off" in runner.provider
     for batch in (1, 7, 128):
@@ -224,3 +225,10 @@ def test_a_saved_engine_runs_again_and_is_refused_elsewhere(captured_cnn: Progra
     (tmp_path / "model.engine").write_bytes(b"not an engine")
     with pytest.raises(BackendError, match="TensorRT cannot read the engine"):
         backend.load(tmp_path, lowered.files, CUDA)
+
+
+def test_no_more_example_samples_are_compared_than_an_engine_takes(captured_cnn: Program) -> None:
+    many = replace(captured_cnn, example_inputs=(torch.randn(300, 3, 16, 16),))
+    assert [len(each) for each in _fitting(many, CUDA).example_inputs] == [128]
+    assert [len(each) for each in _fitting(many, replace(CUDA, batch=200)).example_inputs] == [200]
+    assert len(_fitting(replace(many, dynamic_batch=False), CUDA).example_inputs[0]) == 300

@@ -150,3 +150,15 @@ def test_operators_on_int8_are_found(tmp_path: Path) -> None:
         "Reshape 'reshape' has int8 'q', which goes into DequantizeLinear only",
         "Reshape 'reshape' has int8 'r', which goes into DequantizeLinear only",
     ]
+
+
+def test_a_refused_graph_leaves_an_earlier_file_alone(captured_cnn: Program, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    names, _ = optc.export_tensorrt_onnx(passed(captured_cnn, "fuse"), path, external_data_bytes=0)
+    assert names == ("model.onnx", "model.onnx.data")
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert sqnr_db(captured_cnn, path) > 60
+    program = optc.capture(torch.nn.Linear(4, 2).double(), (torch.randn(1, 4, dtype=torch.float64),))
+    with pytest.raises(BackendError, match="TensorRT would refuse"):
+        optc.export_tensorrt_onnx(program, path, external_data_bytes=0)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before

@@ -35,3 +35,7 @@ def test_long_lists_are_cut_unless_asked_for() -> None:
     assert "layer7 and 3 more" in short
     ((_, whole, _),) = deviations(lowering, every=True)
     assert whole.endswith("layer10")
+
+
+def test_what_other_backends_call_so_is_theirs() -> None:
+    assert deviations({"not_mine": ["a list"]}) == []

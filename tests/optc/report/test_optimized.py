@@ -46,3 +46,5 @@ def test_a_candidate_that_failed_after_some_blocks_says_so(report: Report) -> No
     console = Console(record=True, width=200)
     console.print(render(failed, Path("net")))
     assert "! eager-fp32: does not count, it failed later: out of cheese" in console.export_text()
+    document = optimized.optimized_document(failed, Path("net"), [])
+    assert document.verdict == f"{report.model.name} was optimized, and failed when it was measured: out of cheese."
