@@ -40,8 +40,8 @@ SHORT_MODELS, SHORT_BATCHES, SHORT_BLOCKS = ("alexnet", "mobilenetv3_large_100")
 IMAGES, BLOCK_SECONDS, ROW_SECONDS = 32, 0.5, 900.0
 BLOCKS = len(PEERS)
 """Each tool has each place in the order of a round once."""
-FINAL_BLOCKS, FINAL_SECONDS, FINAL_NEAR = 31, 300.0, 1.1
-"""optc auto and the peers at most so many times slower than the best are measured again, in more and shorter rounds."""
+FINAL_SECONDS, FINAL_NEAR = 300.0, 1.1
+"""optc auto and the peers at most so many times slower than the best are measured again, in twice as many rounds."""
 REOPENED_BYTES = 1e9
 """Models smaller than this are opened anew for each block: what is opened last in a process is slower than it would be
 otherwise, by more than some of these tools differ. Larger ones take seconds to open."""
@@ -79,7 +79,7 @@ def measure_row(task: Task, names: Sequence[str], blocks: int, scratch: Path) ->
     names = finalists(found)
     if len(names) > 1:
         final = [candidate for candidate in candidates if candidate.name in names]
-        options |= {"blocks": FINAL_BLOCKS, "limit_seconds": FINAL_SECONDS, "together": True}
+        options |= {"blocks": 2 * blocks + 1, "limit_seconds": FINAL_SECONDS, "together": True}
         again = measure(final, task.queries, target, **options)
         found = with_finalists_again(found, measured, again)
     return found

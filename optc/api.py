@@ -35,6 +35,7 @@ from optc.passmanager.compare import compare
 from optc.passmanager.contract import Calibration, Instrument, Latency, Pass, PassContext
 from optc.passmanager.instruments import Statistics, Timing, Verify
 from optc.passmanager.manager import PassManager
+from optc.plugins.registry import blamed
 from optc.program import ModelInfo, Program
 from optc.progress import Progress, Run
 from optc.report.report import BudgetOutcome, Report
@@ -75,8 +76,10 @@ class Optimized:
 
     def __call__(self, *inputs: Tensor | Array) -> Any:
         """Run the runtime on tensors or arrays, batch first; returns what the module would, as CPU tensors."""
-        self._runner = self._runner or self.load()
-        outputs = self._runner(*(as_array(each) if isinstance(each, Tensor) else each for each in inputs))
+        backend = self._lowering.backend
+        with blamed("backend", backend.name, backend.origin):
+            self._runner = self._runner or self.load()
+            outputs = self._runner(*(as_array(each) if isinstance(each, Tensor) else each for each in inputs))
         nodes: Any = self.program.graph.output_node().args[0]
         types = [node.meta["val"].dtype for node in nodes]
         # numpy has no bfloat16: runners hand it out as float32
@@ -85,9 +88,10 @@ class Optimized:
 
     def close(self) -> None:
         """Free the loaded runtime; the next call loads it again."""
-        if self._runner is not None:
-            self._runner.close()
-            self._runner = None
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            with blamed("backend", self._lowering.backend.name, self._lowering.backend.origin):
+                runner.close()
 
     def save(self, path: str | Path) -> Path:
         """Write the artifact folder: the runtime's files, ``manifest.json`` and ``run.py``.

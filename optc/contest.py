@@ -279,6 +279,7 @@ class Contest:
             self._target,
             blocks=LOOK_BLOCKS,
             block_seconds=LOOK_SECONDS,
+            watch_others=False,
             progress=progress,
         )
         p50 = [

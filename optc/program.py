@@ -144,10 +144,11 @@ class Program:
             if node.op == "get_attr":
                 value = get_constant(self.module, str(node.target))
                 if isinstance(value, Tensor):
-                    identity = "" if contents else value.data_ptr()
+                    identity = "" if contents else (value.data_ptr(), value.is_conj(), value.is_neg())
                     digest.update(f"{identity} {value.dtype} {tuple(value.shape)} {value.stride()}".encode())
                     if contents:
-                        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+                        plain = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
+                        digest.update(plain.view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def text(self) -> str:

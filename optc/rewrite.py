@@ -207,8 +207,7 @@ def needed_copy(program: Program, node: fx.Node, source: fx.Node) -> str | None:
     if node not in found:
         return None
     value = source.meta.get("val")
-    places = zip(value.stride(), value.shape, strict=True) if isinstance(value, Tensor) else ()
-    if not is_view(node) and any(step == 0 and size != 1 for step, size in places):
+    if not is_view(node) and isinstance(value, Tensor) and _may_overlap(value):
         return "an output would hold several of its values in one place"
     owner = source
     while is_view(owner):
@@ -216,6 +215,16 @@ def needed_copy(program: Program, node: fx.Node, source: fx.Node) -> str | None:
     if owner.op != "call_function":
         return f"an output would be the same tensor as {owner.name}"
     return "two outputs would be the same tensor" if owner in found and not is_view(node) else None
+
+
+def _may_overlap(value: Tensor) -> bool:
+    """Whether elements may share memory, as those of expanded values and of overlapping windows do."""
+    reach = 0  # of the dimensions so far, from the smallest step on
+    for step, size in sorted((step, size) for step, size in zip(value.stride(), value.shape, strict=True) if size != 1):
+        if step <= reach:
+            return True
+        reach += (size - 1) * step
+    return False
 
 
 DENSE_READERS = (aten.view_as_complex.default, aten.view.dtype)

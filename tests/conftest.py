@@ -133,6 +133,7 @@ def briefly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("optc.selection.measure_candidates", partial(measure, blocks=2, block_seconds=0.05))
     monkeypatch.setattr("optc.bench.measure.SETTLING_SECONDS", 0.0)
     monkeypatch.setattr("optc.contest.LOOK_SECONDS", 0.02)
+    monkeypatch.setattr("optc.bench.disturbance._LOOK_SECONDS", 0.02)
     for name in ("STEADY_SECONDS", "ARTIFACT_SECONDS", "MODEL_SECONDS"):
         monkeypatch.setattr(f"optc.cli.profiling.{name}", 1.0)
 

@@ -59,6 +59,7 @@ def measure(
     steady: float | None = None,
     steady_seconds: float = 8.0,
     logs: Callable[[str, int], Path] | None = None,
+    watch_others: bool = True,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Measurement:
     """Measure the latency of candidates so that they can be compared.
@@ -90,13 +91,14 @@ def measure(
         steady: go on beyond ``blocks`` rounds, to :data:`STEADYING_BLOCKS` at most, until each candidate's median is
             known to this share of it at 95 % confidence, or ``steady_seconds`` are over.
         logs: where LoadGen's logs of a candidate's block go, by its name and the block's number from 1.
+        watch_others: look first whether other processes are at work, which may take half a second, and warn of it.
         progress: called with a short text before each step.
 
     Raises:
         KeyboardInterrupt: after closing what was open.
     """
     note = "" if together or reopen else _why_not_together(candidates, target) if together is None else "as asked"
-    warnings = [warning] if (warning := busy_warning()) else []
+    warnings = [warning] if watch_others and (warning := busy_warning()) else []
     names = (optimized,) if isinstance(optimized, str) else tuple(optimized)
     with torch_threads(target.threads), frozen_heap():
         states = [_State(candidate, logs) for candidate in candidates]

@@ -15,6 +15,7 @@ from typing import Any
 from optc.errors import MeasurementError
 from optc.lowering.artifact import Artifact
 from optc.lowering.graph_file import write_graph
+from optc.lowering.pipeline_file import PIPELINE
 from optc.program import Program
 from optc.target import Target
 
@@ -49,9 +50,11 @@ def artifact_memory(artifact: Artifact, target: Target) -> Memory:
     """The memory an artifact takes in its runtime.
 
     Raises:
-        MeasurementError: the process failed; has its last line.
+        MeasurementError: the process failed; has its last line. Or it is a pipeline, which has several.
     """
     manifest, target = artifact.manifest, artifact.target(target)
+    if PIPELINE in manifest.load:
+        raise MeasurementError("the stages of a pipeline run in processes of their own, which are not weighed")
     inputs = [[[target.batch if size is None else size for size in e.shape], e.dtype] for e in manifest.inputs]
     return _measured(manifest.backend, artifact.folder, manifest.load, inputs, target, artifact.bytes)
 

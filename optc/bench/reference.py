@@ -71,7 +71,10 @@ def reference(name: str, surroundings: Mapping[str, Any], options: tuple[str, ..
     from optc.machine import available_memory
 
     source, given = find_source(name)
-    contents = sha256(Path(given).expanduser()) if source.name == "pt2" else ""
+    try:
+        contents = sha256(Path(given).expanduser()) if source.name == "pt2" else ""
+    except OSError as error:
+        raise MeasurementError(f"cannot read '{given}': {error.strerror}", f"--against another, or {NONE}") from error
     known = {"model": name, "contents": contents, "surroundings": dict(surroundings)}
     # What a factory's code does by now its name does not say.
     file = cache_file(cache_folder("references"), known) if source.name != "factory" else None

@@ -221,8 +221,11 @@ def fastest(results: Sequence[CandidateResult], interleaved: bool) -> CandidateR
     complete = [each for each in complete if _is_worth_its_options(each, named.get(each.instead_of), interleaved)]
     complete.sort(key=lambda result: result.percentiles.p50_ns if result.percentiles else math.inf)
     best = next(iter(complete), None)
-    for other in complete:  # the fastest first: of those with as many blocks as each other only that can be kept
-        if best is not None and interleaved and len(other.blocks) != len(best.blocks):
+    first: dict[int, CandidateResult] = {}
+    for each in complete:  # of those with as many blocks as each other only the fastest can be kept
+        first.setdefault(len(each.blocks), each)
+    for other in first.values():
+        if best is not None and interleaved and other is not best:
             ratio = statistics.ratio_of_medians(other.latencies_ns, best.latencies_ns, interleaved=True)
             best = other if ratio.outcome == "faster" else best
     return best

@@ -6,6 +6,7 @@ import importlib
 import os
 import signal
 import sys
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -13,6 +14,7 @@ import click
 
 import optc
 from optc.cli.failures import in_one_line
+from optc.cli.streams import ReaderLeft
 from optc.errors import UnknownNameError
 
 COMMANDS = {
@@ -76,7 +78,9 @@ def run(argv: list[str] | None = None) -> int:
     except (KeyboardInterrupt, click.Abort) as error:
         status = _fail("interrupted; nothing was left half-written")
         return 128 + signal.SIGTERM if (error.__cause__ or error).args == (signal.SIGTERM,) else status
-    except BrokenPipeError:
+    except ReaderLeft:
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left as it ends
         return 0
     except (Exception, SystemExit) as error:
         line = None if _COMPLETION in os.environ else in_one_line(error)  # click ends with sys.exit() then

@@ -25,7 +25,7 @@ from optc.cli.output import check_output
 from optc.cli.terminal import stdout
 from optc.cli.values import IMAGES, POINTS, TEXT
 from optc.errors import UnknownNameError
-from optc.plugins.registry import registry
+from optc.plugins.registry import ELSEWHERE, registry
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -129,7 +129,8 @@ def command(
         from optc.threads import available_threads
 
     given = parse_options(assignments)
-    names = registry().all("backend").keys() - registry().all("pass").keys()
+    elsewhere = {name for kind, name in ELSEWHERE if kind == "backend"}
+    names = (registry().all("backend").keys() | elsewhere) - registry().all("pass").keys()
     of_backends = {name: given.pop(name) for name in list(given) if name in names}
     asked = Alternatives.of(passes, given)
     target = Target(device, threads or available_threads(), batch, allow_fallback, of_backends)

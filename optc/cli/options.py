@@ -14,7 +14,7 @@ import click
 from rich.console import Console
 from rich.table import Column, Table
 
-from optc.cli.streams import stdout_to_stderr
+from optc.cli.streams import ReaderLeft, stdout_to_stderr
 from optc.cli.terminal import TerminalProgress, silence_third_parties
 from optc.cli.values import SEED, TEXT, THREADS
 
@@ -33,8 +33,11 @@ def json_option(command: Command) -> Command:
             with stdout_to_stderr() if as_json else nullcontext():
                 return command(*arguments, as_json=as_json, **options)
         finally:
-            for result in results:
-                click.echo(result)
+            try:
+                for result in results:
+                    click.echo(result)
+            except BrokenPipeError:
+                raise ReaderLeft from None
 
     option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout instead of text.")
     return cast(Command, option(alone))

@@ -69,7 +69,12 @@ PASS = "partition"
 @device_option
 @target_options
 @seed_option
-@click.option("--verify/--no-verify", default=True, show_default=True, help="Compare outputs after every pass.")
+@click.option(
+    "--verify/--no-verify",
+    default=True,
+    show_default=True,
+    help="Compare outputs after every pass; not with --simulate.",
+)
 @report_option
 @json_option
 @verbosity_options
@@ -115,6 +120,7 @@ def command(
     with progress.step("Importing PyTorch"):
         from optc.cli.model import Data, load
         from optc.passmanager.manager import build_passes, parse_options
+        from optc.report.deviations import deviations
         from optc.report.stages import Prediction, render
         from optc.target import Target
         from optc.threads import available_threads
@@ -127,12 +133,19 @@ def command(
     target = Target(device, threads or available_threads(), batch=batch or microbatches, allow_fallback=allow_fallback)
     loaded, _ = load(model, weights or _default_weights(model, simulate), None, seed, progress)
     data = Data(loaded, None)
+    lowering: dict[str, Any] = {}
     if output is None:
-        program, path = _plan(loaded, data, pipeline, target, verify and not simulate, progress), None
+        program = _plan(loaded, data, pipeline, target, verify and not simulate, progress)
     else:
-        program, path = _lower(loaded, data, pipeline, target, verify, backend, output, progress)
+        program, lowering = _lower(loaded, data, pipeline, target, verify, backend, output, progress)
     prediction = Prediction.of(program.history)
-    found = {"model": loaded.info.name, "artifact": str(path) if path else None, **prediction.to_dict()}
+    notes = list(program.info.notes)
+    for note in notes[len(loaded.info.notes) :]:  # those before were told when it was loaded
+        progress.note(note, important=True)
+    for what, where, why in deviations(lowering, every=verbose):
+        progress.note(f"{what}: {where}: {why}", important=True)
+    artifact = None if output is None else str(output)
+    found = {"model": loaded.info.name, "artifact": artifact, **prediction.to_dict(), "notes": notes}
     if report is not None:
         from optc.report.partitioned import partitioned_document
         from optc.report.write import write_report
@@ -143,10 +156,10 @@ def command(
         return
     console = stdout()
     console.print(render(prediction))
-    if path is not None:
+    if output is not None:
         stages = len(prediction.account)
-        run = f", or torchrun --nproc-per-node {stages} -m optc.distributed {path}" if stages > 1 else ""
-        console.print(Text(f"Artifact: {path} (optc profile {path}{run})"))
+        run = f", or torchrun --nproc-per-node {stages} -m optc.distributed {output}" if stages > 1 else ""
+        console.print(Text(f"Artifact: {output} (optc profile {output}{run})"))
 
 
 def _default_weights(model: str, simulate: str | None) -> str:
@@ -169,6 +182,7 @@ def _plan(
     loaded: LoadedModel, data: Data, pipeline: PassManager, target: Target, verify: bool, progress: TerminalProgress
 ) -> Program:
     """Run the passes and lower nothing."""
+    from optc.batches import Batches, as_calibration
     from optc.frontend.capture import capture
     from optc.lowering.node_times import node_times
     from optc.machine import isa, total_memory
@@ -179,11 +193,15 @@ def _plan(
         captured = capture(loaded.module, loaded.example_inputs, info=loaded.info)
         step.done(f"{captured.operator_count()} operators, {captured.constant_bytes() / 1e6:.1f} MB")
     watchers: list[Instrument] = [Timing(), Statistics()]
-    calibration = data.calibration()
+    calibration = as_calibration(data.calibration(), captured)
     if verify:
         with progress.step("Running the captured model on verification inputs"):
-            batches = data.verification() or [captured.example_inputs]
-            watchers.append(Verify(captured, batches, Path.cwd(), PassContext(target, calibration)))
+            seen = data.verification() or [captured.example_inputs]
+            batches = list(Batches(seen, captured, "verification")) or [captured.example_inputs]
+            watch = Verify(captured, batches, Path.cwd(), PassContext(target, calibration))
+            watchers.append(watch)
+            for remark in watch.remarks:
+                progress.note(remark, important=True)
     with progress.step("Running passes") as step:
         context = PassContext(
             target,
@@ -209,8 +227,8 @@ def _lower(
     backend: str,
     output: Path,
     progress: TerminalProgress,
-) -> tuple[Program, Path]:
-    """Run the passes, lower each stage and save the artifact."""
+) -> tuple[Program, dict[str, Any]]:
+    """Run the passes, lower each stage and save the artifact; returns what its backend had to say as well."""
     from optc import api
 
     optimized = api.optimize(
@@ -227,4 +245,5 @@ def _lower(
         progress=progress,
     )
     with progress.step(f"Writing {output}"):
-        return optimized.program, optimized.save(output)
+        optimized.save(output)
+    return optimized.program, optimized.details

@@ -16,6 +16,7 @@ from optc.plugins.registry import Registered, blamed, registry
 
 @click.command("passes")
 @click.argument("name", required=False)
+@click.option("-v", "--verbose", is_flag=True, expose_value=False, help="Show the traceback of what goes wrong.")
 @json_option
 def command(name: str | None, as_json: bool) -> None:
     """List every pass, built-in and from plugins; with NAME, describe one and its options."""

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     default="vit_huge_patch14_224",
     show_default=True,
     metavar="MODEL",
-    help="Model to compare with, measured once and remembered; or none.",
+    help="Model to compare with, measured once and remembered (your own code's each time); or none.",
 )
 @click.option("--data", type=TEXT, help="Measure accuracy, too: digits, or a folder of images.")
 @weights_option

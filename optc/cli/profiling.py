@@ -123,7 +123,9 @@ def profile(subjects: list[Subject], request: Request, progress: Progress) -> Pr
         MeasurementError: nothing at all can be measured, as without LoadGen.
     """
     if request.against != NONE:
-        find_source(request.against)
+        source, given = find_source(request.against)
+        if source.name == "pt2" and not Path(given).expanduser().is_file():
+            raise MeasurementError(f"model file '{given}' does not exist", f"give another --against, or {NONE}")
     request = replace(request, target=_of_one_size(subjects, request))
     target, submission = request.target, None
     if request.output is not None:
@@ -222,7 +224,7 @@ def _scenarios(found: Profile, request: Request, submission: Submission | None, 
                 only = _only_batch(subject, candidate, batch)
                 if submission is not None:
                     plan = replace(plan, log_folder=partial(submission.performance, candidate.name))
-                with progress.step(f"{scenario}: {candidate.name}") as step, _Opened(candidate) as opened:
+                with progress.step(f"{scenario}: {candidate.name}") as step, _Opened(candidate, found.notes) as opened:
                     if in_full:
                         found.scenarios.append(
                             _performance(scenario, candidate, opened.runner_or_reason, plan, only, step)
@@ -306,8 +308,8 @@ def _accuracy(
 class _Opened:
     """A candidate that is open while the block runs; where it does not open, the reason."""
 
-    def __init__(self, candidate: Candidate) -> None:
-        self._candidate = candidate
+    def __init__(self, candidate: Candidate, notes: list[str]) -> None:
+        self._candidate, self._notes = candidate, notes
         self.runner: Runner | None = None
         self.reason = ""
 
@@ -319,8 +321,11 @@ class _Opened:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.runner is not None:
-            self.runner.close()
+        try:
+            if self.runner is not None:
+                self.runner.close()
+        except Exception as failure:
+            self._notes.append(f"{self._candidate.name}: closing it failed: {one_line(failure)}")
 
     @property
     def runner_or_reason(self) -> Runner | str:

@@ -10,6 +10,10 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from typing import IO
 
 
+class ReaderLeft(Exception):
+    """Whoever read standard output has seen enough. Not the OSError it comes of, with which click ends the process."""
+
+
 @contextmanager
 def stdout_to_stderr() -> Iterator[None]:
     """Send to standard error what is printed: by Python, and by native code and child processes, which do not know of

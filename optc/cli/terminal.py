@@ -15,6 +15,7 @@ from rich.panel import Panel
 from rich.status import Status
 from rich.text import Text
 
+from optc.cli.streams import ReaderLeft
 from optc.progress import Progress, Step
 
 
@@ -24,7 +25,12 @@ def stdout() -> Console:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-    return Console(highlight=False, markup=False)
+    return _Console(highlight=False, markup=False)
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise ReaderLeft  # rich would end the process as if it had failed
 
 
 def silence_third_parties() -> None:

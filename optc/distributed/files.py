@@ -113,15 +113,17 @@ def _read(paths: Sequence[Path], rank: StageRank) -> list[Tensor]:
 
 def _noise(rank: StageRank, batch: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(wire.batched(batch), generator=generator).to(wire.dtype) for wire in rank.wires()]
+    found = [(wire.dtype, torch.randn(wire.batched(batch), generator=generator)) for wire in rank.wires()]
+    return [(noise if dtype.is_floating_point else noise.abs()).to(dtype) for dtype, noise in found]  # may be indices
 
 
 def _write(path: Path, outputs: Sequence[tuple[Tensor, ...]]) -> None:
     """One array for each output, ``output_0`` and so on, the batches joined; whole or not at all."""
-    arrays = [as_array(torch.cat(parts)) for parts in zip(*outputs, strict=True)]
+    parts = enumerate(zip(*outputs, strict=True))
+    arrays: dict[str, Any] = {f"output_{index}": as_array(torch.cat(each)) for index, each in parts}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.npz")
     try:
-        np.savez(temporary, allow_pickle=False, **{f"output_{index}": each for index, each in enumerate(arrays)})
+        np.savez(temporary, **arrays)
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)

@@ -106,13 +106,14 @@ def write_graph(program: Program, folder: Path) -> tuple[str, str]:
         index[node] = len(index)
     for node in attributes:
         tensor = found[str(node.target)].detach()
-        key = (tensor.data_ptr() or node, tensor.dtype, tensor.shape, tensor.stride())
+        signs = tensor.is_conj(), tensor.is_neg()
+        key = (tensor.data_ptr() or node, signs, tensor.dtype, tensor.shape, tensor.stride())
         name = names.setdefault(key, str(node.target))
         if name not in tensors:
             if _is_channels_last(tensor):  # safetensors keeps no strides: written as the dense tensor it is in memory
                 channels_last.append(name)
                 tensor = tensor.permute(0, 2, 3, 1)
-            tensors[name] = _alone(tensor)
+            tensors[name] = _alone(tensor.resolve_conj().resolve_neg())  # safetensors would write the bytes as they are
         constants.append(name)
     for node in program.graph.nodes:
         if node.op == "call_function":

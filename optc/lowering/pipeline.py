@@ -18,7 +18,7 @@ from optc.errors import BackendError
 from optc.lowering.agreement import as_array, compare_with_graph
 from optc.lowering.artifact import write_artifact
 from optc.lowering.backend import Backend, Lowered, Runner
-from optc.lowering.lowering import backends
+from optc.lowering.lowering import backends, kept
 from optc.lowering.manifest import NAME as MANIFEST
 from optc.lowering.manifest import sha256
 from optc.lowering.pipeline_file import PipelineFile, StageEntry, WireEntry, read_pipeline, write_pipeline
@@ -200,12 +200,13 @@ def _lower_stage(
     scratch = folder / f".{name}"
     scratch.mkdir()
     try:
-        lowered = backend.lower(stage.program, target, scratch)
-        # Its own, not the whole pipeline's: a rank reads no other manifest, and it says what instructions int8 needs.
-        report = {"lowering": dict(lowered.details), "precision": lowered.precision}
-        if not lowered.precision:
-            with closing(backend.load(scratch, lowered.files, target)) as runner:
-                report["precision"] = runner.precision
+        with kept({}, backend.name, backend.origin, alone=True):
+            lowered = backend.lower(stage.program, target, scratch)
+            # Its own, not the whole pipeline's: a rank reads no other manifest, and it says what int8 needs of the CPU.
+            report = {"lowering": dict(lowered.details), "precision": lowered.precision}
+            if not lowered.precision:
+                with closing(backend.load(scratch, lowered.files, target)) as runner:
+                    report["precision"] = runner.precision
         write_artifact(folder / name, scratch, lowered, stage.program, backend.name, report, target)
     except BackendError as error:
         raise BackendError(f"stage {stage.index}: {error.message}", error.hint) from error

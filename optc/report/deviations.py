@@ -15,27 +15,25 @@ def deviations(lowering: Mapping[str, Any], every: bool = False) -> list[tuple[s
 
     Args:
         lowering: a backend's ``Lowered.details``. Read are ``"fallback"``, ``"not_int8"`` and its like, and
-            ``"inserted_casts"``.
+            ``"inserted_casts"``; of a pipeline those of its ``"stages"``.
         every: name every node instead of the first few.
 
     Returns:
         What, the nodes, and why; one row for all nodes with the same reason.
     """
     groups: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for each in lowering.get("fallback", ()):
-        groups[f"on {each['provider']}", "the provider asked for did not take them"].append(
-            f"{each['node']} ({each['operator']})"
-        )
-    for key, found in lowering.items():
-        if key.startswith("not_") and isinstance(found, Mapping):
-            for layer, reason in found.items():
-                groups[key.replace("_", " "), reason].append(layer)
-    rows = [(what, _named(names, every), reason) for (what, reason), names in groups.items()]
-    casts = lowering.get("inserted_casts")
-    if casts:
-        counted = ", ".join(f"{count} {cast}" for cast, count in casts.items())
-        rows.append(("casts added", counted, "the runtime lacks kernels in the graph's type"))
-    return rows
+    for place, part in (("", lowering), *((f"stage {each['stage']}: ", each) for each in lowering.get("stages", ()))):
+        for each in part.get("fallback", ()):
+            groups[f"on {each['provider']}", "the provider asked for did not take them"].append(
+                f"{place}{each['node']} ({each['operator']})"
+            )
+        for key, found in part.items():
+            if key.startswith("not_") and isinstance(found, Mapping):
+                for layer, reason in found.items():
+                    groups[key.replace("_", " "), reason].append(f"{place}{layer}")
+        for cast, count in part.get("inserted_casts", {}).items():
+            groups["casts added", "the runtime lacks kernels in the graph's type"].append(f"{place}{count} {cast}")
+    return [(what, _named(names, every), reason) for (what, reason), names in groups.items()]
 
 
 def _named(names: Sequence[str], every: bool) -> str:

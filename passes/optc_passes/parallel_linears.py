@@ -20,6 +20,7 @@ from optc.rewrite import (
     label,
     loosen_layout,
     replace,
+    returned,
     shape,
     strides_read,
     used_by,
@@ -46,7 +47,7 @@ class MergeParallelLinears(Pass):
         applied: list[Change] = []
         skipped: list[Skip] = []
         parts: list[fx.Node] = []
-        strided, outputs = strides_read(program), program.graph.output_node().all_input_nodes
+        strided, outputs = strides_read(program), returned(program)
         for nodes in by_input.values():
             if len(nodes) < 2:
                 continue

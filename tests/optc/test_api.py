@@ -12,7 +12,10 @@ import torch
 from torch import nn
 
 import optc
-from optc.errors import OptcError, VerificationError
+from optc.contest import TemporaryFolder
+from optc.errors import OptcError, PluginError, VerificationError
+from optc.lowering.eager import EagerBackend
+from optc.lowering.lowering import lower
 from optc.machine import BF16_FLAGS, isa
 
 
@@ -121,7 +124,7 @@ def test_a_choice_is_measured_once_for_a_model_and_a_machine(
     assert Path(note.rpartition("delete ")[2]).is_file()
 
 
-@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.usefixtures("uncompiled", "briefly")
 def test_inputs_in_a_type_that_numpy_lacks_have_their_baselines() -> None:
     made = optc.optimize(nn.Linear(64, 64).bfloat16(), torch.randn(1, 64).bfloat16(), "fuse", backend="eager")
     assert made.report.measurement is not None
@@ -210,3 +213,41 @@ def test_arguments_that_make_no_sense_are_told(net: Net, given: dict[str, Any], 
     with pytest.raises(OptcError) as caught:
         optc.optimize(net, torch.randn(2, 3, 8, 8), **arguments)
     assert message in str(caught.value)
+
+
+class Stumbling(EagerBackend):
+    """Loads what cannot answer queries of more than two samples, and cannot be closed."""
+
+    name, origin = "stumbling", "a-plugin"
+
+    def load(self, folder: Path, files: tuple[str, ...], target: optc.Target) -> optc.Runner:
+        return StumblingRunner(super().load(folder, files, target))
+
+
+class StumblingRunner(optc.Runner):
+    def __init__(self, inner: optc.Runner) -> None:
+        self.inner, self.provider, self.precision = inner, inner.provider, inner.precision
+        self.closes = True
+
+    def __call__(self, *inputs: Any) -> Any:
+        if len(inputs[0]) > 2:
+            self.closes = False
+            raise ValueError("no")
+        return self.inner(*inputs)
+
+    def close(self) -> None:
+        self.inner.close()
+        if not self.closes:
+            raise ValueError("stuck")
+
+
+def test_a_backend_that_fails_when_it_is_called_or_closed_is_named(net: Net) -> None:
+    program = optc.capture(net.eval(), (torch.randn(2, 3, 16, 16),))
+    folder = TemporaryFolder()
+    lowering = lower(Stumbling(), program, optc.Target(threads=1), folder.path / "x")
+    optimized = optc.Optimized(program, lowering, folder)
+    assert optimized(torch.randn(2, 3, 16, 16))["scores"].shape[0] == 2
+    with pytest.raises(PluginError, match=r"backend 'stumbling' \(from a-plugin\) raised ValueError: no"):
+        optimized(torch.randn(3, 3, 16, 16))
+    with pytest.raises(PluginError, match=r"backend 'stumbling' \(from a-plugin\) raised ValueError: stuck"):
+        optimized.close()

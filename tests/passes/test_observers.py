@@ -200,6 +200,8 @@ def test_what_is_symmetric_is_judged_by_the_levels_it_has(cls: type[EntropyObser
     chosen(x)
     (low, high), scale = chosen.choose(), chosen.calculate_qparams()[0]
     assert float(scale) == pytest.approx(max(-float(low), float(high)) / 127.5)
+    reach = float(x.max())
+    assert chosen._represented(float(chosen.min_val), reach) == (-reach, reach)
     if cls is MseObserver:
         errors = []
         for share in MseObserver.SHARES:

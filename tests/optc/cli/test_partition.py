@@ -101,6 +101,19 @@ def test_a_plan_is_verified_lowered_and_runs(command: Command, folder: Path) -> 
         runner.close()
 
 
+def test_a_file_for_one_batch_size_is_planned_and_what_capture_gave_up_is_told(command: Command) -> None:
+    import mine_in_stages
+
+    model, inputs = mine_in_stages.residuals()
+    torch.export.save(torch.export.export(model.eval(), inputs), "one.pt2")
+    done = command("partition", "one.pt2", "--stages", "2", "--threads", "2", "-q", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert len(found["stages"]) == 2
+    assert found["artifact"] is None
+    assert any("batch" in note for note in found["notes"]), found["notes"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 5])
 def test_a_file_for_one_batch_size_is_cut_into_stages_for_that(command: Command, batch: int) -> None:

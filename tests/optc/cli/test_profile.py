@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from torch import nn
 
-from optc.bench.cache import cache_folder
 from optc.bench.run import read_run
 from optc.cli import profiling
 from optc.cli.main import run
@@ -32,16 +28,6 @@ def labelled():
     torch.manual_seed(0)
     return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 10)), (torch.randn(1, 3, 224, 224),)
 
-def small():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 10)), (torch.randn(1, 3, 8, 8),)
-"""
-
-BRIEFLY = """
-from optc.cli import profiling
-profiling.STEADY_SECONDS, profiling.BLOCK_SECONDS = 0.0, 0.02
-from optc.cli.main import main
-main()
 """
 
 
@@ -169,73 +155,6 @@ def test_targets_on_different_devices_are_refused(artifacts: Path, command: Comm
     assert done.returncode == 2
     assert "the targets run on different devices" in done.stderr
     assert "plain on cpu, made on cuda" in done.stderr
-
-
-def test_a_reference_is_measured_once_and_remembered(
-    artifacts: Path, command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")  # of the process that measures the reference: saves its compiler
-    start = subprocess.run
-
-    def briefly(command: list[str], **options: Any) -> Any:
-        where = command.index("-m")
-        assert command[where : where + 2] == ["-m", "optc.cli.main"]
-        return start([*command[:where], "-c", BRIEFLY, *command[where + 2 :]], **options)
-
-    monkeypatch.setattr(subprocess, "run", briefly)
-    export_small(folder / "small.pt2", channels=8)
-    arguments = ("profile", str(artifacts / "plain"), "--against", "small.pt2", "--threads", "1", "-q")
-    first = command(*arguments, "--json")
-    assert first.returncode == 0, first.stderr
-    against = json.loads(first.stdout)["against"]
-    assert against["name"] == "small.pt2"
-    assert against["parameters"] == sum(n for n in (8 * 27 + 8, 8 * 36 * 10 + 10))
-    assert {result["name"] for result in against["results"]} >= {"small.pt2 eager-fp32"}
-    assert all(result["blocks"][0]["latencies_ns"] for result in against["results"] if result["error"] is None)
-    (name,) = against["ratios"]
-    ratio = against["ratios"][name]
-    fastest = next(result for result in against["results"] if result["name"] == against["fastest"])
-    assert ratio["low"] <= ratio["value"] <= ratio["high"]
-    assert ratio["value"] == pytest.approx(
-        json.loads(first.stdout)["results"][0]["percentiles"]["p50_ns"] / fastest["percentiles"]["p50_ns"]
-    )
-    assert Path(against["file"]).parent == cache_folder("references")
-
-    def no_more(*arguments: object, **options: object) -> None:
-        raise AssertionError("measured again")
-
-    monkeypatch.setattr(subprocess, "run", no_more)
-    second = command(*arguments)
-    assert second.returncode == 0, second.stderr
-    words = " ".join(second.stdout.split())
-    assert "top-1 ratio" in words
-    assert "small.pt2 was measured on" in words
-    saved = json.loads(Path(against["file"]).read_text())
-    Path(against["file"]).write_text(json.dumps({**saved, "warnings": ["it was a full moon"]}))
-    assert "the reference, small.pt2: it was a full moon" in " ".join(command(*arguments).stdout.split())
-    Path(against["file"]).write_text("{}")
-    with pytest.raises(AssertionError, match="measured again"):  # a file that is no run
-        command(*arguments)
-    Path(against["file"]).write_text(json.dumps(saved))
-    export_small(folder / "small.pt2", channels=4)
-    with pytest.raises(AssertionError, match="measured again"):  # another model of the same name
-        command(*arguments)
-
-
-def export_small(path: Path, channels: int) -> None:
-    net = nn.Sequential(nn.Conv2d(3, channels, 3), nn.Flatten(), nn.Linear(channels * 36, 10))
-    torch.export.save(torch.export.export(net, (torch.randn(1, 3, 8, 8),)), path)
-
-
-def test_the_default_reference_may_fail_and_it_is_said(
-    artifacts: Path, command: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("optc.machine.available_memory", lambda: 10**9)
-    done = command("profile", str(artifacts / "plain"), "--json", "-q")
-    assert done.returncode == 0, done.stderr
-    (note,) = json.loads(done.stdout)["notes"]
-    assert note.startswith("no comparison: measuring vit_huge_patch14_224 takes 8 GB of memory")
-    assert "--against" in note
 
 
 def test_a_runner_that_fails_is_invalid_and_nothing_hangs(
@@ -379,17 +298,3 @@ def test_an_input_that_is_no_batch_is_measured_as_it_is(command: Command) -> Non
 def test_a_target_is_named_once(artifacts: Path, command: Command) -> None:
     done = command("profile", str(artifacts / "plain"), str(artifacts / "plain"), *ALONE, "-q")
     assert (done.returncode, "a target is named twice" in done.stderr) == (2, True)
-
-
-def test_a_reference_of_which_nothing_was_measured_is_not_remembered(
-    artifacts: Path, command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
-    broken = LABELLED.replace("nn.Conv2d(3, 8, 3), nn.Flatten()", "nn.Conv2d(4, 8, 3), nn.Flatten()")
-    (folder / "labelled_model.py").write_text(broken)
-    before = set(cache_folder("references").glob("*"))
-    arguments = ("profile", str(artifacts / "plain"), "--against", "labelled_model:small", "--threads", "1", "-q")
-    done = command(*arguments, "--json")
-    assert done.returncode == 0, done.stderr
-    assert any(note.startswith("no comparison: ") for note in json.loads(done.stdout)["notes"])
-    assert set(cache_folder("references").glob("*")) == before

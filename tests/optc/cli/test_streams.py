@@ -71,3 +71,10 @@ def test_the_file_descriptor_is_as_it_was_even_if_something_fails(capfd: pytest.
     captured = capfd.readouterr()
     assert captured.out == "after\n"
     assert sorted(captured.err.split()) == ["printed", "within"]
+
+
+@pytest.mark.parametrize("options", ["", "--json"])
+def test_a_reader_that_has_seen_enough_is_no_error(options: str) -> None:
+    line = f"set -o pipefail; {sys.executable} -m optc.cli.main passes {options} | true"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from torch import nn
 from torch._C._distributed_c10d import HashStore
 
 import optc
-from optc.distributed.files import _read, run_files
+from optc.distributed.files import _noise, _read, run_files
 from optc.distributed.rank import Place
 from optc.errors import OptcError
 from optc.lowering.pipeline import PipelineBackend
@@ -270,3 +271,10 @@ def test_a_port_in_use_and_nobody_there_are_one_line_each() -> None:
             Place(0, 2, 0, 2, "127.0.0.1", port, own_store=True).store(1.0, serve=True)
     with pytest.raises(OptcError, match=rf"rank 1 reached nobody at 127.0.0.1:{port}"):
         Place(1, 2, 1, 2, "127.0.0.1", port, own_store=False).store(1.0)
+
+
+def test_noise_for_integers_may_be_indices() -> None:
+    rank: Any = SimpleNamespace(wires=lambda: [Wire("x", (None, 4), torch.int64), Wire("y", (None, 4), torch.float32)])
+    indices, numbers = _noise(rank, 64)
+    assert (indices.dtype, indices.shape, int(indices.min())) == (torch.int64, (64, 4), 0)
+    assert numbers.min() < 0

@@ -160,14 +160,6 @@ def test_a_bfloat16_program_runs_bfloat16_kernels(captured_cnn: Program, tmp_pat
     assert agreement(made) > 30
 
 
-@pytest.mark.slow
-def test_weights_in_blocks_are_said_to_be_held_as_float32(captured_cnn: Program, tmp_path: Path) -> None:
-    made = make(passed(captured_cnn, "fuse,quant<formats=int8-weights>"), tmp_path)
-    kept = made.lowered.details["not_int8"]
-    assert {label for label in kept if "head" in label or "linear" in label}
-    assert "Inductor has no kernels for weights in blocks, which it holds as float32" in kept.values()
-
-
 class PairAndTied(nn.Module):
     """Two inputs in another order than that of their names, and a layer that is run twice."""
 

@@ -60,3 +60,13 @@ def test_other_batches_compute_the_same(optimized: optc.Optimized) -> None:
     for batch in (1, 2, 5):
         np.testing.assert_allclose(runner(images[:batch])[0], together[:batch], rtol=1e-4, atol=1e-4)
     runner.close()
+
+
+@pytest.mark.slow
+def test_weights_in_blocks_are_said_to_be_held_as_float32() -> None:
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 32)).eval()
+    quantized = {"passes": "quant<formats=int8-weights>", "backend": "inductor", "measure": False}
+    made = optc.optimize(dense, torch.randn(2, 128), **quantized)
+    reason = "Inductor has no kernels for weights in blocks, which it holds as float32"
+    assert made.details["not_int8"] == {"linear (0)": reason, "linear_1 (2)": reason}

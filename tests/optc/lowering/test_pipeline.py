@@ -63,14 +63,15 @@ class Made:
 
 
 @pytest.fixture(scope="module")
-def made(cut: Cut, tmp_path_factory: pytest.TempPathFactory) -> Made:
-    return Made(cut, tmp_path_factory.mktemp("pipeline"))
+def made(cut: Cut, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
+    made = Made(cut, tmp_path_factory.mktemp("pipeline"))
+    yield made
+    PipelineRunner.close(made.runner)
 
 
 @pytest.fixture(scope="module")
-def runner(made: Made) -> Iterator[PipelineRunner]:
-    yield made.runner
-    PipelineRunner.close(made.runner)
+def runner(made: Made) -> PipelineRunner:
+    return made.runner
 
 
 def test_every_batch_size_computes_what_the_whole_model_does(made: Made, runner: PipelineRunner) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -253,6 +254,22 @@ def test_a_backend_of_a_plugin_that_is_not_installed_has_a_pip_line() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == "optc: backend 'openvino' is not installed — pip install optc-openvino"
+
+
+def test_options_of_a_backend_that_is_not_installed_have_a_pip_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from optc.cli.main import run
+
+    monkeypatch.setenv("OPTC_DISABLE_PLUGINS", "openvino")
+    registry.cache_clear()
+    try:
+        assert run(["optimize", "alexnet", "-O", "openvino.hint=throughput", "-q"]) == 2
+    finally:
+        registry.cache_clear()
+        logging.disable(logging.NOTSET)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == "optc: backend 'openvino' is not installed — pip install optc-openvino"
 
 
 def test_a_package_in_one_that_is_not_there_is_missing() -> None:

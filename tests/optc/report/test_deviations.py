@@ -39,3 +39,14 @@ def test_long_lists_are_cut_unless_asked_for() -> None:
 
 def test_what_other_backends_call_so_is_theirs() -> None:
     assert deviations({"not_mine": ["a list"]}) == []
+
+
+def test_those_of_a_pipelines_stages_say_which() -> None:
+    stages = [
+        {"stage": 0, "not_int8": {"conv": "no kernel"}},
+        {"stage": 1, "fallback": [{"node": "a", "operator": "Conv", "provider": CPU}], "not_int8": {"fc": "no kernel"}},
+    ]
+    assert deviations({"stages": stages, "check": {}}) == [
+        ("not int8", "stage 0: conv, stage 1: fc", "no kernel"),
+        (f"on {CPU}", "stage 1: a (Conv)", "the provider asked for did not take them"),
+    ]
