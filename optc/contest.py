@@ -120,10 +120,10 @@ class Contest:
         able = [each for each in self.lowerings if offers_variants(each.backend)]
         lowest = min(self._looked.values(), default=math.inf)
         able = [each for each in able if self._looked.get(each.title, 0.0) <= WORTH_ANOTHER_LOOK * lowest]
-        if not able or len(self.lowerings) == 1:
+        leads = [each for each in ([self._best] if self._best else self.lowerings) if each not in able]
+        if not able or len(able) + len(leads) == 1:
             return able
         with self._run.step("Looking for what other options are worth trying on") as step:
-            leads = [each for each in ([self._best] if self._best else self.lowerings) if each not in able]
             p50 = self._look([*able, *leads], step.update)
             least: dict[str, float] = {}
             for each, taken in zip(able, p50, strict=False):

@@ -137,7 +137,7 @@ class Quant(Pass):
         asked = {name: tuple(form for form in each if form != FLOAT) for name, each in forms.items()}
         layers.noise(asked, with_outputs=True)
         int8 = {name: INT8 for name, each in forms.items() if INT8 in each}
-        layers.with_better_bias(int8, layers.attempt(int8))
+        whole = layers.with_better_bias(int8, layers.attempt(int8))
         noise = layers.own_noise
         measured = measure_layers(layers, forms, context)
         wholes = noisiest(layers, worth_having(noise, measured), context)
@@ -158,7 +158,7 @@ class Quant(Pass):
         if best.attempt.layers:
             models[CHOSEN] = best.attempt.program
         layers.attention = layers.kernels.attention
-        plain, given_back = self._within_budget(layers, int8, best.table, context) if int8 else (None, [])
+        plain, given_back = self._within_budget(layers, int8, whole, best.table, context) if int8 else (None, [])
         if plain is not None:
             models[INT8] = plain.program
         taken = whole_seconds(models, backend, context)
@@ -178,10 +178,13 @@ class Quant(Pass):
         return PassResult(best.attempt.program, True, best.attempt.layers, skipped, rows)
 
     def _within_budget(
-        self, layers: LayerFormats, formats: Formats, table: Sequence[Entry], context: PassContext
+        self, layers: LayerFormats, formats: Formats, whole: Attempt, table: Sequence[Entry], context: PassContext
     ) -> tuple[Attempt | None, list[Skip]]:
-        """As many layers in the formats given as the budget allows (``None`` if none), and why not the others."""
-        whole = layers.attempt(formats)
+        """As many layers in the formats given as the budget allows (``None`` if none), and why not the others.
+
+        Args:
+            whole: the attempt with all of them.
+        """
         problem = over_budget(whole, context)
         if problem and layers.give_back_attention():
             whole = layers.attempt(formats)

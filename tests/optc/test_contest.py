@@ -120,10 +120,13 @@ def test_what_was_far_behind_when_looked_at_is_not_looked_at_again(lowerings: di
     race = contest(None)
     race.lowerings = [replace(made, backend=Offering()) for made in lowerings.values()]
     small, large = race.lowerings
-    race._best, race._looked = small, {small.title: 1e12, large.title: 2e12}
+    known = {small.title: 1e12, large.title: 2e12}
+    race._best, race._looked = small, dict(known)
     assert race._near_the_fastest() == [small]
-    assert race._looked[small.title] < 1e12
-    assert race._looked[large.title] == 2e12
+    assert race._looked == known, "one alone is near itself"
+    race._looked[large.title] = 1.1e12
+    assert race._near_the_fastest() == [small]
+    assert race._looked[small.title] < race._looked[large.title] < 1e12
     race._best, race._looked = None, {}
     assert race._near_the_fastest() == [small], "looked at as nothing is known of them"
     assert race._looked[large.title] > race._looked[small.title]

@@ -202,3 +202,26 @@ def test_operators_that_read_files_or_write_to_tensors_are_refused(
     assert operator in (tmp_path / GRAPH).read_text()
     with pytest.raises(BackendError, match=f"the graph calls {operator}: it (reads a file|writes to what it is given)"):
         read_graph(tmp_path, 2)
+
+
+class Conjugates(nn.Module):
+    """A constant, its conjugate, and the negative of one: views of memory that read it otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        factor = torch.randn(4, dtype=torch.complex64)
+        self.register_buffer("factor", factor)
+        self.register_buffer("conjugate", factor.conj())
+        self.register_buffer("negative", factor.conj().imag)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.view_as_real(x * self.factor + 2 * x * self.conjugate) + self.negative[:, None]
+
+
+def test_constants_that_are_conjugates_of_others_come_back(tmp_path: Path) -> None:
+    model = Conjugates()
+    program = capture(model, (torch.randn(2, 4),))
+    assert len({program.fingerprint(contents=contents) for contents in (True, False)}) == 2
+    again, x = round_trip(program, tmp_path), torch.randn(2, 4)
+    torch.testing.assert_close(again.run(x)[0], program.run(x)[0])
+    torch.testing.assert_close(again.run(x)[0], model(x))
