@@ -22,16 +22,14 @@ gc.set_threshold(50_000, 20, 20)
 
 
 # Files whose session fixtures take seconds: one worker makes them.
+OPENVINO, REPORT = "plugins/optc-openvino/tests", "tests/optc/report"
 TOGETHER = {
-    **dict.fromkeys(
-        (f"test_{name}.py" for name in ("backend", "graph", "attention", "bfloat16", "runner")), "openvino"
-    ),
-    **dict.fromkeys((f"test_{name}.py" for name in ("page", "markdown", "optimized")), "report"),
+    **{f"{OPENVINO}/test_{name}.py": OPENVINO for name in ("backend", "graph", "attention", "bfloat16", "runner")},
+    **{f"{REPORT}/test_{name}.py": REPORT for name in ("page", "markdown", "optimized")},
 }
-FOLDERS = {"openvino": "plugins/optc-openvino/tests", "report": "tests/optc/report"}
 # What takes long comes first, however few tests it has, so that all workers end at about the same time.
 FIRST = (
-    "openvino",
+    OPENVINO,
     "tests/optc/lowering/test_pipeline.py",
     "tests/optc/lowering/test_inductor.py",
     "tests/optc/cli/test_profile.py",
@@ -49,7 +47,7 @@ FIRST = (
     "tests/optc/cli/test_partition.py",
     "tests/optc/cli/test_compare.py",
     "tests/optc/cli/test_report.py",
-    "report",
+    REPORT,
     "tests/optc/bench/test_statistics.py",
     "tests/examples/test_train_digits.py",
     "tests/examples/test_examples.py",
@@ -66,9 +64,7 @@ FIRST = (
 def unit(nodeid: str) -> str:
     """What one worker runs: a file, or the files that share fixtures which take long to make."""
     file = nodeid.partition("::")[0]
-    folder, _, name = file.rpartition("/")
-    together = TOGETHER.get(name, file)
-    return together if FOLDERS.get(together) == folder else file
+    return TOGETHER.get(file, file)
 
 
 @pytest.hookimpl(optionalhook=True)
