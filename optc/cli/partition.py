@@ -111,7 +111,7 @@ def command(
       optc partition vit_base_patch16_224 --devices 2xcpu:1 --passes fuse
       optc partition vit_huge_patch14_224 --simulate 64xh100 --microbatches 256
     """  # noqa: D301  (click takes a real backspace for "do not wrap")
-    _check(devices, simulate, output)
+    _check(devices, simulate, backend, output)
     if report is not None:
         from optc.report.write import check_path
 
@@ -119,6 +119,7 @@ def command(
     progress = progress_for(verbose, quiet)
     with progress.step("Importing PyTorch"):
         from optc.cli.model import Data, load
+        from optc.lowering.lowering import backends
         from optc.passmanager.manager import build_passes, parse_options
         from optc.report.deviations import deviations
         from optc.report.stages import Prediction, render
@@ -131,6 +132,8 @@ def command(
     options[PASS] = {key: value for key, value in own.items() if value is not None} | options.get(PASS, {})
     pipeline = build_passes(f"{passes},{PASS}", options)
     target = Target(device, threads or available_threads(), batch=batch or microbatches, allow_fallback=allow_fallback)
+    if output is not None and backend != "auto":
+        backends(backend, target)  # refuses what it cannot lower to before the model is loaded
     loaded, _ = load(model, weights or _default_weights(model, simulate), None, seed, progress)
     data = Data(loaded, None)
     lowering: dict[str, Any] = {}
@@ -169,13 +172,17 @@ def _default_weights(model: str, simulate: str | None) -> str:
     return "random" if simulate and find_source(model)[0].name in ("timm", "torchvision") else "pretrained"
 
 
-def _check(devices: str | None, simulate: str | None, output: Path | None) -> None:
+def _check(devices: str | None, simulate: str | None, backend: str, output: Path | None) -> None:
     if devices and simulate:
         raise OptcError("--devices and --simulate both name devices", "give one of them")
     if simulate and output is not None:
         raise OptcError("--simulate plans for devices that are not here, so there is nothing to lower", "leave -o away")
     if output is not None:
         check_output(output)
+    elif backend != "auto":
+        raise OptcError(
+            f"without -o no stage is lowered, to {backend} or otherwise", "add -o FOLDER, or leave --backend away"
+        )
 
 
 def _plan(

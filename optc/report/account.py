@@ -20,17 +20,31 @@ FLOAT = "float"
 _BAR = 8
 """Characters of the longest bar."""
 Row = Mapping[str, Any]
-KEYS = frozenset(
-    ("backend", "layer", "module", "form", "sqnr_db", "model_sqnr_db", "drop", "seconds", "bytes", "chosen", "why")
-)
-"""What a row holds, as :mod:`optc_passes.quant_account` writes it."""
+_NUMBER = (int, float)
+_UNKNOWN = (*_NUMBER, type(None))
+KEYS: Mapping[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("backend", "layer", "module", "form", "why"), str),
+    **dict.fromkeys(("sqnr_db", "model_sqnr_db", "drop", "seconds"), _UNKNOWN),
+    "bytes": _NUMBER,
+    "chosen": bool,
+}
+"""What a row holds, and the types of that, as :mod:`optc_passes.quant_account` writes it."""
 
 
 def is_account(rows: object) -> bool:
     """Whether rows from a manifest are an account that can be shown: a plugin's pass may keep one of its own kind."""
     if not isinstance(rows, list) or not rows:
         return False
-    return all(isinstance(row, dict) and row.keys() >= KEYS for row in rows)
+    if not all(isinstance(row, dict) and row.keys() >= KEYS.keys() for row in rows):
+        return False
+    if not all(isinstance(row[key], types) for row in rows for key, types in KEYS.items()):
+        return False
+    layers = {row["layer"] for row in rows}
+    return (
+        layers
+        == {row["layer"] for row in rows if row["chosen"]}
+        == {row["layer"] for row in rows if row["form"] == FLOAT}
+    )
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from optc import Change, OptcError, Pass, PassContext, PassOptions, PassResult, 
 from optc.rewrite import loosen_layout
 from optc_passes.partition_costs import local_devices, node_seconds, unit_seconds
 from optc_passes.partition_cut import Chain, Cut, Integers, cut
-from optc_passes.partition_devices import GB, Device, parse
+from optc_passes.partition_devices import GB, MOST, Device, parse
 from optc_passes.partition_graph import Row, Work, few_alive, row
 
 _FIT_STEPS = 40
@@ -32,7 +32,7 @@ class Partition(Pass):
     summary = "Cut the graph into pipeline stages so that the slowest one is as fast as it can be."
 
     class Options(PassOptions):
-        stages: int | None = Field(None, ge=1, description="number of stages; none: one for each device, or 2")
+        stages: int | None = Field(None, ge=1, le=MOST, description="number of stages; none: one for each device, or 2")
         devices: str = Field(
             "", description="4xh100, 1xh100,2xa100, 2xcpu:1 or a TOML file, one device a stage; empty: the target's own"
         )

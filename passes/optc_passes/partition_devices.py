@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from optc import OptcError
 
+MOST = 4096
+"""Devices in a list, and stages."""
 GB, TERA, MICRO = 1e9, 1e12, 1e-6
 _NOMINAL_CPU_FLOPS = 60e9
 """Per thread in float32: 16 fused multiply-adds a cycle (two AVX2 units) at about 2 GHz. For where nobody measures."""
@@ -97,7 +99,9 @@ def parse(text: str) -> tuple[Device, ...]:
         count, name, threads = int(match[1] or 1), match[2], match[3]
         if count < 1:
             raise OptcError(f"'{part}' are no devices", "give a count of 1 or more")
-        found += [_named(name, None if threads is None else int(threads))] * count
+        found += [_named(name, None if threads is None else int(threads))] * min(count, MOST + 1)
+        if len(found) > MOST:
+            raise OptcError(f"'{text}' are more than {MOST} devices", "name fewer")
     if not found:
         raise OptcError("no devices given", "write COUNTxDEVICE, such as 4xh100 or 2xcpu:1")
     return tuple(found)
@@ -123,7 +127,7 @@ class _Entry(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     name: str
-    count: int = Field(1, ge=1)
+    count: int = Field(1, ge=1, le=MOST)
     base: str | None = None
     tflops: dict[str, float | int] | None = None
     bandwidth_gb_s: float | int | None = Field(None, gt=0)

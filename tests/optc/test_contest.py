@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,7 +24,8 @@ from optc.lowering.onnxruntime import OnnxRuntimeBackend
 from optc.passmanager.contract import PassRecord
 from optc.passmanager.manager import build_passes
 from optc.progress import Progress, Run
-from optc.report.account import KEYS
+from optc_passes.quant_account import Entry
+from optc_passes.quant_account import account as account_of
 
 X = torch.randn(1, 512)
 TARGET = optc.Target(threads=1)
@@ -188,7 +190,7 @@ def test_formats_chosen_on_one_backend_are_not_compiled_for_seconds_for_another(
     race = contest(None)
     assert race._apt("plain", program, [quick, slow]) == [quick, slow], "nothing was measured for it"
 
-    account = {"account": [dict.fromkeys(KEYS, None) | {"layer": "linear", "backend": "eager"}]}
+    account = {"account": list(account_of([Entry("eager", "linear", "", "float", math.inf, 1e-6, 64)], {}, {}))}
     chosen = replace(program, history=(PassRecord("quant", {}, True, (), (), account),))
     assert race._apt("mixed", chosen, [quick, slow]) == [quick]
     (left,) = race.left

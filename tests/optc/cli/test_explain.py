@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,11 +88,13 @@ def test_the_table_of_auto_has_latencies_and_the_whole_models_noise(
     assert all(any(reason in row["why"] for reason in reasons) for row in account if row["chosen"])
 
 
+@pytest.mark.parametrize("change", [None, {"seconds": "3 µs"}, {"form": None}, {"chosen": False}])
 def test_an_account_of_another_kind_is_not_shown(
-    artifacts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    artifacts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any] | None
 ) -> None:
     manifest = json.loads((artifacts / "int8" / "manifest.json").read_text())
-    manifest["report"]["passes"][-1]["notes"]["account"] = [{"layer": "conv", "votes": 3}]
+    notes = manifest["report"]["passes"][-1]["notes"]
+    notes["account"] = [row | change for row in notes["account"]] if change else [{"layer": "conv", "votes": 3}]
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     assert run(["explain", str(tmp_path)]) == 2
     assert "kept an account of its choices" in capsys.readouterr().err

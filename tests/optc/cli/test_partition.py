@@ -146,6 +146,8 @@ def test_one_stage_is_an_ordinary_artifact(command: Command) -> None:
         (("--simulate", "2xh100", "--stages", "3"), "2 devices ('2xh100') for 3 stages"),
         (("--simulate", "tiny.toml"), "too large for its device"),
         (("--devices", "2xh100", "-o", "x.pipe"), "the stages were planned for h100, and lowering is for the CPU"),
+        (("--backend", "eager"), "without -o no stage is lowered, to eager or otherwise"),
+        (("--backend", "nope", "-o", "x.pipe"), "unknown backend 'nope'"),
         (("-o", "mine_in_stages.py"), "output folder 'mine_in_stages.py' exists"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -24,8 +25,9 @@ from optc.lowering.torch_memory import TorchOptions
 from optc.passmanager.alternatives import Made
 from optc.passmanager.contract import PassRecord
 from optc.progress import Progress, Run
-from optc.report.account import KEYS
 from optc.selection import Selection, _varying, select
+from optc_passes.quant_account import Entry
+from optc_passes.quant_account import account as account_of
 
 TARGET = optc.Target(threads=1, batch=2, options={"offering": {"level": 1}})
 X = torch.randn(2, 8)
@@ -218,7 +220,7 @@ def test_what_was_chosen_for_formats_that_were_measured_is_not_recalled_for_othe
     program: optc.Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    account = {"account": [dict.fromkeys(KEYS, None) | {"layer": "linear", "backend": "slow"}]}
+    account = {"account": list(account_of([Entry("slow", "linear", "", "float", math.inf, 1e-6, 64)], {}, {}))}
 
     def made(block: int = 64, points: float = 1.0) -> Made:
         formats = replace(program.fork(), history=(PassRecord("quant", {"block": block}, True, (), (), account),))
