@@ -15,8 +15,10 @@ from optc.threads import available_threads
 
 ISA_FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 """Instruction sets that decide how fast int8 and bf16 run, as Linux spells them."""
-BF16_FLAGS = frozenset(("avx512_bf16", "amx_bf16"))
-"""Those without which bfloat16 is emulated."""
+INT8_FLAGS = ("avx512_vnni", "avx_vnni", "amx_int8")
+"""Those that add up products of 8 bits exactly, each as good as the others."""
+BF16_FLAGS = ("avx512_bf16", "amx_bf16")
+"""Those without which bfloat16 and float16 are emulated."""
 
 PACKAGES = (
     "optc",
@@ -98,6 +100,16 @@ def isa() -> tuple[str, ...] | None:
     """Those of :data:`ISA_FLAGS` the CPU has; ``None`` where the system does not tell (not Linux on x86)."""
     present = cpu_flags()
     return None if present is None else tuple(flag for flag in ISA_FLAGS if flag in present)
+
+
+def emulates_bf16(isa: Iterable[str] | None) -> bool:
+    """Whether a CPU with these of :data:`ISA_FLAGS` converts bfloat16 to float32 for each operator; not if unknown."""
+    return isa is not None and set(isa).isdisjoint(BF16_FLAGS)
+
+
+def saturates_int8(isa: Iterable[str] | None) -> bool:
+    """Whether a CPU with these of :data:`ISA_FLAGS` adds pairs of int8 products in 16 bits; not if unknown."""
+    return isa is not None and set(isa).isdisjoint(INT8_FLAGS)
 
 
 def cpu_flags() -> frozenset[str] | None:

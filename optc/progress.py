@@ -25,8 +25,8 @@ class Progress:
         """Wrap a step; ``title`` says what is being done, such as ``"Capturing alexnet"``."""
         yield Step()
 
-    def note(self, text: str, *, important: bool = False) -> None:
-        """A line worth reading; ``important`` ones must not be missed."""
+    def note(self, text: str) -> None:
+        """A line that must not be missed."""
 
 
 class Run:
@@ -40,7 +40,7 @@ class Run:
     def note(self, text: str) -> None:
         """Show a line at once and keep it for the report."""
         if text not in self.notes:
-            self._progress.note(text, important=True)
+            self._progress.note(text)
             self.notes.append(text)
 
     @contextmanager

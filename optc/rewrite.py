@@ -38,9 +38,25 @@ def is_call(node: object, *targets: Target) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 
 
+def is_quantize(node: object) -> bool:
+    """Whether a node rounds to integers, by constant scales or by scales found at run time."""
+    return _operator(node).startswith("quantize_")
+
+
+def is_dequantize(node: object) -> bool:
+    """Whether a node gives what integers stand for, by constant scales or by scales found at run time."""
+    return _operator(node).startswith("dequantize_")
+
+
+def _operator(node: object) -> str:
+    """An operator's name without those of its library and its overload; empty for what calls none."""
+    schema = getattr(getattr(node, "target", None), "_schema", None)
+    return "" if schema is None else str(schema.name).partition("::")[2]
+
+
 def is_quantized(program: Program) -> bool:
     """Whether anything in the graph is quantized, weights included."""
-    return any(True for _ in calls(program, *QUANTIZERS, *DEQUANTIZERS))
+    return any(is_quantize(node) or is_dequantize(node) for node in program.graph.nodes)
 
 
 def argument(node: fx.Node, name: str) -> Any:
@@ -52,6 +68,11 @@ def argument(node: fx.Node, name: str) -> Any:
                 return node.args[position]
             return node.kwargs.get(name, parameter.default_value)
     raise KeyError(f"{node.target} has no argument {name!r}")
+
+
+def arguments(node: fx.Node) -> tuple[Any, ...]:
+    """All of an ATen node's arguments in the schema's order, defaults included."""
+    return tuple(argument(node, parameter.name) for parameter in node.target._schema.arguments)  # type: ignore[union-attr]
 
 
 def set_argument(node: fx.Node, name: str, value: fx.node.Argument) -> None:
@@ -140,16 +161,6 @@ def erase_unused(nodes: Iterable[object]) -> None:
     for node in nodes:
         if isinstance(node, fx.Node) and not node.users and not node._erased:
             node.graph.erase_node(node)
-
-
-def erase_dead(program: Program) -> int:
-    """Erase nodes nothing uses (placeholders stay) and return how many. All ATen operators in a Program are pure."""
-    erased = 0
-    for node in reversed(list(program.graph.nodes)):
-        if not node.users and node.op not in ("placeholder", "output"):
-            program.graph.erase_node(node)
-            erased += 1
-    return erased
 
 
 def label(node: fx.Node) -> str:

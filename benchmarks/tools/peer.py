@@ -15,10 +15,9 @@ from optc import Runner
 from optc.data.synthetic import SyntheticDataset
 from optc.frontend.load import LoadedModel, load_model
 from optc.lowering.backend import Array
-from optc.machine import BF16_FLAGS, isa
+from optc.machine import emulates_bf16, isa, saturates_int8
 
 JUDGED_IMAGES = 32
-_DOT_PRODUCT = frozenset(("avx_vnni", "avx512_vnni", "amx_int8"))
 
 
 @dataclass(frozen=True)
@@ -85,15 +84,13 @@ def require_bfloat16() -> None:
     Raises:
         RuntimeError: it has no such instructions.
     """
-    flags = isa()
-    if flags is not None and BF16_FLAGS.isdisjoint(flags):
+    if emulates_bf16(isa()):
         raise RuntimeError("this CPU has no bfloat16 arithmetic and would emulate it")
 
 
 def int8_saturates() -> bool:
     """Whether int8 kernels add pairs of products in 16 bits here, so that tools advise weights of 7 bits."""
-    flags = isa()
-    return flags is not None and _DOT_PRODUCT.isdisjoint(flags)
+    return saturates_int8(isa())
 
 
 class CallRunner(Runner):

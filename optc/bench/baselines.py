@@ -19,7 +19,7 @@ from optc.evaluation import set_evaluation_mode
 from optc.lowering.agreement import as_array
 from optc.lowering.backend import Array, Runner
 from optc.lowering.torch_memory import keep_freed_memory, return_freed_memory
-from optc.machine import BF16_FLAGS, isa
+from optc.machine import emulates_bf16, isa
 from optc.target import Target
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -41,7 +41,7 @@ def baselines(module: nn.Module, example_inputs: Sequence[Tensor], target: Targe
     half = torch.float16 if device.type == "cuda" else torch.bfloat16
     size = sum(t.nbytes for t in pytree.tree_leaves([list(module.parameters()), list(module.buffers())]))
     full_copies = 0 if all(t.device == device for t in module.parameters()) else size
-    emulated = device.type == "cpu" and BF16_FLAGS.isdisjoint(isa() or BF16_FLAGS)
+    emulated = device.type == "cpu" and emulates_bf16(isa())
     halves = _Converted(module, half, device)
     fulls = _Converted(module, torch.float32, device)
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import tempfile
-from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
-from optc.bench.choice_cache import folder
+from optc.bench.cache import cache_file, cache_folder, write_cache
 from optc.bench.peaks import Peaks, measure_peaks
 from optc.machine import cpu_name, isa, versions
 
@@ -20,9 +17,8 @@ log = logging.getLogger(__name__)
 
 def peaks_file(threads: int) -> Path:
     """Where the peaks with so many threads are kept: ``$XDG_CACHE_HOME/optc/peaks``, by default under ``~/.cache``."""
-    parts = [cpu_name(), isa(), threads, versions(("torch", "numpy"))]
-    name = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-    return folder().parent / "peaks" / f"{name}.json"
+    parts = {"cpu": cpu_name(), "isa": isa(), "threads": threads, "versions": versions(("torch", "numpy"))}
+    return cache_file(cache_folder("peaks"), parts)
 
 
 def peaks(threads: int) -> Peaks:
@@ -37,7 +33,7 @@ def peaks(threads: int) -> Peaks:
     found = measure_peaks(threads, datetime.now(UTC).isoformat(timespec="seconds"))
     if known is not None:
         found = found.or_better(known)
-    _write(file, found)
+    write_cache(file, json.dumps(asdict(found), indent=1))
     return found
 
 
@@ -50,20 +46,3 @@ def _read(file: Path) -> Peaks | None:
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         log.debug("no peaks in %s: %s", file, error)
         return None
-
-
-def _write(file: Path, found: Peaks) -> None:
-    """Whole or not at all; where the cache cannot be written, the peaks are measured again next time."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=file.parent, delete=False) as stream:
-            json.dump(asdict(found), stream, indent=1)
-    except OSError as error:
-        log.debug("cannot keep the peaks: %s", error)
-        return
-    try:
-        Path(stream.name).replace(file)
-    except OSError as error:
-        log.debug("cannot keep the peaks: %s", error)
-        with suppress(OSError):
-            Path(stream.name).unlink()

@@ -28,8 +28,6 @@ EXTRAS = {
     "torch_tensorrt": ("GPU inference through TensorRT", "optc[gpu]"),
 }
 """Import name: what it is for, and what to install where it is missing."""
-INT8_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8"}
-BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
 
 
 @click.command("doctor")
@@ -77,10 +75,12 @@ def _package(name: str, purpose: str, install: str) -> dict[str, Any]:
 
 def _advice(isa: tuple[str, ...] | None) -> list[str]:
     """What this machine's instruction set means for the user."""
+    from optc.machine import emulates_bf16, saturates_int8
+
     advice = []
-    if isa is not None and not INT8_FLAGS & set(isa):
+    if saturates_int8(isa):
         advice.append("this CPU has no int8 dot-product instructions (VNNI, AMX): int8 may well be slower than float32")
-    if isa is not None and not BF16_FLAGS & set(isa):
+    if emulates_bf16(isa):
         advice.append("this CPU has no bfloat16 instructions: bfloat16 is emulated and slow")
     if shutil.which("c++") is None and shutil.which("g++") is None and shutil.which("clang++") is None:
         advice.append(

@@ -44,7 +44,7 @@ def load(
         loaded = load_model(model, weights, classes, seed)
         step.done(f"from {loaded.info.source}, weights: {loaded.info.weights}")
     for note in loaded.info.notes:
-        progress.note(note, important=True)
+        progress.note(note)
     return loaded, dataset
 
 

@@ -148,7 +148,6 @@ def command(
         progress.note(
             f"--max-drop {max_drop:g} is held as {AGREEMENT} with the unquantized model, on {evaluate.data}: "
             f"{role.no_accuracy}",
-            important=True,
         )
     optimized = api.optimize(
         loaded.module,

@@ -144,9 +144,9 @@ def command(
     prediction = Prediction.of(program.history)
     notes = list(program.info.notes)
     for note in notes[len(loaded.info.notes) :]:  # those before were told when it was loaded
-        progress.note(note, important=True)
+        progress.note(note)
     for what, where, why in deviations(lowering, every=verbose):
-        progress.note(f"{what}: {where}: {why}", important=True)
+        progress.note(f"{what}: {where}: {why}")
     artifact = None if output is None else str(output)
     found = {"model": loaded.info.name, "artifact": artifact, **prediction.to_dict(), "notes": notes}
     if report is not None:
@@ -208,7 +208,7 @@ def _plan(
             watch = Verify(captured, batches, Path.cwd(), PassContext(target, calibration))
             watchers.append(watch)
             for remark in watch.remarks:
-                progress.note(remark, important=True)
+                progress.note(remark)
     with progress.step("Running passes") as step:
         context = PassContext(
             target,
@@ -216,7 +216,7 @@ def _plan(
             watchers,
             progress=step.update,
             isa=isa(),
-            note=lambda text: progress.note(text, important=True),
+            note=lambda text: progress.note(text),
             node_times=node_times,
             memory=total_memory(),
         )

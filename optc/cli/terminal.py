@@ -8,11 +8,10 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from rich.console import Console
 from rich.panel import Panel
-from rich.status import Status
 from rich.text import Text
 
 from optc.cli.streams import ReaderLeft
@@ -44,11 +43,10 @@ def silence_third_parties() -> None:
 
 
 class _TerminalStep(Step):
-    def __init__(self, title: str, status: Status | None) -> None:
+    def __init__(self, title: str) -> None:
         self.title = title
         self.result = ""
         self._text = ""
-        self._status = status
         self._start = time.perf_counter()
 
     @property
@@ -78,21 +76,11 @@ class TerminalProgress(Progress):
         if self._verbosity < 0:
             yield Step()
             return
-        step = _TerminalStep(title, None)
-        with self._console.status(step, spinner="dots") if self._console.is_terminal else _nothing():
+        step = _TerminalStep(title)
+        with self._console.status(step, spinner="dots") if self._console.is_terminal else nullcontext():
             yield step
         result = f": {step.result}" if step.result else ""
         self._console.print(Text.assemble(("✓ ", "green"), f"{title}{result} ", (f"({step.elapsed:.1f} s)", "dim")))
 
-    def note(self, text: str, *, important: bool = False) -> None:
-        if important:
-            self._console.print(
-                Panel(Text(text, style="bold"), border_style="yellow", title="Note", title_align="left")
-            )
-        elif self._verbosity >= 0:
-            self._console.print(Text(text))
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
+    def note(self, text: str) -> None:
+        self._console.print(Panel(Text(text, style="bold"), border_style="yellow", title="Note", title_align="left"))

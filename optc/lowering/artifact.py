@@ -19,7 +19,7 @@ from optc.errors import ArtifactError
 from optc.lowering.backend import Array, Backend, Lowered, Runner
 from optc.lowering.inputs import described
 from optc.lowering.manifest import NAME, Manifest, TensorEntry, check_files, file_entry, read_manifest
-from optc.machine import cpu_flags, cpu_name, isa, machine
+from optc.machine import INT8_FLAGS, cpu_flags, cpu_name, isa, machine
 from optc.plugins.registry import registry
 from optc.target import Target
 from optc.threads import most_threads
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from optc.program import Program
 
 RUN_SCRIPT = "run.py"
-INT8_ISA = ("avx512_vnni", "avx_vnni", "amx_int8")
-"""Instructions that sum int8 products exactly, each as good as the others."""
 
 
 @dataclass(frozen=True)
@@ -199,9 +197,9 @@ def _told(path: Path) -> Iterator[None]:
 
 
 def _required_isa(lowered: Lowered, precision: str, target: Target) -> tuple[str, ...]:
-    """What the files were compiled for; and for an int8 artifact that was checked with one, any of :data:`INT8_ISA`."""
-    exact = target.device == "cpu" and "int8" in precision and not set(INT8_ISA).isdisjoint(isa() or ())
-    return (*lowered.required_isa, "|".join(INT8_ISA)) if exact else lowered.required_isa
+    """What the files were compiled for; and for an int8 artifact that was checked with one, any of ``INT8_FLAGS``."""
+    exact = target.device == "cpu" and "int8" in precision and not set(INT8_FLAGS).isdisjoint(isa() or ())
+    return (*lowered.required_isa, "|".join(INT8_FLAGS)) if exact else lowered.required_isa
 
 
 def _check_machine(folder: Path, manifest: Manifest) -> None:

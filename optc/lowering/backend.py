@@ -176,4 +176,4 @@ class Backend(ABC):
         raise BackendError(f"the {self.name} backend cannot tell how long its operators take")
 
 
-__all__ = ["Array", "Backend", "BackendOptions", "Lowered", "Runner", "np"]
+__all__ = ["Array", "Backend", "BackendOptions", "Lowered", "Runner"]

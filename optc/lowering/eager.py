@@ -27,7 +27,7 @@ from optc.lowering.tf32 import without_tf32
 from optc.lowering.torch_memory import TorchOptions, keep_freed_memory, return_freed_memory
 from optc.ops import COMPOSITES
 from optc.program import Program, complete_meta
-from optc.rewrite import add_constant, constant_of, label, replace
+from optc.rewrite import add_constant, constant_of, is_dequantize, is_quantize, label, replace
 from optc.target import Target
 
 aten = torch.ops.aten
@@ -200,7 +200,7 @@ def _dequantize_weights(program: Program) -> None:
     """Evaluate, in place, each dequantization of constants: the layer it feeds then has a constant weight to pack."""
     for node in list(program.graph.nodes):
         operands = node.all_input_nodes
-        if node.op != "call_function" or "::dequantize_" not in str(getattr(node.target, "_schema", "")):
+        if not is_dequantize(node):
             continue
         values: dict[fx.Node, Any] = {operand: constant_of(program, operand) for operand in operands}
         if all(value is not None for value in values.values()):
@@ -222,5 +222,5 @@ def _precision(program: Program) -> str:
     total = found.total()
     names = [name if len(found) == 1 else f"{name} ({count} of {total} layers)" for name, count in found.most_common()]
     text = ", ".join(names)
-    quantized = sum("::quantize_" in str(getattr(node.target, "_schema", "")) for node in program.graph.nodes)
+    quantized = sum(map(is_quantize, program.graph.nodes))
     return f"{text}, simulating {quantized} quantizations" if quantized else text

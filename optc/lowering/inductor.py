@@ -34,7 +34,7 @@ from optc.lowering.layer_precision import layer_precision
 from optc.lowering.tf32 import without_tf32
 from optc.lowering.torch_memory import TorchOptions, keep_freed_memory, return_freed_memory
 from optc.program import Program
-from optc.rewrite import argument, label
+from optc.rewrite import argument, is_call, is_dequantize, is_quantized, label
 from optc.target import Target
 
 PACKAGE, RESULT, FACTS = "model.pt2", "result.json", "optc.json"
@@ -116,7 +116,7 @@ class InductorBackend(Backend):
         result = _result(process, scratch)
         Path(scratch, PACKAGE).rename(folder / PACKAGE)
         details: dict[str, Any] = {"layers": result["layers"], "kernels": result["kernels"]}
-        if any("quantize_" in str(getattr(node.target, "_schema", "")) for node in program.graph.nodes):
+        if is_quantized(program):
             details["not_int8"] = _not_int8(program, result["unquantized"], target)
         runner = self.load(folder, (PACKAGE,), target)
         details["check"] = check_agreement(self.name, program, runner).details()
@@ -311,12 +311,10 @@ def _why_float(layer: fx.Node | None, target: Target) -> str:
     if target.device == "cuda":
         return "Inductor has no int8 kernels on CUDA"
     if layer is not None:
-        weight = getattr(argument(layer, "weight"), "target", None)
-        if "::dequantize_per_channel_group" in str(getattr(weight, "_schema", "")):
+        if is_call(argument(layer, "weight"), torch.ops.quantized_decomposed.dequantize_per_channel_group.default):
             return "Inductor has no kernels for weights in blocks, which it holds as float32"
         for operand, what in (("input", "input"), ("weight", "weight")):
-            source = argument(layer, operand)
-            if "::dequantize_" not in str(getattr(getattr(source, "target", None), "_schema", "")):
+            if not is_dequantize(argument(layer, operand)):
                 return f"its {what} is not quantized in the graph"
     return "Inductor found no oneDNN int8 kernel for it"
 

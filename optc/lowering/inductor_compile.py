@@ -36,7 +36,7 @@ from optc.lowering.inductor_pack import packed_for
 from optc.lowering.prepack import LAYERS
 from optc.ops import decompose
 from optc.program import Program, complete_meta
-from optc.rewrite import add_constant, argument, constant_of, erase_unused, is_call, replace
+from optc.rewrite import add_constant, argument, constant_of, erase_unused, is_call, is_dequantize, replace
 from optc.target import Target
 
 PACKAGE, RESULT = "model.pt2", "result.json"
@@ -134,7 +134,7 @@ def _int8_form(program: Program, int8_kernels: bool) -> Program:
     constants: list[fx.Node] = []
     for node in list(program.graph.nodes):
         operands = {operand: constant_of(program, operand) for operand in node.all_input_nodes}
-        if not _is_dequantization(node) or any(value is None for value in operands.values()):
+        if not is_dequantize(node) or any(value is None for value in operands.values()):
             continue
         if int8_kernels and all(_takes_int8(user, node) for user in node.users):
             continue
@@ -151,12 +151,8 @@ def _takes_int8(layer: fx.Node, weight: fx.Node) -> bool:
     return (
         is_call(layer, aten.conv2d.default, aten.linear.default)
         and argument(layer, "weight") is weight
-        and _is_dequantization(argument(layer, "input"))
+        and is_dequantize(argument(layer, "input"))
     )
-
-
-def _is_dequantization(node: object) -> bool:
-    return isinstance(node, fx.Node) and "::dequantize_" in str(getattr(node.target, "_schema", ""))
 
 
 def _export(program: Program) -> ExportedProgram:

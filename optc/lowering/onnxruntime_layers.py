@@ -13,7 +13,7 @@ import torch
 from onnx import TensorProto
 
 from optc.lowering.onnxruntime_profile import BLOCK_KERNELS, Kernel, inserted_casts, plain_name
-from optc.rewrite import label
+from optc.rewrite import is_quantized, label
 
 if TYPE_CHECKING:
     from torch import fx
@@ -81,7 +81,7 @@ def deviations(program: Program, path: Path, ran: Sequence[Kernel]) -> dict[str,
     engines = sum(kernel.is_engine for kernel in ran)
     if engines:
         return {"engines": engines}
-    quantized = any("quantize_" in str(getattr(node.target, "_schema", "")) for node in program.graph.nodes)
+    quantized = is_quantized(program)
     dtypes = {getattr(node.meta.get("val"), "dtype", None) for node in program.graph.nodes}
     half = [name for dtype, name in _HALF.items() if dtype in dtypes]
     if not quantized and not half:

@@ -17,6 +17,7 @@ from optc.rewrite import (
     STRIDES_READ,
     add_constant,
     argument,
+    arguments,
     calls,
     constant_of,
     erase_unused,
@@ -74,19 +75,15 @@ def prepack(program: Program) -> Packed:
     return Packed(packed, left)
 
 
-def _arguments(node: fx.Node) -> tuple[fx.node.Argument, ...]:
-    return tuple(argument(node, parameter.name) for parameter in node.target._schema.arguments)  # type: ignore[union-attr]
-
-
 def _refusal(node: fx.Node, row: Composite, weight: Tensor) -> str | None:
     if weight.dim() < 2:
         return "its weight is a vector"
-    fakes = fx.map_arg(_arguments(node), lambda n: n.meta["val"])
+    fakes = fx.map_arg(arguments(node), lambda n: n.meta["val"])
     return cpu.refusal(row, fakes, packed=True)
 
 
 def _pack(program: Program, node: fx.Node, row: Composite, weight: Tensor) -> fx.Node:
-    args = _arguments(node)
+    args = arguments(node)
     x, old, *_ = args
     assert isinstance(x, fx.Node)
     assert isinstance(old, fx.Node)
@@ -98,8 +95,7 @@ def _pack(program: Program, node: fx.Node, row: Composite, weight: Tensor) -> fx
         data = mkldnn._reorder_linear_weight(weight.detach(), math.prod(shape(x)[:-1]))
     constant = add_constant(program, node, f"{old.target}_packed", data)
     constant.meta["val"] = old.meta["val"]
-    target, arguments = cpu.fused_call(row, (x, constant, *args[2:]))
-    new = _call(node, target, arguments)
+    new = _call(node, *cpu.fused_call(row, (x, constant, *args[2:])))
     erase_unused((old,))
     return new
 
@@ -109,8 +105,8 @@ def _delete_constant(program: Program, name: str) -> None:
     delattr(program.module.get_submodule(path), leaf)
 
 
-def _call(node: fx.Node, target: OpOverload, arguments: tuple[fx.node.Argument, ...]) -> fx.Node:
+def _call(node: fx.Node, target: OpOverload, args: tuple[fx.node.Argument, ...]) -> fx.Node:
     with node.graph.inserting_before(node):
-        new = node.graph.create_node("call_function", target, arguments, name=node.name)
+        new = node.graph.create_node("call_function", target, args, name=node.name)
     replace(node, new)
     return new

@@ -32,7 +32,7 @@ from optc.lowering.tensorrt_quant import (
     tensorrt_form,
 )
 from optc.program import Program
-from optc.rewrite import argument, is_quantized, label
+from optc.rewrite import argument, is_dequantize, is_quantized, label
 from optc.target import Target
 
 RUN_SCRIPT = Path(__file__).with_name("run_tensorrt.py")
@@ -151,7 +151,7 @@ def layer_types(form: Program) -> dict[str, int]:
     for node in form.graph.nodes:
         if node.target in LAYERS:
             sources = [argument(node, name) for name in ("input", "weight")]
-            int8 = all("::dequantize_" in str(getattr(source.target, "_schema", "")) for source in sources)
+            int8 = all(is_dequantize(source) for source in sources)
             counts["int8" if int8 else str(node.meta["val"].dtype).removeprefix("torch.")] += 1
     return dict(counts)
 

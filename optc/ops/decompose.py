@@ -10,7 +10,7 @@ from torch._ops import OpOverload
 
 from optc.ops.composites import COMPOSITES, Composite
 from optc.program import Program, complete_meta
-from optc.rewrite import argument, calls, replace
+from optc.rewrite import argument, arguments, calls, replace
 
 aten = torch.ops.aten
 
@@ -54,9 +54,8 @@ def _inline(node: fx.Node, composite: Composite) -> None:
         made.meta = dict(origin)
         return made
 
-    arguments = tuple(argument(node, parameter.name) for parameter in node.target._schema.arguments)  # type: ignore[union-attr]
     with graph.inserting_before(node):
-        last = composite.emit(call, arguments)
+        last = composite.emit(call, arguments(node))
     last.meta["val"] = node.meta["val"]
     node.replace_all_uses_with(last)
     graph.erase_node(node)

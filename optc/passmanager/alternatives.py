@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from optc.errors import DataError, OptcError, UnknownNameError
-from optc.machine import BF16_FLAGS
 from optc.ops.costs import node_costs
 from optc.passmanager.contract import Pass, PassContext
 from optc.passmanager.manager import PassManager, build_passes, read_pass
@@ -153,8 +152,7 @@ class Alternatives:
             return ""
         if context.target.device != "cpu":
             return "layers are measured in each format on CPUs only" if text == MIXED else ""
-        flags = BF16_FLAGS if context.isa is None else context.isa
-        if any(each.name == "bf16" for each in manager.passes) and BF16_FLAGS.isdisjoint(flags):
+        if context.emulates_half and any(each.name == "bf16" for each in manager.passes):
             return "this CPU has no bfloat16 arithmetic"
         if text == MIXED:
             if not context.latency:

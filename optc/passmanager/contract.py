@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, final
 
 from optc.errors import PassContractError
-from optc.machine import isa
+from optc.machine import emulates_bf16, isa, saturates_int8
 from optc.options import Options, checked
 from optc.target import Target
 
@@ -164,6 +164,16 @@ class PassContext:
     latency: Mapping[str, Latency] = field(default_factory=dict)
     node_times: Callable[[Program, str, int, int], Mapping[str, float]] | None = None
     memory: int | None = None
+
+    @property
+    def emulates_half(self) -> bool:
+        """Whether the target converts bfloat16 and float16 to float32 and back for each operator."""
+        return self.target.device == "cpu" and emulates_bf16(self.isa)
+
+    @property
+    def saturates_int8(self) -> bool:
+        """Whether the target's int8 kernels add pairs of products in 16 bits, so that 8-bit weights may overflow."""
+        return self.target.device == "cpu" and saturates_int8(self.isa)
 
 
 class PassOptions(Options):

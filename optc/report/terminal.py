@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from optc.bench.choice import rows
-from optc.bench.results import CandidateResult, Measurement
+from optc.bench.results import CandidateResult
 from optc.passmanager.contract import PassRecord, Skip
 from optc.report.deviations import deviations
 from optc.report.measured import warnings
@@ -151,19 +151,6 @@ def results_table(report: Report) -> Table:
             table.add_row(*_latency_cells(result), before, megabytes(report.model_bytes))
         else:
             table.add_row(*_latency_cells(result))
-    return table
-
-
-def measurement_table(measurement: Measurement) -> Table:
-    """One row per measured candidate: precision, latency percentiles, queries, and what ran it."""
-    table = Table(
-        "candidate", "precision", "p50 ms", "p90 ms", "p99 ms", "queries", "ran by", box=None, header_style="bold"
-    )
-    for column in table.columns[2:6]:
-        column.justify = "right"
-    for result in measurement.results:
-        count = str(result.percentiles.count) if result.percentiles else ""
-        table.add_row(*_latency_cells(result), count, Text(result.provider))
     return table
 
 

@@ -10,7 +10,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from optc.ops import COMPOSITES, find_composite
-from optc.rewrite import argument, is_call, replace, shape
+from optc.rewrite import argument, arguments, is_call, replace, shape
 from optc_passes.layers import DECOMPOSED
 
 aten = torch.ops.aten
@@ -59,12 +59,12 @@ def as_layer(node: object) -> Layer | str | None:
     if is_call(node, aten.conv2d.default, aten.linear.default):
         if len(shape(argument(node, "weight"))) < 2:
             return f"the weight of {node.name} is a vector"
-        return Layer(node, node.target, _arguments(node))  # type: ignore[arg-type]
+        return Layer(node, node.target, arguments(node))  # type: ignore[arg-type]
     if is_call(node, aten.conv2d.padding):  # capture writes other paddings than these as numbers
         return f"{node.name} pads one side more than the other"
     row = COMPOSITES.get(node.target)  # type: ignore[call-overload]
     if row is not None and row.activation is None:
-        return Layer(node, row.base, _arguments(node), residual=True)
+        return Layer(node, row.base, arguments(node), residual=True)
     if is_call(node, *_OTHER_LAYERS):
         what = "a transposed" if "transpose" in str(node.target) else "not a 2-D"
         return f"{node.name} is {what} convolution"
@@ -81,7 +81,3 @@ def fuse(end: fx.Node, layer: Layer, composite: OpOverload, args: tuple[Any, ...
     replace(end, new)
     layer.node.graph.erase_node(layer.node)
     return new
-
-
-def _arguments(node: fx.Node) -> tuple[Any, ...]:
-    return tuple(argument(node, parameter.name) for parameter in node.target._schema.arguments)  # type: ignore[union-attr]

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from optc import OptcError, PassContext, Program
 from optc.ops.costs import node_costs
+from optc.rewrite import is_dequantize
 from optc_passes.partition_devices import KNOWN, Device, cpu
 from optc_passes.partition_graph import Unit, Work
 
@@ -74,7 +75,7 @@ def node_seconds(
 def _kind(node: fx.Node) -> str:
     """The type a node computes in: int8 where all it reads besides biases is dequantized, else its result's."""
     operands = [each for each in node.all_input_nodes if each.op == "call_function"]
-    if len(operands) > 1 and all("::dequantize_" in str(getattr(each.target, "_schema", "")) for each in operands[:2]):
+    if len(operands) > 1 and all(map(is_dequantize, operands[:2])):
         return "int8"
     value = node.meta.get("val")
     return str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor) else ""

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, fx
 
 from optc import Change, Numerics, Pass, PassContext, PassResult, Program, Skip
-from optc.rewrite import add_constant, constant_of, dtype, erase_unused
+from optc.rewrite import add_constant, constant_of, dtype, erase_unused, is_dequantize, is_quantize
 from optc_passes.fake_values import recompute
-from optc_passes.hardware import emulates_half
 from optc_passes.precision_regions import inner, is_quantized_product, split_residuals
-from optc_passes.precision_rules import DELICATE, is_dequantize, operator_name, role
+from optc_passes.precision_rules import DELICATE, operator_name, role
 
 aten = torch.ops.aten
 
@@ -48,7 +47,7 @@ class _HalfPrecision(Pass):
         applied = (*(Change("split", name) for name in splits), *rewrite.applied)
         if applied:
             erase_unused(program.graph.find_nodes(op="get_attr"))
-            if emulates_half(context):
+            if context.emulates_half:
                 context.note(f"this CPU has no arithmetic for {self.name}: it is emulated, and slower than float32")
         return PassResult(program, bool(applied), applied, tuple(rewrite.skipped))
 
@@ -153,7 +152,7 @@ class _Rewrite:
     def _why_float32(self, node: fx.Node) -> str:
         if operator_name(node) in DELICATE:
             return f"in {self._name} its result would overflow or lose digits, as torch.autocast has it"
-        if "::quantize_" in str(getattr(node.target, "_schema", "")):
+        if is_quantize(node):
             return "quantize operators read float32"
         return f"no rule says that it is safe in {self._name}"
 

@@ -6,8 +6,8 @@ from torch import fx
 
 from optc import Program
 from optc.ops import COMPOSITES
-from optc.rewrite import QUANTIZERS, calls, is_call
-from optc_passes.precision_rules import is_dequantize, operator_name, role
+from optc.rewrite import calls, is_dequantize, is_quantize
+from optc_passes.precision_rules import operator_name, role
 from optc_passes.quant_split import split_composite
 
 
@@ -27,7 +27,7 @@ def inner(program: Program) -> set[fx.Node]:
         users = [user for user in node.users if operator_name(user) != "sym_size"]
         if node.op != "call_function" or not users:
             continue
-        ends = all(is_call(user, *QUANTIZERS) or user.op == "output" for user in users)
+        ends = all(is_quantize(user) or user.op == "output" for user in users)
         if ends or (len(users) == 1 and users[0] in found):
             found.add(node)
     return found

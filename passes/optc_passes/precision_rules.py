@@ -71,8 +71,3 @@ def operator_name(node: fx.Node) -> str:
     """An ATen operator's name without namespace and overload; empty for any other call."""
     target = node.target
     return target._opname if isinstance(target, OpOverload) and target.namespace == "aten" else ""
-
-
-def is_dequantize(node: fx.Node) -> bool:
-    """Whether a node turns integers and their scale back into floats."""
-    return "::dequantize_" in str(getattr(node.target, "_schema", ""))

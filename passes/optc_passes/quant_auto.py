@@ -12,7 +12,6 @@ from torch import Tensor, fx
 
 from optc import PassContext, Program
 from optc.rewrite import argument, shape
-from optc_passes.hardware import emulates_half
 from optc_passes.quant_account import Entry, Pair
 from optc_passes.quant_budget import MIN_SQNR_DB, over_budget
 from optc_passes.quant_formats import FLOAT, INT8, Attempt, LayerFormats
@@ -51,8 +50,7 @@ class Choice:
 
 def possible_formats(layers: LayerFormats, context: PassContext) -> dict[str, tuple[str, ...]]:
     """By layer, the formats it can have, float first; half precision only where the CPU does not emulate it."""
-    emulated = emulates_half(context)
-    local = [name for name, form in layers.local.items() if not (emulated and isinstance(form, Half))]
+    local = [name for name, form in layers.local.items() if not (context.emulates_half and isinstance(form, Half))]
     forms = (FLOAT, INT8, *local)
     return {name: tuple(form for form in forms if not layers.refusal(name, form)) for name in layers.names}
 

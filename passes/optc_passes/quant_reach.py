@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from optc import Program
 from optc.ops import COMPOSITES
-from optc.rewrite import argument, is_call, shape
+from optc.rewrite import arguments, is_call, shape
 from optc_passes.quant_plan import Layer
 
 IMAGES, SAMPLES = 8, 16
@@ -98,9 +98,8 @@ class _Forward(fx.Interpreter):
     def run_node(self, node: fx.Node) -> Any:
         value: Any
         if is_call(node, *COMPOSITES):
-            parameters = node.target._schema.arguments  # type: ignore[union-attr]
-            operands: Any = tuple(argument(node, parameter.name) for parameter in parameters)
-            value = COMPOSITES[node.target].decomposition(*self.map_nodes_to_values(operands, node))  # type: ignore[index, misc]
+            operands: Any = self.map_nodes_to_values(arguments(node), node)
+            value = COMPOSITES[node.target].decomposition(*operands)  # type: ignore[index]
         else:
             value = super().run_node(node)
         if node.op == "get_attr" and isinstance(value, Tensor):

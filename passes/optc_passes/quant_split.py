@@ -9,7 +9,7 @@ from torch._ops import OpOverload
 
 from optc import Program
 from optc.ops import COMPOSITES
-from optc.rewrite import argument, calls
+from optc.rewrite import arguments, calls
 
 _KEPT_ACTIVATIONS = (None, "relu", "relu6")
 
@@ -36,8 +36,7 @@ def split_composite(node: fx.Node) -> None:
         made.meta = dict(node.meta)  # every step has the composite's shape and data type
         return made
 
-    arguments = tuple(argument(node, parameter.name) for parameter in node.target._schema.arguments)  # type: ignore[union-attr]
     with node.graph.inserting_before(node):
-        last = row.emit(call, arguments)
+        last = row.emit(call, arguments(node))
     node.replace_all_uses_with(last)
     node.graph.erase_node(node)

@@ -28,8 +28,6 @@ from optc_passes.torchao_pt2e import (
 ANNOTATION = "quantization_annotation"
 INT32 = torch.iinfo(torch.int32)
 
-_DOT_PRODUCT = {"avx_vnni", "avx512_vnni", "amx_int8"}
-"""Instruction sets with 8-bit dot products that add up in 32 bits."""
 SATURATES = (
     "this CPU has no int8 dot-product instructions (VNNI, AMX): int8 may be slower than float32, and its kernels add"
     " pairs of products in 16 bits, so weights are quantized to 7 bits, which cannot overflow there"
@@ -61,8 +59,7 @@ class Int8Kernels:
         """Those of the context's target."""
         if context.target.device == "cuda":
             return cls(symmetric=True, attention=False)
-        saturates = context.isa is not None and not _DOT_PRODUCT & set(context.isa)
-        return cls(centre="amx_int8" in (context.isa or ()), weight_limit=64 if saturates else 127)
+        return cls(centre="amx_int8" in (context.isa or ()), weight_limit=64 if context.saturates_int8 else 127)
 
     @property
     def saturates(self) -> bool:

@@ -13,7 +13,7 @@ from torch import nn
 
 import optc
 from optc.budget import Budget, Metric
-from optc.machine import BF16_FLAGS, isa
+from optc.machine import emulates_bf16, isa
 from optc_passes.observers import ActivationObserver
 from optc_passes.quant import Quant
 from optc_passes.quant_account import Entry, entries
@@ -81,7 +81,7 @@ def test_auto_measures_every_layer_and_says_what_it_chose() -> None:
     layers = {row["layer"] for row in account}
     assert {row["module"] for row in account} == {"features.0", "features.3", "last"}
     assert len(layers) == 3
-    half = set() if BF16_FLAGS.isdisjoint(isa() or BF16_FLAGS) else {"fp16", "bf16"}
+    half = set() if emulates_bf16(isa()) else {"fp16", "bf16"}
     forms = {"float", "int8", "int8-dynamic", "int8-weights", "int4-weights"}
     assert {row["form"] for row in account} == forms | half
     assert [row["layer"] for row in account if row["chosen"]] == sorted(layers)
