@@ -96,7 +96,7 @@ class EagerBackend(Backend):
         if isinstance(runner, EagerRunner) and runner.left:
             labels = {node.name: label(node) for node in program.graph.nodes}
             details["not_onednn"] = {labels.get(name, name): reason for name, reason in runner.left.items()}
-        details["check"] = check_agreement(self.name, program, runner).details()
+        details["check"] = check_agreement(self.name, program, runner, target.batch).details()
         runner.close()
         return Lowered(files, details, provider=runner.provider, precision=runner.precision)
 

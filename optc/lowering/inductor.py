@@ -119,7 +119,7 @@ class InductorBackend(Backend):
         if is_quantized(program):
             details["not_int8"] = _not_int8(program, result["unquantized"], target)
         runner = self.load(folder, (PACKAGE,), target)
-        details["check"] = check_agreement(self.name, program, runner).details()
+        details["check"] = check_agreement(self.name, program, runner, target.batch).details()
         runner.close()
         script, isa = _run_script(self.options(target)), tuple(result["required_isa"])
         return Lowered((PACKAGE,), details, script, isa, runner.provider, runner.precision)

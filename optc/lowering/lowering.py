@@ -166,7 +166,7 @@ def _looked_at(backend: Backend, lowered: Lowered, program: Program, target: Tar
     with closing(backend.load(folder, lowered.files, target)) as runner:
         details = dict(lowered.details)
         if "check" not in details:
-            details["check"] = check_agreement(backend.name, program, runner).details()
+            details["check"] = check_agreement(backend.name, program, runner, target.batch).details()
         return replace(lowered, details=details, provider=runner.provider, precision=runner.precision)
 
 

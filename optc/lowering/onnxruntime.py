@@ -175,7 +175,7 @@ class OnnxRuntimeBackend(Backend):
         from optc.lowering.agreement import check_agreement
 
         try:
-            return check_agreement(self.name, program, runner)
+            return check_agreement(self.name, program, runner, target.batch)
         except BackendError as error:
             plain = session_options(target, self.options(target))
             plain.add_session_config_entry("session.disable_quant_qdq", "1")
@@ -183,7 +183,10 @@ class OnnxRuntimeBackend(Backend):
             names = [value.name for value in session.get_inputs()]
             try:
                 check_agreement(
-                    self.name, program, lambda *arrays: session.run(None, dict(zip(names, arrays, strict=True)))
+                    self.name,
+                    program,
+                    lambda *arrays: session.run(None, dict(zip(names, arrays, strict=True))),
+                    target.batch,
                 )
             except BackendError:
                 raise error from None

@@ -119,7 +119,7 @@ class TensorRtBackend(Backend):
             "not_tensorrt": {row["layer"]: row["reason"] for row in rows},
             "layers": layers,
             "tf32": False,
-            "check": check_agreement(self.name, _fitting(program, target), runner).details(),
+            "check": check_agreement(self.name, _fitting(program, target), runner, target.batch).details(),
         }
         runner.close()
         script, provider, precision = RUN_SCRIPT.read_text(), runner.provider, runner.precision

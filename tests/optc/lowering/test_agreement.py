@@ -99,6 +99,34 @@ def test_a_program_is_compared_on_its_example_inputs_under_its_bound(cnn: Progra
         check_agreement("rt", cnn, lambda *arrays: [output * 1.1 for output in run(*arrays)])
 
 
+def test_a_runtime_that_is_wrong_in_the_targets_batch_alone_is_refused(cnn: Program) -> None:
+    def run(*arrays: np.ndarray) -> list[np.ndarray]:
+        wrong = 1.1 if len(arrays[0]) == 1 else 1.0
+        return [wrong * output.numpy() for output in cnn.run(*map(torch.from_numpy, arrays))]
+
+    assert check_agreement("rt", cnn, run).batches == (2,)
+    assert check_agreement("rt", cnn, run, 5).details()["batches"] == [2, 5]
+    with pytest.raises(BackendError, match=r"rt, of a batch of 1, computes output 'output' differently"):
+        check_agreement("rt", cnn, run, 1)
+
+
+class Ranked(torch.nn.Module):
+    """What a sample gives depends on the others of its batch, and one output has no sample."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x - x.mean(0), x.sum()
+
+
+def test_samples_may_depend_on_the_others_of_the_targets_batch() -> None:
+    program = capture(Ranked(), (torch.randn(2, 8),))
+
+    def run(*arrays: np.ndarray) -> list[np.ndarray]:
+        return [output.numpy() for output in program.run(*map(torch.from_numpy, arrays))]
+
+    for batch in (1, 3):
+        assert check_agreement("rt", program, run, batch).sqnr_db == math.inf
+
+
 class Amplifies(torch.nn.Module):
     """Quantized, and a hundred thousand times more sensitive to its input than that is large."""
 

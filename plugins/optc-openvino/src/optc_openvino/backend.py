@@ -98,7 +98,7 @@ class OpenVinoBackend(Backend):
             "inference_precision": "bfloat16" if own else "as in the graph",
         }
 
-        batch = len(program.example_inputs[0])
+        batch = target.batch if program.dynamic_batch else len(program.example_inputs[0])
 
         def checked(model: ov.Model) -> tuple[dict[str, Any], str, str]:
             """Details, and what the runner tells of itself if it is the one that the target asks for."""
@@ -106,7 +106,7 @@ class OpenVinoBackend(Backend):
                 found = {
                     "divisible": runner.divisible,
                     "not_int8": not_int8(runner.kernels, quantized_layers(model)),
-                    "check": check_agreement("openvino", program, runner).details(),
+                    "check": check_agreement("openvino", program, runner, target.batch).details(),
                 }
                 return (found, runner.provider, runner.precision) if batch == target.batch else (found, "", "")
 
@@ -115,7 +115,7 @@ class OpenVinoBackend(Backend):
         if given.streams > 1 and details["divisible"]:
             refuse_dependent_samples(model, target, given)
         elif given.streams > 1:
-            if program.dynamic_batch or batch == target.batch:
+            if batch == target.batch:
                 raise BackendError("an input or output has a batch that cannot be divided", LEAVE_OUT_STREAMS)
             given = given.model_copy(update={"streams": 1})  # a layer by itself, whose rows are parts of images
         lowered = Lowered(
