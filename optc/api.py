@@ -202,6 +202,8 @@ def optimize(
     # Agreement has batches of its own, on the CPU; a caller's metric is asked about the model as it was given.
     before = before_of(run, metric, original if evaluate is not None else model, captured)
     search = metric_of(validate, captured, None, "validate") or metric
+    if max_drop is not None and search is metric and metric is not None:
+        run.note(f"how much is lost is looked for and confirmed on the same data, {metric.data}: validate= takes other")
     if search is not None and model is not original:  # the captured model is on the CPU
         search = replace(search, score=partial(_from_any_device, search))
     quick = [each for each in chosen if not has_own_process(each)]

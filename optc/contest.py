@@ -15,7 +15,7 @@ from torch import Tensor
 from optc.bench.choice import Outcome
 from optc.bench.measure import measure
 from optc.bench.results import Candidate
-from optc.errors import BackendError
+from optc.errors import OptcError
 from optc.lowering.agreement import as_array
 from optc.lowering.backend import Array, Backend
 from optc.lowering.lowering import Lowering, has_own_process, kept, lower_all, reason_of
@@ -85,7 +85,7 @@ class Contest:
         Raises:
             BackendError: no backend takes any of them.
         """
-        failure: BackendError | None = None
+        failure: OptcError | None = None
         for number, (passes, program) in enumerate(programs.items()):
             folder = self.folder.path / str(number)
             folder.mkdir()
@@ -152,9 +152,9 @@ class Contest:
             for options, reason in refused
         ]
 
-    def _enter(self, passes: str, program: Program, apt: Sequence[Backend], folder: Path) -> BackendError | None:
+    def _enter(self, passes: str, program: Program, apt: Sequence[Backend], folder: Path) -> OptcError | None:
         """Lower one program; to backends that compute its quantized layers in float only where no other takes it."""
-        failure: BackendError | None = None
+        failure: OptcError | None = None
         groups = _by_arithmetic(program, apt, self._target)
         for number, group in enumerate(groups):
             try:
@@ -162,7 +162,7 @@ class Contest:
                 lower = self._lower_where_promising if promising else self._lower
                 if not lower(passes, program, group, folder):
                     continue
-            except BackendError as error:
+            except OptcError as error:
                 failure = failure or error
                 self.left += [Outcome(each.name, False, reason_of(error), passes=passes) for each in group]
                 continue

@@ -6,6 +6,7 @@ import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -138,7 +139,7 @@ class Program:
 
         digest = hashlib.sha256()
         for node in self.graph.nodes:
-            digest.update(f"{node.op} {node.target} {encode(node.args)} {encode(node.kwargs)}".encode())
+            digest.update(f"{node.op} {_name(node.target)} {encode(node.args)} {encode(node.kwargs)}".encode())
             if "stage" in node.meta:
                 digest.update(f"stage {node.meta['stage']}".encode())
             if node.op == "get_attr":
@@ -149,6 +150,9 @@ class Program:
                     if contents:
                         plain = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
                         digest.update(plain.view(-1).view(torch.uint8).numpy().data)
+                elif isinstance(value, fx.GraphModule):  # a branch of a condition
+                    inner = replace(self, module=value).fingerprint(contents=contents)
+                    digest.update(inner.encode())
         return digest.hexdigest()
 
     def text(self) -> str:
@@ -189,12 +193,22 @@ class _Ref:
         return f"%{self.index}"
 
 
+def _name(target: object) -> str:
+    """A node's target as text that is the same in every process: a function's holds an address."""
+    return f"{target.__module__}.{target.__qualname__}" if isinstance(target, FunctionType) else str(target)
+
+
 def get_constant(module: torch.nn.Module, name: str) -> Any:
     """The attribute behind a ``get_attr`` node's dotted target."""
     value: Any = module
     for atom in name.split("."):
         value = getattr(value, atom)
     return value
+
+
+def version(tensor: Tensor) -> int | None:
+    """How often a tensor was written to; of one made in inference mode nobody counts."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def graph_module(root: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:

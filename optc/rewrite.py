@@ -124,6 +124,12 @@ def shape(node: fx.Node) -> tuple[int, ...]:
     return tuple(int(size) for size in node.meta["val"].shape)
 
 
+def strides(node: fx.Node) -> tuple[int, ...]:
+    """Static strides of a tensor-valued node at the example inputs; empty for what is no tensor."""
+    value = node.meta.get("val")
+    return value.stride() if isinstance(value, Tensor) else ()
+
+
 def dims(node: fx.Node) -> tuple[int | str, ...] | None:
     """Sizes of a tensor-valued node at any batch: numbers, and expressions such as ``"8*s0"`` where they vary.
 

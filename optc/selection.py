@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from optc.bench import choice_cache
 from optc.bench.baselines import baselines
 from optc.bench.choice import Outcome, choose
+from optc.bench.disturbance import by_others
 from optc.bench.measure import measure as measure_candidates
 from optc.bench.results import Measurement
 from optc.contest import Contest, TemporaryFolder, arrays, candidates, measured_on
@@ -89,7 +90,8 @@ def select(
     failed = bool(_failures(names, measurement))
     if known:
         outcomes = known.outcomes
-        notes = (f"chosen by the measurement of {known.measured}; to measure again, delete {remembered}",)
+        then = f", when {known.disturbed}" if known.disturbed else ""
+        notes = (f"chosen by the measurement of {known.measured}{then}; to measure again, delete {remembered}",)
     elif several or not failed:  # what alone was asked for is kept even so, and the report has what failed
         left = [
             *contest.left,
@@ -99,7 +101,8 @@ def select(
         kept, outcomes = choose(names, left, measurement)
         passing = any(isinstance(each.reason, Passing) for each in contest.left)
         if remembered and not failed and not passing:  # what failed may run another time
-            choice_cache.remember(remembered, outcomes)
+            warnings = (each for result in measurement.results for each in result.warnings) if measurement else ()
+            choice_cache.remember(remembered, outcomes, by_others(warnings))
     if not several and len(outcomes) == 1:
         outcomes = ()  # there was nothing to choose
     for folder in {each.folder for each in contest.lowerings} - {kept.folder}:

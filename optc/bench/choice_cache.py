@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from optc.bench.cache import cache_file, cache_folder, write_cache
 from optc.bench.choice import Outcome
 from optc.bench.surroundings import surroundings
 from optc.lowering.backend import Backend
+from optc.plugins.registry import registry
 from optc.program import Program
 from optc.target import Target
 
@@ -22,10 +26,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Choice:
-    """The outcome of every backend, the kept one first, and when it was measured (ISO 8601, UTC)."""
+    """The outcome of every backend, the kept one first, when it was measured (ISO 8601, UTC), and by what disturbed."""
 
     outcomes: tuple[Outcome, ...]
     measured: str
+    disturbed: str = ""
 
 
 def folder() -> Path:
@@ -56,8 +61,24 @@ def file_of(
         "target": asdict(target),
         "backends": sorted(backend.name for backend in backends),
         "surroundings": surroundings(target),
+        "code": _code(),
     }
     return cache_file(folder(), parts)
+
+
+@lru_cache(maxsize=1)
+def _code() -> str:
+    """A hash of the Python files of what provides passes and backends: between releases versions stay the same."""
+    entries = (each.entry for kind in ("pass", "backend") for each in registry().all(kind).values())
+    found = hashlib.sha256()
+    for name in sorted({entry.target.partition(":")[0].partition(".")[0] for entry in entries}):
+        spec = importlib.util.find_spec(name)
+        folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
+        files = [file for folder in folders for file in folder.rglob("*.py")]
+        files += [Path(spec.origin)] if spec and spec.origin and not folders else []
+        for file in sorted(files):
+            found.update(file.read_bytes())
+    return found.hexdigest()
 
 
 def recall(file: Path) -> Choice | None:
@@ -65,15 +86,16 @@ def recall(file: Path) -> Choice | None:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         outcomes = tuple(Outcome(**outcome) for outcome in found["outcomes"])
-        return Choice(outcomes, str(found["measured"])) if outcomes and outcomes[0].chosen else None
+        choice = Choice(outcomes, str(found["measured"]), str(found["disturbed"]))
+        return choice if outcomes and outcomes[0].chosen else None
     except (OSError, ValueError, TypeError, LookupError) as error:
         log.debug("no choice in %s: %s", file, error)
         return None
 
 
-def remember(file: Path, outcomes: Sequence[Outcome]) -> None:
+def remember(file: Path, outcomes: Sequence[Outcome], disturbed: str = "") -> None:
     """Write a choice, whole or not at all; where the cache cannot be written, it is measured again next time."""
-    document = {"outcomes": [asdict(each) for each in outcomes], "measured": _now()}
+    document = {"outcomes": [asdict(each) for each in outcomes], "measured": _now(), "disturbed": disturbed}
     write_cache(file, json.dumps(document, indent=1, default=str))
 
 

@@ -21,11 +21,18 @@ class Contender:
         target: what the user calls it.
         result: its fastest candidate.
         saved: whether it was read from a saved run, not measured now.
+        failed: candidates that were not measured to the end, with the reason: one of them may have been faster.
     """
 
     target: str
     result: CandidateResult
     saved: bool = False
+    failed: tuple[str, ...] = ()
+
+    @property
+    def warnings(self) -> list[str]:
+        """What makes its number doubtful, behind its name."""
+        return [f"{self.target}: {warning}" for warning in (*self.failed, *self.result.warnings)]
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,8 @@ def contender(target: str, results: Sequence[CandidateResult], *, saved: bool = 
         why = "; ".join(f"{result.name}: {result.error}" for result in results) or "it holds no latencies"
         raise MeasurementError(f"nothing of '{target}' was measured: {why}", "compare something else")
     measured = [result for result in measured if not result.nonfinite_queries] or measured
-    return Contender(target, min(measured, key=_p50), saved)
+    failed = tuple(f"{result.name} was not measured: {result.error}" for result in results if result.error is not None)
+    return Contender(target, min(measured, key=_p50), saved, failed)
 
 
 def comparisons(contenders: Sequence[Contender]) -> list[Comparison]:
@@ -82,8 +90,7 @@ def comparisons(contenders: Sequence[Contender]) -> list[Comparison]:
 def _compare(base: Contender, other: Contender) -> Comparison:
     interleaved = not base.saved and not other.saved
     ratio = block_ratio(other.result.latencies_ns, base.result.latencies_ns, paired=interleaved)
-    warnings = [f"{each.target}: {warning}" for each in (base, other) for warning in each.result.warnings]
-    return Comparison(other.target, base.target, ratio, interleaved, tuple(warnings))
+    return Comparison(other.target, base.target, ratio, interleaved, (*base.warnings, *other.warnings))
 
 
 def refuse_unless_alike(named: Sequence[tuple[str, Mapping[str, Any]]], forced: bool) -> list[str]:

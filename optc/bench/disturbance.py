@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from optc.machine import load_average
@@ -14,6 +15,7 @@ OTHERS_SHARE = 0.10
 STOLEN_SHARE = 0.02
 _LOADED, _LOOK_SECONDS = 0.25, 0.5
 """The load for each CPU from which on others are looked for, and for how long."""
+_OTHERS = "other processes took"
 _CPUS = Path("/sys/devices/system/cpu")
 _QUOTA = Path("/sys/fs/cgroup/cpu.stat")
 
@@ -30,7 +32,12 @@ def busy_warning() -> str | None:
         time.sleep(_LOOK_SECONDS)
     if watch.others <= OTHERS_SHARE:
         return None
-    return f"other processes took {watch.others:.0%} of the CPUs as the measurement began: latencies may be too high"
+    return f"{_OTHERS} {watch.others:.0%} of the CPUs as the measurement began: latencies may be too high"
+
+
+def by_others(warnings: Iterable[str]) -> str:
+    """The first of a measurement's warnings that is of other processes; empty where none is."""
+    return next((warning for warning in warnings if warning.startswith(_OTHERS)), "")
 
 
 class Watch:
@@ -62,7 +69,7 @@ class Watch:
         """What is worth knowing beside a number, in plain words."""
         heat, quota = int(self._sums["heat"]), int(self._sums["quota"])
         found = {
-            f"other processes took {self.others:.0%} of the CPUs meanwhile": self.others > OTHERS_SHARE,
+            f"{_OTHERS} {self.others:.0%} of the CPUs meanwhile": self.others > OTHERS_SHARE,
             f"the hypervisor took {self.stolen:.0%} of the CPUs meanwhile": self.stolen > STOLEN_SHARE,
             f"the CPUs were throttled for heat {heat} times meanwhile": heat > 0,
             f"the container ran into its CPU quota {quota} times meanwhile": quota > 0,

@@ -14,6 +14,7 @@ from optc.bench.memory import Memory, artifact_memory, program_memory
 from optc.bench.peaks_cache import peaks
 from optc.frontend.capture import capture
 from optc.lowering.artifact import Artifact
+from optc.plugins.registry import RAISED
 from optc.target import Target
 
 Found = TypeVar("Found")
@@ -48,7 +49,7 @@ def look_inside(
         progress(what)
         try:
             return call(*args)
-        except Exception as error:  # a plugin's profiler may raise anything
+        except RAISED as error:  # a plugin's profiler may raise anything
             missing.append(f"{what}: {one_line(error)}")
             return None
 

@@ -18,6 +18,7 @@ from optc.bench.quiet import frozen_heap, quiet_machine, torch_threads
 from optc.bench.results import Block, Candidate, CandidateResult, Measurement, conclude
 from optc.errors import OptcError
 from optc.lowering.backend import Array, Runner
+from optc.plugins.registry import RAISED
 from optc.target import Target
 
 MAX_QUERIES = 10_000
@@ -143,7 +144,7 @@ class _State:
         start = time.perf_counter()
         try:
             self.runner = self.candidate.open()
-        except Exception as error:
+        except RAISED as error:
             self.error = one_line(error)
             return
         self.open_seconds = max(self.open_seconds, time.perf_counter() - start)
@@ -154,7 +155,7 @@ class _State:
         if runner is not None:
             try:
                 runner.close()
-            except Exception as error:
+            except RAISED as error:
                 self.error = self.error or f"closing it failed: {one_line(error)}"
         del runner
         gc.collect()
@@ -173,7 +174,7 @@ class _State:
                 folder = self.logs(self.candidate.name, len(self.blocks) + 1) if self.logs else None
                 with self.watch:
                     run = single_stream(self.runner, inputs, queries, name=self.candidate.name, log_folder=folder)
-        except Exception as error:
+        except RAISED as error:
             self.error = one_line(error)
             self.close()
             return
@@ -389,7 +390,7 @@ def _why_not_together(candidates: Sequence[Candidate], target: Target) -> str:
     )
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """An error as a reason: its first line, with its type unless it was meant for people."""
     if isinstance(error, OptcError):
         return str(error)

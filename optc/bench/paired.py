@@ -42,7 +42,7 @@ def block_ratio(first: Sequence[ArrayLike], second: Sequence[ArrayLike], *, pair
     value = float(a.mean() - b.mean())
     count = min(len(a), len(b))
     if count < 2:
-        return Ratio(math.exp(value), 0.0, math.inf, CONFIDENCE, METHOD)
+        return Ratio(math.exp(value), 0.0, math.inf, CONFIDENCE, METHOD, paired)
     from scipy import stats  # half a second to import, so only when something was measured
 
     quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1))
@@ -54,7 +54,7 @@ def block_ratio(first: Sequence[ArrayLike], second: Sequence[ArrayLike], *, pair
         resampled = _resampled_means(a, generator) - _resampled_means(b, generator)
         tail = float(stats.norm.sf(quantile * math.sqrt(count / (count - 1))))
         low, high = (float(bound) for bound in np.quantile(resampled, [tail, 1 - tail]))
-    return Ratio(math.exp(value), math.exp(min(low, value)), math.exp(max(high, value)), CONFIDENCE, METHOD)
+    return Ratio(math.exp(value), math.exp(min(low, value)), math.exp(max(high, value)), CONFIDENCE, METHOD, paired)
 
 
 def _log_medians(blocks: Sequence[ArrayLike]) -> NDArray[np.float64]:

@@ -18,8 +18,6 @@ EARLY_STOPPING_QUERIES = 64
 slow model is then "INVALID" in its account although all blocks together have enough."""
 _UNSTEADY = 0.10
 _ENOUGH_BLOCKS = 5
-_BEYOND_DRIFT = 0.97
-"""Ratio below which one of two that were measured minutes apart is faster by more than a machine changes meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Candidate:
     Attributes:
         precision: what its arithmetic is meant to run in; the opened runner's own word replaces it.
         quantized: whether weights or activations are quantized; the baseline is sought among those that are not.
-        open: makes it ready to run; called once, and may raise (the reason is kept).
+        open: makes it ready to run; called whenever it is opened anew, and may raise (the reason is kept).
         bytes: memory its weights take while open, besides what is held anyway.
         inputs: queries to draw from, one array per model input each; empty for those given to the measurement.
         specialised: whether it is compiled for the batch size of ``inputs`` when it is opened.
@@ -235,4 +233,4 @@ def _is_worth_its_options(result: CandidateResult, plain: CandidateResult | None
     if plain is None:
         return True
     ratio = statistics.ratio_of_medians(result.latencies_ns, plain.latencies_ns, interleaved=interleaved)
-    return ratio.high < (1.0 if interleaved else _BEYOND_DRIFT)
+    return ratio.outcome == "faster"

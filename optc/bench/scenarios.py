@@ -23,6 +23,7 @@ from optc.bench.suts import BatchSystem, QueueSystem, Samples
 from optc.bench.verdict import explain
 from optc.errors import MeasurementError
 from optc.lowering.backend import Runner
+from optc.plugins.registry import RAISED
 
 OFFLINE_BATCHES = (1, 8, 32)
 SECONDS = 8.0
@@ -126,9 +127,13 @@ class _Run:
         summary = self._summary(system, values, self.plan.logs(self.scenario))
         ran = len(system.latencies_ns)
         queries = 1 if self.scenario == "Offline" else ran // math.ceil(self.per_query / batch)
-        percentile = {"SingleStream": "90.00", "MultiStream": "99.00"}.get(self.scenario)
-        value = summary.samples_per_second if percentile is None else summary.percentiles_ns[percentile] / 1e6
-        return self._concluded(value, self.metric, summary, system, queries, batch)
+        percentile = {"SingleStream": "90", "MultiStream": "99"}.get(self.scenario)
+        if percentile is None:
+            return self._concluded(summary.samples_per_second, self.metric, summary, system, queries, batch)
+        estimate = summary.estimates_ns.get(percentile)
+        metric = f"{self.metric}, as LoadGen vouches for" if estimate else self.metric
+        value = (estimate or summary.percentiles_ns[f"{percentile}.00"]) / 1e6
+        return self._concluded(value, metric, summary, system, queries, batch)
 
     def server(self) -> ScenarioResult:
         """The highest rate of arrivals whose latency stays within the bound, and one run at it."""
@@ -215,7 +220,7 @@ class _Run:
                 start = time.perf_counter()
                 self.runner(*inputs)
                 taken.append(time.perf_counter() - start)
-        except Exception as error:
+        except RAISED as error:
             if batch == 1:
                 raise MeasurementError(f"'{self.name}' failed on sample 0 (warming up): {one_line(error)}") from error
             self.notes.append(f"takes no batch of {batch} ({type(error).__name__}): its samples run one by one")

@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 CONFIDENCE = 0.95
+BEYOND_DRIFT = 0.97
+"""Ratio below which two that did not take turns differ by more than a machine that grows slower in between."""
 RESAMPLES, FEW_RESAMPLES = 9999, 1999
 """For what is told to people, and to decide between further blocks, which those would cost more than they tell."""
 _POINTS_PER_BLOCK = 101
@@ -38,20 +40,34 @@ class Percentiles:
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio of median latencies (below 1: the first is faster) and its confidence interval."""
+    """A ratio of median latencies (below 1: the first is faster) and its confidence interval.
+
+    Attributes:
+        interleaved: whether the two took turns. If not, what changed on the machine in between is in the ratio but not
+            in its interval.
+    """
 
     value: float
     low: float
     high: float
     confidence: float = CONFIDENCE
     method: str = RATIO_METHOD
+    interleaved: bool = True
 
     @property
     def outcome(self) -> str:
-        """``"faster"`` or ``"slower"`` if the whole interval says so, else ``"no difference"``."""
-        if self.high < 1:
+        """``"faster"`` or ``"slower"`` if the whole interval says so, by more than drift, else ``"no difference"``."""
+        least = 1.0 if self.interleaved else BEYOND_DRIFT
+        if self.high < least:
             return "faster"
-        return "slower" if self.low > 1 else "no difference"
+        return "slower" if self.low > 1 / least else "no difference"
+
+    @property
+    def doubt(self) -> str:
+        """Why no difference is shown."""
+        if self.low <= 1 <= self.high:
+            return "the interval contains 1"
+        return f"as much as {1 - BEYOND_DRIFT:.0%} may be drift where they do not take turns"
 
 
 def percentiles(blocks: Sequence[ArrayLike]) -> Percentiles:
@@ -84,10 +100,10 @@ def ratio_of_medians(
         first, second = first[:common], second[:common]
     value = _pooled_median(first) / _pooled_median(second)
     if min(len(first), len(second)) < 2:
-        return Ratio(value, 0.0, math.inf)
+        return Ratio(value, 0.0, math.inf, interleaved=interleaved)
     if min(len(first), len(second)) < _FEWEST_RESAMPLED:
         spread = _t_interval(first, second, paired=interleaved)
-        return Ratio(value, value * math.exp(-spread), value * math.exp(spread))
+        return Ratio(value, value * math.exp(-spread), value * math.exp(spread), interleaved=interleaved)
     from scipy import stats  # half a second to import, so only when something was measured
 
     a, b = _thinned(first), _thinned(second)
@@ -111,7 +127,7 @@ def ratio_of_medians(
         rng=np.random.default_rng(_SEED),
     )
     low, high = result.confidence_interval
-    return Ratio(value, min(float(low), value), max(float(high), value))
+    return Ratio(value, min(float(low), value), max(float(high), value), interleaved=interleaved)
 
 
 def block_spread(blocks: Sequence[ArrayLike]) -> float:

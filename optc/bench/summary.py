@@ -10,6 +10,7 @@ from pathlib import Path
 from optc.errors import MeasurementError
 
 _PERCENTILE = re.compile(r"^(\d+\.\d+) percentile latency \(ns\)\s*:\s*(\d+)$", re.MULTILINE)
+_ESTIMATE = re.compile(r"^ \* Early stopping (\d+)th percentile estimate\s*:\s*(\d+)$", re.MULTILINE)
 _STATISTIC = re.compile(r"^(Min|Max|Mean) latency \(ns\)\s*:\s*(\d+)$", re.MULTILINE)
 _RATE = re.compile(r"^(?:Completed samples|Samples) per second\s*: (\S+)$", re.MULTILINE)
 _PARAMETER = re.compile(r"^(\w+(?: \(\w+\))?)\s*: (\d[\d.e+]*)$", re.MULTILINE)
@@ -27,6 +28,8 @@ class LoadGenSummary:
         reasons: why it is not valid, in LoadGen's words; empty if it is.
         percentiles_ns: by percentile as LoadGen writes it (``"50.00"``, ``"90.00"``, … ``"99.90"``).
         min_ns, mean_ns, max_ns: over all queries.
+        estimates_ns: of the percentiles (``"90"``, ``"99"``), where enough queries ran: what LoadGen vouches for by its
+            early-stopping criterion, which is never lower. MLPerf's result of SingleStream and MultiStream.
         samples_per_second: throughput, in the scenarios that have one (Offline, Server).
         parameters: what LoadGen says it ran with, such as ``"min_query_count"`` and ``"target_latency (ns)"``.
     """
@@ -40,6 +43,7 @@ class LoadGenSummary:
     max_ns: int
     samples_per_second: float | None = None
     parameters: Mapping[str, float] = field(default_factory=dict)
+    estimates_ns: Mapping[str, int] = field(default_factory=dict)
 
 
 def read_summary(path: Path) -> LoadGenSummary:
@@ -68,6 +72,7 @@ def read_summary(path: Path) -> LoadGenSummary:
         max_ns=statistics["Max"],
         samples_per_second=float(rate[1]) if (rate := _RATE.search(text)) else None,
         parameters={name: float(value) for name, value in _PARAMETER.findall(text) if name in PARAMETERS},
+        estimates_ns={name: int(value) for name, value in _ESTIMATE.findall(text)},
     )
 
 

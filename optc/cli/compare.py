@@ -100,8 +100,7 @@ def command(
     if target.batch > 1:
         console.print(Text(f"Latency of {queries_of(target.batch)}", style="bold"))
     console.print(comparison_table(found, compared))
-    warnings = [f"{each.target}: {warning}" for each in found for warning in each.result.warnings]
-    for line in dict.fromkeys((*notes, *warnings)):
+    for line in dict.fromkeys((*notes, *(warning for each in found for warning in each.warnings))):
         console.print(Text(f"! {line}", style="yellow"))
     for each in compared:
         console.print(Text(each.verdict, style="bold"))

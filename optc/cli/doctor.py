@@ -16,7 +16,7 @@ import optc
 from optc.cli.backends import status
 from optc.cli.options import json_option, print_json, silence_unless
 from optc.cli.terminal import stdout
-from optc.plugins.registry import KINDS, RAISED, working
+from optc.plugins.registry import KINDS, RAISED, where_from, working
 
 EXTRAS = {
     "onnxruntime": ("the onnxruntime backend", "optc[cpu]"),
@@ -59,7 +59,9 @@ def diagnose() -> dict[str, Any]:
 
 def _package(name: str, purpose: str, install: str) -> dict[str, Any]:
     """Whether a package is there and can be imported; if not, why and the pip line."""
-    row: dict[str, Any] = {"name": name, "for": purpose, "ready": False, "install": f"pip install '{install}'"}
+    found = where_from(install)
+    line = f"pip install {found}" if found != install else f"pip install '{install}'"
+    row: dict[str, Any] = {"name": name, "for": purpose, "ready": False, "install": line}
     if importlib.util.find_spec(name) is None:
         return {**row, "reason": "not installed"}
     try:

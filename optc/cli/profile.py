@@ -187,12 +187,12 @@ def _print(found: Profile, target: Target, output: Path | None) -> None:
 
     console, reference = stdout(), found.reference
     if found.measurement.results:
-        accuracies = {each.name: each.top1 for each in found.accuracies}
+        accuracies = {each.name: each.top1 for each in found.accuracies if each.scenario == "SingleStream"}
         subjects = {result.name: found.subject_of(result.name) for result in found.measurement.results}
         table = latency_table(
             found.measurement,
             {name: subject.parameters for name, subject in subjects.items()},
-            {name: accuracies.get(name, subject.accuracy) for name, subject in subjects.items()},
+            {name: accuracies.get(name, None if accuracies else each.accuracy) for name, each in subjects.items()},
             (reference.name, reference.result, reference.parameters) if reference else None,
             reference.ratio if reference else None,
         )
@@ -203,6 +203,8 @@ def _print(found: Profile, target: Target, output: Path | None) -> None:
         for each in found.accuracies:
             console.print(each.sentence)
     notes = [*found.notes, *problems(found.measurement, found.scenarios)]
+    if found.measurement.results and not found.accuracies:
+        notes += [f"{each.name}: its top-1 is of {each.accuracy_data}" for each in found.subjects if each.accuracy]
     if reference is not None:
         notes += [f"the reference, {reference.name}: {warning}" for warning in reference.warnings]
     for line in dict.fromkeys(notes):

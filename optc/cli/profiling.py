@@ -24,7 +24,7 @@ from optc.data.dataset import named_split
 from optc.errors import MeasurementError, OptcError
 from optc.frontend.load import find_source
 from optc.lowering.backend import Runner
-from optc.plugins.registry import blamed
+from optc.plugins.registry import RAISED, blamed
 
 if TYPE_CHECKING:
     from optc.cli.targets import Subject
@@ -316,7 +316,7 @@ class _Opened:
     def __enter__(self) -> _Opened:
         try:
             self.runner = self._candidate.open()
-        except Exception as error:
+        except RAISED as error:
             self.reason = one_line(error)
         return self
 
@@ -324,7 +324,7 @@ class _Opened:
         try:
             if self.runner is not None:
                 self.runner.close()
-        except Exception as failure:
+        except RAISED as failure:
             self._notes.append(f"{self._candidate.name}: closing it failed: {one_line(failure)}")
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ class Subject:
         weights: where its weights come from, such as ``"pretrained"`` or ``"random"``.
         parameters: how many it has; of an artifact, how many the captured model had. ``None`` if unknown.
         accuracy: top-1 as its manifest has it, 0 to 1; ``None`` if unknown.
+        accuracy_data: what that is of.
         preprocessing: how its images are made.
         is_artifact: whether it is one, not a model.
         batch: images in the queries that it was optimized for; 1 for a model.
@@ -41,6 +43,7 @@ class Subject:
     weights: str
     parameters: int | None
     accuracy: float | None
+    accuracy_data: str
     preprocessing: Preprocessing
     is_artifact: bool
     batch: int
@@ -112,7 +115,8 @@ def _artifact(folder: Path, target: Target) -> Subject:
         candidates=candidates,
         weights=str(manifest.model.get("weights", "")),
         parameters=model_bytes // 4 if model_bytes else None,
-        accuracy=accuracy.get("after") if accuracy.get("metric") == ACCURACY else None,
+        accuracy=accuracy["after"] if accuracy.get("metric") == ACCURACY and _is_share(accuracy.get("after")) else None,
+        accuracy_data=f"when it was optimized, on {accuracy.get('data') or 'data that it does not name'}",
         preprocessing=_preprocessing(manifest.model["preprocessing"]),
         is_artifact=True,
         batch=manifest.target.get("batch", 1),
@@ -147,12 +151,18 @@ def _model(name: str, weights: str, target: Target, progress: Progress) -> Subje
         weights=loaded.info.weights,
         parameters=sum(parameter.numel() for parameter in loaded.module.parameters()),
         accuracy=None,
+        accuracy_data="",
         preprocessing=loaded.info.preprocessing,
         is_artifact=False,
         batch=1,
         device=target.device,
         look_inside=lambda told: look_inside(None, loaded.module, loaded.example_inputs, target, told),
     )
+
+
+def _is_share(value: object) -> bool:
+    """Whether a manifest has a number there: metrics that are NaN are written as text."""
+    return isinstance(value, float | int) and math.isfinite(value)
 
 
 def _preprocessing(entry: Mapping[str, Any]) -> Preprocessing:

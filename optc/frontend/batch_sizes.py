@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from optc.errors import CaptureError
-from optc.program import Program
+from optc.program import Program, version
 from optc.rewrite import is_random
 from optc.sqnr import decides, sqnr_db
 
@@ -98,7 +98,7 @@ def model_outputs(model: torch.nn.Module, inputs: Sequence[Tensor]) -> list[Any]
 
     Attention is computed as it is exported: PyTorch's other way writes zeros for tokens that are masked out.
     """
-    buffers = [(buffer, buffer.clone(), buffer._version) for buffer in model.buffers()]
+    buffers = [(buffer, buffer.clone(), version(buffer)) for buffer in model.buffers()]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -106,8 +106,8 @@ def model_outputs(model: torch.nn.Module, inputs: Sequence[Tensor]) -> list[Any]
             return pytree.tree_leaves(model(*(tensor.clone() for tensor in inputs)))
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for buffer, before, version in buffers:
-            if buffer._version != version:
+        for buffer, before, seen in buffers:
+            if version(buffer) != seen:
                 buffer.copy_(before)
 
 

@@ -14,6 +14,7 @@ from optc.batches import at_batch
 from optc.errors import BackendError
 from optc.lowering.backend import Array
 from optc.program import Program
+from optc.rewrite import is_random, label
 from optc.sqnr import decides, decisions_db, sqnr_db
 
 FLOAT_DB = 60.0
@@ -78,6 +79,8 @@ def check_agreement(
             SQNR than a correct runtime keeps for the coarsest arithmetic in the graph (float32 60 dB, float16 and
             bfloat16 30 dB, quantized 20 dB), with the numbers.
     """
+    if drawn := [label(node) for node in program.graph.nodes if is_random(node)]:
+        raise BackendError(f"the graph draws random numbers ({', '.join(drawn)}), so that no runtime can be held to it")
     examples = program.example_inputs
     graph, outputs = _outputs(program, examples), run(*map(as_array, examples))
     names = ["output"] if len(outputs) == 1 else [f"output_{index}" for index in range(len(outputs))]

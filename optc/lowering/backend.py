@@ -126,6 +126,11 @@ class Backend(ABC):
         """``None`` if the backend can lower ``node``, else the reason in plain words."""
         return None
 
+    @classmethod
+    def measures_to_lower(cls, target: Target) -> bool:
+        """Whether :meth:`lower` measures, so that nothing is to be lowered to another backend meanwhile."""
+        return False
+
     @abstractmethod
     def lower(self, program: Program, target: Target, folder: Path) -> Lowered:
         """Write the runtime's own files into ``folder``.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -44,7 +45,7 @@ _MEMBER = re.compile(
     r"|data/aotinductor/model/[\w.+-]+\.(so|cpp|json|cubin|fatbin))"
 )
 """What a package may hold: nothing that a loader of .pt2 files unpickles (weights, example inputs, custom objects)."""
-_FACTS = ("torch", "device", "capability", "compiler", "inputs", "layers")
+_FACTS = ("torch", "device", "architecture", "capability", "compiler", "inputs", "layers")
 
 
 class InductorBackend(Backend):
@@ -239,6 +240,8 @@ def _refuse_others(path: Path, facts: Mapping[str, Any], target: Target) -> None
     again = "optimize the model again here"
     if facts["torch"] != torch.__version__:
         raise BackendError(f"{path.name} was compiled with torch {facts['torch']}, this is {torch.__version__}", again)
+    if facts["architecture"] != platform.machine():
+        raise BackendError(f"{path.name} was compiled for {facts['architecture']}, this is {platform.machine()}", again)
     if facts["device"] != target.device:
         raise BackendError(f"{path.name} was compiled for {facts['device']}, not for {target.device}", again)
     if target.device == "cuda" and not torch.cuda.is_available():
@@ -287,7 +290,10 @@ def _result(process: subprocess.Popen[bytes], folder: Path) -> dict[str, Any]:
             passing=status < 0,
         ) from None
     if "error" in result:
-        raise BackendError(f"inductor cannot compile the model: {result['error']}")
+        # Another compiler, or what this one lacked, may be there next time.
+        raise BackendError(
+            f"inductor cannot compile the model: {result['error']}", passing=bool(result.get("compiler"))
+        )
     return result
 
 

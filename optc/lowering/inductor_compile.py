@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,10 @@ def main() -> None:
         import traceback
 
         traceback.print_exc()
-        result = {"error": _explain(error)}
+        result = {
+            "error": _explain(error),
+            "compiler": any(isinstance(each, CppCompileError) for each in _causes(error)),
+        }
     (folder / RESULT).write_text(json.dumps(result), encoding="utf-8")
 
 
@@ -93,6 +97,7 @@ def compile_package(folder: Path, target: Target) -> dict[str, Any]:
     facts = {
         "torch": torch.__version__,
         "device": target.device,
+        "architecture": platform.machine(),
         "compiler": _compiler(target),
         "capability": torch.cuda.get_device_capability() if target.device == "cuda" else None,
         "inputs": json.loads((folder / "graph.json").read_text(encoding="utf-8"))["inputs"],
@@ -227,16 +232,22 @@ def _required_isa() -> tuple[str, ...]:
 
 def _explain(error: BaseException) -> str:
     """One line; of a failed C++ compilation the first error in what the compiler said."""
-    cause: BaseException | None = error
-    while cause is not None:
+    for cause in _causes(error):
         if isinstance(cause, CppCompileError):
             said = [line.strip() for line in cause.output.splitlines() if line.strip()]
             reason = next((line for line in said if "error" in line), said[-1] if said else "it said nothing")
             return f"the C++ compiler {cause.cmd[0]} failed: {reason}"
-        cause = cause.__cause__ or cause.__context__
     if isinstance(error, BackendError):
         return str(error)
     return f"{type(error).__name__}: {_first_line(error)}"
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, and what led to it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
 def _first_line(error: BaseException) -> str:

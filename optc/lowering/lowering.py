@@ -15,7 +15,7 @@ from optc.errors import BackendError, OptcError
 from optc.lowering.backend import Backend, Lowered, Runner
 from optc.machine import available_memory
 from optc.options import options_text
-from optc.plugins.registry import registry
+from optc.plugins.registry import ELSEWHERE, RAISED, registry
 from optc.target import Target
 
 if TYPE_CHECKING:
@@ -115,6 +115,9 @@ def backends(name: str, target: Target) -> tuple[list[Backend], dict[str, str]]:
             elif cls.automatic:
                 cls.simulates_quantization(target)  # asked for later where nothing keeps what goes wrong as a reason
                 found.append(cls())
+    for kind, each in ELSEWHERE:
+        if kind == "backend" and each not in registry().all(kind):
+            refused[each] = str(registry().absent(kind, each))
     if not found:
         reasons = "; ".join(f"{each}: {reason}" for each, reason in refused.items())
         raise OptcError(f"no backend can run here: {reasons}")
@@ -151,6 +154,8 @@ def _begun(backend: Backend, program: Program, target: Target, folder: Path) -> 
 
         def rest() -> Lowering:
             lowered = finish()
+            if absent := [name for name in lowered.files if not (folder / name).is_file()]:
+                raise BackendError(f"backend '{backend.name}' (from {backend.origin}) wrote no {', '.join(absent)}")
             if not (lowered.provider and "check" in lowered.details):
                 lowered = _looked_at(backend, lowered, program, target, folder)
             seconds = time.perf_counter() - start
@@ -180,7 +185,8 @@ def lower_all(
 ) -> tuple[list[Lowering], dict[str, str]]:
     """Lower to each backend into a folder of its name; those that cannot are returned with their reason.
 
-    Backends that compile in a process of their own do so while the others are lowered, where memory allows.
+    Backends that compile in a process of their own do so while the others are lowered, where memory allows and none of
+    those measures meanwhile.
 
     Args:
         needed: whether one has to.
@@ -193,7 +199,8 @@ def lower_all(
     alone = needed and len(chosen) == 1
     with ExitStack() as stack:
         begun: dict[str, Callable[[], Lowering]] = {}
-        if program.constant_bytes() <= _SIDE_BY_SIDE_SHARE * available_memory():
+        quiet = any(backend.measures_to_lower(target) for backend in chosen)
+        if not quiet and program.constant_bytes() <= _SIDE_BY_SIDE_SHARE * available_memory():
             for backend in filter(has_own_process, chosen):
                 with kept(refused, backend.name, backend.origin, alone):
                     context = _begun(backend, program, target, folder / backend.name)
@@ -237,7 +244,7 @@ def kept(
         if alone:
             raise
         refused[key] = reason_of(error)
-    except Exception as error:
+    except RAISED as error:
         text = next(iter(str(error).strip().splitlines()), "")
         what = f"backend '{name}' (from {origin}) raised {type(error).__name__}: {text}"
         if alone:

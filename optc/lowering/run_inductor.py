@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import platform
 import re
 import sys
 import zipfile
@@ -41,6 +42,8 @@ def load() -> "torch._C._aoti.AOTIModelPackageLoader":
         sys.exit(
             f"{MODEL.name} was compiled with torch {made['torch']}, this is {torch.__version__}: optimize it again here"
         )
+    if made["architecture"] != platform.machine():
+        sys.exit(f"{MODEL.name} was compiled for {made['architecture']}, this is {platform.machine()}")
     if made["device"] == "cuda" and not torch.cuda.is_available():
         sys.exit(f"{MODEL.name} was compiled for a GPU, and this PyTorch sees none")
     if made["device"] == "cuda" and tuple(made["capability"]) != (here := torch.cuda.get_device_capability()):

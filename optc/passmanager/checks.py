@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
-from torch import fx
+from torch import Tensor, fx
 
 from optc.errors import PassContractError
 from optc.passmanager.contract import Change, Pass, PassResult, Skip
 from optc.plugins.registry import blamed
-from optc.program import Program, complete_meta, graph_module
+from optc.program import Program, complete_meta, graph_module, version
 
 _ENTRIES = (
     ("applied", Change, "optc.Change"),
@@ -33,9 +33,9 @@ class ContractGuard:
     def __init__(self, pass_: Pass, before: Program) -> None:
         self._pass = pass_
         self._fingerprint = before.fingerprint()
-        self._versions = [(name, tensor, tensor._version) for name, tensor in before.constants()]
+        self._versions = [(name, tensor, version(tensor)) for name, tensor in before.constants()]
         self._inputs = [node.name for node in before.graph.find_nodes(op="placeholder")]
-        self._outputs = len(_outputs(before.graph))
+        self._outputs = [_kind(output) for output in _outputs(before.graph)]
         self._before = before
 
     def check(self, result: PassResult) -> Program:
@@ -56,8 +56,8 @@ class ContractGuard:
         after = result.program
         if not isinstance(after, Program):
             raise self._broken("returned a PassResult whose program is no optc.Program", "give it the changed program")
-        for name, tensor, version in self._versions:
-            if tensor._version != version:
+        for name, tensor, before in self._versions:
+            if version(tensor) != before:
                 raise self._broken(
                     f"wrote into constant '{name}', which other programs share",
                     "build a new tensor and add it under a new name",
@@ -67,9 +67,9 @@ class ContractGuard:
             raise self._broken(f"changed the inputs from {self._inputs} to {inputs}", "keep every placeholder")
         if next(iter(reversed(after.graph.nodes))).op != "output":
             raise self._broken("left no output node at the end of the graph", "keep the output node")
-        outputs = len(_outputs(after.graph))
-        if outputs != self._outputs:
-            raise self._broken(f"changed the number of outputs from {self._outputs} to {outputs}", "keep every output")
+        outputs, expected = len(_outputs(after.graph)), len(self._outputs)
+        if outputs != expected:
+            raise self._broken(f"changed the number of outputs from {expected} to {outputs}", "keep every output")
         modified = after.fingerprint() != self._fingerprint
         if modified and not result.modified:
             raise self._broken("said modified=False but the graph changed", "return modified=True when it does")
@@ -88,6 +88,11 @@ class ContractGuard:
             complete_meta(after)
         except Exception as error:
             raise self._broken(f"made a node that does not type-check: {error}", "check its arguments") from error
+        for number, (kind, output) in enumerate(zip(self._outputs, _outputs(after.graph), strict=True)):
+            if kind and _kind(output) != kind:
+                raise self._broken(
+                    f"changed output {number} from {kind} to {_kind(output)}", "give out the types and shapes that were"
+                )
         return after
 
     def _broken(self, what: str, mend: str) -> PassContractError:
@@ -97,3 +102,9 @@ class ContractGuard:
 def _outputs(graph: fx.Graph) -> tuple[fx.node.Argument, ...]:
     outputs = graph.output_node().args[0]
     return tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
+
+
+def _kind(output: object) -> str:
+    """Type and shape of an output at the example inputs, for messages; empty where that is not known."""
+    value = output.meta.get("val") if isinstance(output, fx.Node) else None
+    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}" if isinstance(value, Tensor) else ""

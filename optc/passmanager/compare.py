@@ -48,9 +48,11 @@ def compare(reference: Outputs, outputs: Outputs) -> Comparison:
     worst = Comparison(0.0, 0.0, math.inf, 1.0, None, 0)
     agree = samples = 0
     for position in range(len(reference[0])):
+        pairs = [(ref[position], out[position]) for ref, out in zip(reference, outputs, strict=True)]
+        for ref, out in pairs:
+            if ref.shape != out.shape:
+                raise ValueError(f"output {position} has shape {tuple(out.shape)}, the reference {tuple(ref.shape)}")
         ref, out = _joined(reference, position), _joined(outputs, position)
-        if ref.shape != out.shape:
-            raise ValueError(f"output {position} has shape {tuple(out.shape)}, the reference {tuple(ref.shape)}")
         known, infinite = torch.isfinite(ref), torch.isinf(ref)
         wanted, got = ref[known], out[known]
         finite = bool(torch.isfinite(got).all())
@@ -68,13 +70,14 @@ def compare(reference: Outputs, outputs: Outputs) -> Comparison:
             sqnr_db=min(worst.sqnr_db, decisions_db(ref.numpy(), out.numpy()) if decision else sqnr_db(signal, noise)),
             cosine=min(worst.cosine, cosine),
             top1_agreement=None,
-            samples=max(worst.samples, len(ref)),
+            samples=max(worst.samples, sum(len(ref) if ref.ndim else 1 for ref, _ in pairs)),
             finite=worst.finite and finite,
         )
-        if decision and ref.ndim == 1:
-            agree, samples = agree + int((ref == out).sum()), samples + len(ref)
-        elif not decision and reference[0][position].ndim == 2 and ref.ndim == 2 and ref.shape[1] > 1:
-            agree, samples = agree + int((ref.argmax(1) == out.argmax(1)).sum()), samples + len(ref)
+        for ref, out in pairs:
+            if decision and ref.ndim <= 1:
+                agree, samples = agree + int((ref == out).sum()), samples + ref.numel()
+            elif not decision and not ref.is_complex() and ref.ndim == 2 and ref.shape[1] > 1:
+                agree, samples = agree + int((ref.argmax(1) == out.argmax(1)).sum()), samples + len(ref)
     top1 = agree / samples if samples else None
     return Comparison(**{**worst.__dict__, "top1_agreement": top1})
 
@@ -88,11 +91,10 @@ def nan_in(outputs: Outputs) -> list[tuple[int, float]]:
 
 
 def _joined(batches: Outputs, position: int) -> Tensor:
-    """An output of all batches in float64, complex values as pairs, and one value of each where there is no batch."""
-    parts = [torch.atleast_1d(batch[position].detach().cpu()) for batch in batches]
-    return torch.cat(
-        [torch.view_as_real(part.resolve_conj()) if part.is_complex() else part for part in parts]
-    ).double()
+    """All values of an output in all batches in float64, of complex ones both parts."""
+    parts = [batch[position].detach().cpu() for batch in batches]
+    parts = [torch.view_as_real(part.resolve_conj()) if part.is_complex() else part for part in parts]
+    return torch.cat([part.flatten() for part in parts]).double()
 
 
 def rounding_sqnr_db(program: Program) -> float:

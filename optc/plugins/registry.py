@@ -6,10 +6,12 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
 import pluggy
@@ -28,8 +30,8 @@ KINDS = {
 }
 RAISED = (Exception, SystemExit)
 """What other people's code is caught with: a ``sys.exit()`` in it must not end optc as if all went well."""
-ELSEWHERE = {("backend", "openvino"): "optc-openvino"}
-"""What comes with a package of its own, by kind and name."""
+ELSEWHERE = {("backend", "openvino"): ("openvino", "optc-openvino")}
+"""What comes with a package of its own: by kind and name, the plugin and the package."""
 
 
 class BrokenPlugin(PluginError):
@@ -120,10 +122,17 @@ class Registry:
         """
         table = self.all(kind)
         if name not in table and (kind, name) in ELSEWHERE:
-            raise OptcError(f"{kind} '{name}' is not installed", f"pip install {ELSEWHERE[kind, name]}")
+            raise self.absent(kind, name)
         if name not in table:
             raise UnknownNameError(kind, name, table, hint=f"known: {', '.join(table)}")
         return table[name]
+
+    def absent(self, kind: str, name: str) -> OptcError:
+        """Why what is in :data:`ELSEWHERE` is not there, and how to get it."""
+        plugin, package = ELSEWHERE[kind, name]
+        if self._manager.is_blocked(plugin):
+            return OptcError(f"{kind} '{name}' is left out", f"take '{plugin}' out of OPTC_DISABLE_PLUGINS")
+        return OptcError(f"{kind} '{name}' is not installed", f"pip install {where_from(package)}")
 
     def load(self, kind: str, name: str) -> Any:
         """Import and return the class behind a name, with ``origin`` set to the plugin's name.
@@ -167,6 +176,12 @@ class Registry:
         cls = self.load(kind, name)
         with blamed(kind, name, cls.origin):
             return cls(**options)
+
+
+def where_from(package: str) -> str:
+    """What to give pip for a package of this project: its folder in a checkout, which has what is not released yet."""
+    folder = Path(__file__).parents[2] / "plugins" / package
+    return shlex.quote(str(folder)) if folder.is_dir() else package
 
 
 @lru_cache(maxsize=1)

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from optc.bench.compare import Comparison, Contender
 from optc.bench.paired import CONFIDENCE
+from optc.report.words import latency_cells
 
 
 def comparison_table(contenders: Sequence[Contender], comparisons: Sequence[Comparison]) -> Table:
@@ -25,8 +26,8 @@ def comparison_table(contenders: Sequence[Contender], comparisons: Sequence[Comp
     ratios = [None, *(comparison.ratio for comparison in comparisons)]
     for each, ratio in zip(contenders, ratios, strict=True):
         result, p = each.result, each.result.percentiles
-        cells = [f"{ns / 1e6:.2f}" for ns in (p.p50_ns, p.p90_ns, p.p99_ns)] if p else ["", "", ""]
-        if result.warnings:
+        cells = list(latency_cells(p)) if p else ["", "", ""]
+        if each.warnings:
             cells[0] = f"! {cells[0]}"
         candidate = result.name.removeprefix(each.target).strip()
         table.add_row(

@@ -32,10 +32,12 @@ def inside_in_words(inside: Inside) -> list[str]:
     lines = []
     after = inside.layers_after
     if after is not None and after.operations and after.seconds:
-        lines.append(
-            f"Its operators take {milliseconds(after.seconds)}; this machine could not do their work in less than"
-            f" {milliseconds(after.floor_seconds)}, for want of {_WANTED[after.bound]}."
+        least = (
+            f"not do their work in less than {milliseconds(after.floor_seconds)}, for want of {_WANTED[after.bound]}"
         )
+        known = after.floor_seconds < after.seconds and not after.peaks.disturbed
+        could = f"could {least}" if known else "was busy when what it can do at most was measured"
+        lines.append(f"Its operators take {milliseconds(after.seconds)}; this machine {could}.")
     if len(inside.memory) > 1:
         first, last = inside.memory[0], inside.memory[-1]
         lines.append(

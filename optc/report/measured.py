@@ -19,7 +19,7 @@ from optc.machine import Machine, machine
 from optc.report.charts import Latencies, latency_chart
 from optc.report.document import Chart, Code, Document, Section, Table
 from optc.report.inside import inside_sections
-from optc.report.words import megabytes, milliseconds, short, times
+from optc.report.words import latency_cells, megabytes, milliseconds, short, times
 
 
 def measured_document(
@@ -133,10 +133,9 @@ def candidates_table(measurement: Measurement) -> Table:
 def _row(result: CandidateResult) -> tuple[str, ...]:
     if result.percentiles is None:
         return (result.name, result.precision, "", "", "", "", f"not measured: {result.error}")
-    p = result.percentiles
-    times = (f"{value / 1e6:.3f}" for value in (p.p50_ns, p.p90_ns, p.p99_ns))
+    cells, count = latency_cells(result.percentiles, 3), str(result.percentiles.count)
     failed = f"; then failed: {result.error}" if result.error else ""
-    return (result.name, result.precision, *times, str(p.count), result.provider + failed)
+    return (result.name, result.precision, *cells, count, result.provider + failed)
 
 
 def warnings(measurement: Measurement | None) -> list[str]:

@@ -76,11 +76,11 @@ def _headline(report: Report) -> str:
     ratio, baseline = measurement.ratio, measurement.baseline
     match ratio.outcome:
         case "faster":
-            return f"{took}, {times(1 / ratio.value)} as fast as the best unquantized candidate, {baseline}."
+            return f"{took}, {times(1 / ratio.value)} as fast as the best unquantized PyTorch, {baseline}."
         case "slower":
-            return f"{took}, which is slower than {baseline}, the best unquantized candidate."
+            return f"{took}, which is slower than {baseline}, the best unquantized PyTorch."
         case _:
-            return f"{took}, no faster than {baseline}, the best unquantized candidate, as far as was shown."
+            return f"{took}, no faster than {baseline}, the best unquantized PyTorch, as far as was shown."
 
 
 def _summary(report: Report) -> list[str]:
@@ -160,7 +160,9 @@ def _points(report: Report) -> list[Point]:
             points.append(Point(result.name, p50, size, report.accuracy.before))
         elif not result.quantized and not result.name.startswith("optc "):
             points.append(Point(result.name, p50, size / 2 if result.precision in _HALF else size))
+    here = {result.name for result in measurement.results}  # a choice that is recalled has latencies of another day
     others = (each for each in report.backends if not each.chosen and each.p50_ms and each.file_bytes)
+    others = (each for each in others if f"optc {each.title}" in here)
     points += [Point(f"optc {each.title}", each.p50_ms or 0.0, (each.file_bytes or 0) / 1e6) for each in others]
     return points
 

@@ -11,6 +11,7 @@ from optc.bench.results import CandidateResult, Measurement
 from optc.bench.scenario_result import ScenarioResult
 from optc.bench.statistics import Ratio
 from optc.bench.verdict import of_blocks
+from optc.report.words import latency_cells
 
 
 def latency_table(
@@ -77,7 +78,7 @@ def problems(measurement: Measurement, scenarios: Sequence[ScenarioResult]) -> l
 
 def _row(result: CandidateResult, count: int | None, accuracy: float | None) -> list[str | Text]:
     p = result.percentiles
-    latencies = [f"{ns / 1e6:.2f}" for ns in (p.p50_ns, p.p90_ns, p.p99_ns)] if p else ["–", "–", "–"]
+    latencies = list(latency_cells(p)) if p else ["–", "–", "–"]
     if p and result.warnings:
         latencies[0] = f"! {latencies[0]}"
     return [

@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from optc.bench.results import fastest
+from optc.bench.statistics import ratio_of_medians
 from optc.budget import exceeds
 from optc.passmanager.alternatives import QUANT
 from optc.passmanager.contract import Pass, PassRecord
@@ -95,7 +97,6 @@ class Report:
         budget: what became of the accuracy budget, if there was one.
         calibration: where activation ranges came from; empty if no data was offered.
         lowering: what the backend had to say (opset, operator counts, fallbacks).
-        lowering_check: distance of the runtime's outputs from the optimized graph's.
         seconds: wall time of each step.
         notes: lines the user must see.
     """
@@ -118,14 +119,28 @@ class Report:
 
     @property
     def faster(self) -> bool:
-        """Whether the result was shown to be faster than the best unquantized candidate."""
+        """Whether the result was shown to be faster than the best unquantized PyTorch."""
         ratio = self.measurement.ratio if self.measurement else None
         return ratio is not None and ratio.outcome == "faster"
 
     @property
     def verdict(self) -> str:
-        """The last line: whether the result is faster than the best unquantized candidate, and what the budget took."""
-        return f"{self._speed} Budget: {self.budget.text}." if self.budget else self._speed
+        """The last line: whether the result is faster than the best unquantized PyTorch, and what the budget took."""
+        budget = f"Budget: {self.budget.text}." if self.budget else ""
+        return " ".join(filter(None, (self._speed, self.own_unquantized, budget)))
+
+    @property
+    def own_unquantized(self) -> str:
+        """What optc makes of the model without quantizing it, beside a quantized result; empty if nobody measured."""
+        measurement = self.measurement
+        if measurement is None or measurement.optimized is None or not measurement[measurement.optimized].quantized:
+            return ""
+        own = [each for each in measurement.results if each.name.startswith("optc ") and not each.quantized]
+        best, subject = fastest(own, measurement.interleaved), measurement[measurement.optimized]
+        if best is None or subject.percentiles is None:
+            return ""
+        ratio = ratio_of_medians(best.latencies_ns, subject.latencies_ns, interleaved=measurement.interleaved)
+        return f"Unquantized, {best.name} takes {ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}] times as long."
 
     @property
     def _speed(self) -> str:
@@ -135,14 +150,14 @@ class Report:
         if ratio is None:
             return "No comparison: the optimized model or every baseline failed, for the reasons above."
         interval = f"[{1 / ratio.high:.2f}, {1 / ratio.low:.2f}]" if ratio.low > 0 else "[unknown]"
-        measured = f"{1 / ratio.value:.2f}x {interval} the speed of the best unquantized candidate, {baseline}"
+        measured = f"{1 / ratio.value:.2f}x {interval} the speed of the best unquantized PyTorch, {baseline}"
         match ratio.outcome:
             case "faster":
                 return f"Faster: {measured}."
             case "slower":
                 return f"NOT faster: {measured}. Use {baseline} where speed is all that counts."
             case _:
-                return f"NOT shown to be faster: {measured}; the interval contains 1."
+                return f"NOT shown to be faster: {measured}; {ratio.doubt}."
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON types; infinities become strings."""

@@ -16,7 +16,7 @@ from optc.passmanager.contract import PassRecord, Skip
 from optc.report.deviations import deviations
 from optc.report.measured import warnings
 from optc.report.report import Report
-from optc.report.words import distance, megabytes, named, what
+from optc.report.words import distance, latency_cells, megabytes, named, what
 
 REASONS_SHOWN = 6
 REFERENCE = "eager-fp32"
@@ -157,5 +157,4 @@ def results_table(report: Report) -> Table:
 def _latency_cells(result: CandidateResult) -> list[str | Text]:
     if result.percentiles is None:
         return [result.name, Text(f"not measured: {result.error}", style="yellow"), "", "", ""]
-    p = result.percentiles
-    return [result.name, result.precision, *(f"{ns / 1e6:.2f}" for ns in (p.p50_ns, p.p90_ns, p.p99_ns))]
+    return [result.name, result.precision, *latency_cells(result.percentiles)]

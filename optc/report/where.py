@@ -61,12 +61,12 @@ def where_section(after: LayerProfile | None, before: LayerProfile | None = None
 def in_words(profile: LayerProfile) -> list[str]:
     """The sum, the floor of the whole model, and what the time is bound by."""
     lines = [f"The operators of {profile.what} take {milliseconds(profile.seconds)} together."]
-    if profile.operations:
+    if profile.operations and profile.floor_seconds < profile.seconds:
         what = {
             "compute": f"for its {profile.operations / 1e9:.3g} billion operations",
             "memory": f"to read {megabytes(profile.bytes)} of weights and inputs once",
         }[profile.bound]
-        share = profile.floor_seconds / profile.seconds if profile.seconds else 0.0
+        share = profile.floor_seconds / profile.seconds
         lines.append(
             f"The machine needs at least {milliseconds(profile.floor_seconds)} {what}, as fast as it was seen to go: "
             f"{share:.0%} of the time the operators take."
@@ -83,7 +83,8 @@ def in_words(profile: LayerProfile) -> list[str]:
     told = [f"{shares[bound]:.0%} {text}" for bound, text in words.items() if round(shares[bound], 2)]
     if told:
         lines.append(f"Of the time, {'; '.join(told)}.")
-    if any(layer.share > _BEYOND and layer.seconds > _TICK for layer in profile.layers):
+    beyond = any(layer.share > _BEYOND and layer.seconds > _TICK for layer in profile.layers)
+    if beyond or (profile.operations and profile.floor_seconds >= profile.seconds > _TICK):
         file = peaks_file(profile.peaks.threads)
         again = "the next report measures" if profile.peaks.disturbed else f"delete {file} to measure"
         lines.append(f"Some operators go beyond their roof: its peaks were measured too low; {again} them again.")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from optc.bench.statistics import Percentiles
 from optc.passmanager.contract import PassRecord
+
+_P99_QUERIES = 100
 
 
 def what(record: PassRecord) -> str:
@@ -45,6 +48,12 @@ def shortened(name: str, most: int = 24) -> str:
 def times(ratio: float) -> str:
     """A ratio as ``"2.4 times"``; two digits would make 1.04 of one."""
     return f"{short(ratio)} times"
+
+
+def latency_cells(found: Percentiles, digits: int = 2) -> tuple[str, str, str]:
+    """p50, p90 and p99 in ms; fewer than a hundred queries have no 99th percentile."""
+    p50, p90, p99 = (f"{ns / 1e6:.{digits}f}" for ns in (found.p50_ns, found.p90_ns, found.p99_ns))
+    return p50, p90, p99 if found.count >= _P99_QUERIES else "–"
 
 
 def milliseconds(seconds: float) -> str:

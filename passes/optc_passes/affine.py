@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, fx
 
 from optc import Program
-from optc.rewrite import dtype, label, module_path, set_argument
+from optc.rewrite import dtype, label, loosen_layout, module_path, set_argument, strides
 from optc_passes.channels import Route, layer_before, layers_after, pad_mode, pad_value
 from optc_passes.layers import scale_input, scale_output
 
@@ -79,3 +79,10 @@ def fold_beside(
         return True, before
     done, after = fold_after(program, output, axis, scale, shift)
     return done, after if done else f"{before}, and after it {after}"
+
+
+def hand_on(value: fx.Node, output: fx.Node) -> None:
+    """Let every user of ``output`` use ``value``, which may be laid out otherwise, instead."""
+    output.replace_all_uses_with(value)
+    if strides(value) != strides(output):
+        loosen_layout([value])

@@ -13,8 +13,18 @@ import torch
 from torch import Tensor, fx
 
 from optc import Change, Pass, PassContext, PassResult, Program, Skip
-from optc.rewrite import argument, calls, constant_of, dtype, erase_unused, is_call, module_path
-from optc_passes.affine import fold_beside
+from optc.rewrite import (
+    STRIDES_READ,
+    argument,
+    calls,
+    constant_of,
+    dtype,
+    erase_unused,
+    is_call,
+    module_path,
+    strides_read,
+)
+from optc_passes.affine import fold_beside, hand_on
 
 aten = torch.ops.aten
 _INFERENCE = aten._native_batch_norm_legit_no_training.default
@@ -31,8 +41,9 @@ class FoldBatchNorm(Pass):
     def run(self, program: Program, context: PassContext) -> PassResult:
         applied: list[Change] = []
         skipped: list[Skip] = []
+        strided = strides_read(program)
         for node in calls(program, _INFERENCE, _BATCH_STATISTICS, *_MODE_GIVEN):
-            done, what = _fold(program, node)
+            done, what = (False, STRIDES_READ) if node in strided else _fold(program, node)
             if done:
                 applied.append(Change(self.name, node.name, what))
             else:
@@ -56,7 +67,7 @@ def _fold(program: Program, node: fx.Node) -> tuple[bool, str]:
     if not done:
         return False, what
     path = module_path(node)
-    norm.output.replace_all_uses_with(norm.value)
+    hand_on(norm.value, norm.output)
     erase_unused((*node.users, node, *node.args[1:]))
     return True, f"{path} {what}".strip()
 

@@ -10,7 +10,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from optc.ops import COMPOSITES, find_composite
-from optc.rewrite import argument, arguments, is_call, replace, shape
+from optc.rewrite import argument, arguments, is_call, loosen_layout, replace, shape, strides
 from optc_passes.layers import DECOMPOSED
 
 aten = torch.ops.aten
@@ -78,6 +78,10 @@ def fuse(end: fx.Node, layer: Layer, composite: OpOverload, args: tuple[Any, ...
     module = layer.node.meta.get("nn_module_stack")
     if module is not None:  # of the two modules it now stands for, the layer says more
         new.meta["nn_module_stack"] = module
+    new.meta["val"] = layer.node.meta["val"]  # laid out as the layer's, not as what is added to it
+    relaid = strides(end) != strides(new)
     replace(end, new)
     layer.node.graph.erase_node(layer.node)
+    if relaid:
+        loosen_layout([new])
     return new

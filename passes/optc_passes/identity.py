@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from optc import Change, Pass, PassContext, PassResult, Program, Skip
 from optc.rewrite import (
@@ -23,6 +23,7 @@ from optc.rewrite import (
     needed_copy,
     set_argument,
     shape,
+    strides,
     strides_read,
 )
 from optc_passes.layers import CONVOLUTIONS, LINEARS, TRANSPOSED
@@ -65,7 +66,7 @@ class RemoveIdentity(Pass):
             if reason := STRIDES_READ if node in strided else needed_copy(program, node, source):
                 skipped.append(Skip(self.name, node.name, reason))
                 continue
-            if _strides(node) != _strides(source) or is_call(node, aten.clone.default, aten.contiguous.default):
+            if strides(node) != strides(source) or is_call(node, aten.clone.default, aten.contiguous.default):
                 relaid.append(source)
             for old in replaced:
                 old.replace_all_uses_with(source)
@@ -87,11 +88,6 @@ def _drop_zero_biases(program: Program) -> list[Change]:
             erase_unused((bias,))
             changes.append(Change(RemoveIdentity.name, layer.name, f"{module_path(layer)} bias of zeros".strip()))
     return changes
-
-
-def _strides(node: fx.Node) -> tuple[int, ...]:
-    value = node.meta.get("val")
-    return value.stride() if isinstance(value, Tensor) else ()
 
 
 def _same_dims(node: fx.Node) -> bool:
@@ -117,14 +113,14 @@ def _copy(program: Program, node: fx.Node) -> bool:
     free = chosen is None or chosen is torch.preserve_format
     if is_call(node, aten.contiguous.default):
         free = False
-    return free or _strides(node) == _strides(node.args[0])  # type: ignore[arg-type]
+    return free or strides(node) == strides(node.args[0])  # type: ignore[arg-type]
 
 
 def _cast(program: Program, node: fx.Node) -> bool:
     """A cast to the type, device and layout a tensor already has."""
     before, after = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
     return all(getattr(before, what) == getattr(after, what) for what in ("dtype", "device", "layout")) and (
-        _strides(node) == _strides(node.args[0])  # type: ignore[arg-type]
+        strides(node) == strides(node.args[0])  # type: ignore[arg-type]
     )
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from optc import Change, Pass, PassContext, PassResult, Program, Skip
-from optc.rewrite import calls, constant_of, dtype, erase_unused, module_path, shape
-from optc_passes.affine import fold_beside
+from optc.rewrite import STRIDES_READ, calls, constant_of, dtype, erase_unused, module_path, shape, strides_read
+from optc_passes.affine import fold_beside, hand_on
 
 _MUL = torch.ops.aten.mul.Tensor
 
@@ -25,11 +25,12 @@ class FoldLayerScale(Pass):
     def run(self, program: Program, context: PassContext) -> PassResult:
         applied: list[Change] = []
         skipped: list[Skip] = []
+        strided = strides_read(program)
         for node in calls(program, _MUL):
             factor = _factor(program, node)
             if factor is None:
                 continue
-            done, what = _fold(program, node, *factor)
+            done, what = (False, STRIDES_READ) if node in strided else _fold(program, node, *factor)
             if done:
                 applied.append(Change(self.name, node.name, what))
             else:
@@ -44,6 +45,8 @@ def _factor(program: Program, node: fx.Node) -> tuple[fx.Node, Tensor | float] |
     """
     for value, factor in (node.args[:2], node.args[1::-1]):
         if not isinstance(value, fx.Node) or constant_of(program, value) is not None:
+            continue
+        if not isinstance(value.meta["val"], Tensor):  # a size
             continue
         tensor = constant_of(program, factor)
         constant = tensor.detach() if tensor is not None else factor
@@ -69,7 +72,7 @@ def _fold(program: Program, node: fx.Node, value: fx.Node, factor: Tensor | floa
         scale = factor.double().flatten().expand(shape(value)[axis])
         done, what = fold_beside(program, node, value, node, axis, scale, None)
         if done:
-            node.replace_all_uses_with(value)
+            hand_on(value, node)
             constants = node.args
             program.graph.erase_node(node)
             erase_unused(constants)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from optc import Change, Pass, PassContext, PassResult, Program, Skip
-from optc.rewrite import argument, calls, dtype, label, shape, used_by
+from optc.rewrite import STRIDES_READ, argument, calls, dtype, label, shape, strides_read, used_by
 from optc_passes.composites import Layer, as_layer, fuse
 
 aten = torch.ops.aten
@@ -27,6 +27,7 @@ class FuseResidual(Pass):
     def run(self, program: Program, context: PassContext) -> PassResult:
         applied: list[Change] = []
         skipped: list[Skip] = []
+        strided = strides_read(program)
         for node in calls(program, aten.add.Tensor):
             name, fused = node.name, ""
             for layer, other in _layers(node):
@@ -36,6 +37,8 @@ class FuseResidual(Pass):
                     if layer.residual:  # the residual stream: it was never to be fused a second time
                         continue
                     skipped.append(Skip(self.name, name, f"{label(layer.node)} is the operand added in {fused}"))
+                elif node in strided:
+                    skipped.append(Skip(self.name, name, STRIDES_READ))
                 elif reason := _refusal(node, layer, other):
                     skipped.append(Skip(self.name, name, reason))
                 else:

@@ -81,7 +81,7 @@ def test_measurement_has_the_baselines_and_a_verdict(net: Net) -> None:
     fourth = ["compile-fp32"] if BF16_FLAGS.isdisjoint(isa() or BF16_FLAGS) else []
     assert [r.name for r in measurement.results] == ["eager-fp32", "eager-bf16", "compile-bf16", *fourth, "optc"]
     assert all(r.blocks for r in measurement.results if r.error is None)
-    assert "best unquantized candidate" in optimized.report.verdict
+    assert "best unquantized PyTorch" in optimized.report.verdict
     assert optimized.report.to_dict()["verdict"] == optimized.report.verdict
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import types
+
 import pytest
 import torch
 from torch import nn
@@ -45,6 +48,19 @@ def test_the_fingerprint_is_stable_over_forks_and_sees_structure_and_constants(p
     parent, _, leaf = name.rpartition(".")
     setattr(other.module.get_submodule(parent), leaf, nn.Parameter(tensor.clone()))
     assert other.fingerprint() != program.fingerprint()
+
+
+def test_the_fingerprint_of_contents_names_functions_without_their_address() -> None:
+    class Sized(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * float(x.shape[0]) ** 0.5
+
+    program = optc.capture(Sized(), (torch.randn(2, 4),))
+    (node,) = [node for node in program.graph.nodes if isinstance(node.target, types.FunctionType)]
+    before, function = program.fingerprint(contents=True), node.target
+    elsewhere = types.FunctionType(function.__code__, function.__globals__, function.__name__)
+    node.target = functools.update_wrapper(elsewhere, function)
+    assert program.fingerprint(contents=True) == before
 
 
 def test_outputs_are_flat_and_the_nesting_is_kept(program: optc.Program) -> None:

@@ -87,7 +87,14 @@ def test_says_why_not(tester: Callable, case: str) -> None:
     t.run(FoldLayerScale()).check_untouched().check_skipped("fold-layer-scale", reason)
 
 
-@pytest.mark.parametrize("compute", [lambda m, x: m.linear(x) * x, lambda m, x: m.linear(x)[:, :1] * m.table])
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda m, x: m.linear(x) * x,
+        lambda m, x: m.linear(x)[:, :1] * m.table,
+        lambda m, x: m.linear(x) + (m.table * x.shape[0]).sum(),
+    ],
+)
 def test_products_of_computed_values_and_broadcasts_are_no_candidates(tester: Callable, compute: Callable) -> None:
     assert not tester(Scaled(compute), TOKENS).run(FoldLayerScale()).check_untouched().skipped
 

@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from optc_passes.batch_norm import FoldBatchNorm
 from optc_passes.channels_last import ChannelsLast
 from optc_passes.fuse import Fuse
 from optc_passes.identity import RemoveIdentity
+from optc_passes.layer_scale import FoldLayerScale
 from optc_passes.parallel_linears import MergeParallelLinears
+from optc_passes.residual_fusion import FuseResidual
 from optc_passes.views import MergeViews
 
 IMAGE = torch.randn(2, 4, 8, 8)
@@ -23,6 +26,7 @@ class Model(nn.Module):
     def __init__(self, compute: Callable[[nn.Module, Tensor], Tensor]) -> None:
         super().__init__()
         self.conv, self.wide, self.narrow = nn.Conv2d(4, 4, 3, padding=1), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.norm, self.gamma, self.mix = nn.BatchNorm2d(4), nn.Parameter(torch.randn(8)), nn.Linear(4, 4)
         self.compute = compute
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,11 +68,35 @@ def test_a_copy_that_a_dense_reader_needs_is_not_taken_in(tester: Callable) -> N
     tester(Model(DENSE["view of a copy"]), IMAGE).run(MergeViews()).check_untouched()
 
 
+def added(m: nn.Module, x: Tensor) -> Tensor:
+    """A sum that is laid out as what is added to the layer: the other way round."""
+    tokens = x.flatten(2).transpose(1, 2)
+    return (tokens + m.mix(tokens)).transpose(1, 2).flatten(1)
+
+
+RELAID: dict[str, tuple[type, Callable[[nn.Module, Tensor], Tensor]]] = {
+    "norm": (FoldBatchNorm, lambda m, x: m.norm(m.conv(x)[:, :, :-1, :-1]).flatten(1)),
+    "scale": (FoldLayerScale, lambda m, x: (m.wide(x)[:, :, 1:] * m.gamma).flatten(1)),
+    "residual": (FuseResidual, added),
+}
+
+
+@pytest.mark.parametrize("case", RELAID)
+def test_views_of_what_is_laid_out_otherwise_copy(tester: Callable, case: str) -> None:
+    pass_, compute = RELAID[case]
+    t = tester(Model(compute), IMAGE).run(pass_()).check_close()
+    assert t.modified
+    assert t.count("view") == 0
+
+
 STRIDED: dict[str, tuple[type, Callable[[nn.Module, Tensor], Tensor]]] = {
     "copy": (RemoveIdentity, lambda m, x: x.transpose(2, 3).clone().as_strided((4, 4), (8, 1), 0).sum() + x),
     "number": (RemoveIdentity, lambda m, x: (x.relu()[:, 1:] * 1).exp().as_strided((2, 4), (8, 1), 0).sum() + x),
     "layer": (MergeParallelLinears, lambda m, x: m.wide(x).relu().as_strided((4, 4), (8, 1), 0).sum() + m.narrow(x)),
     "convolution": (ChannelsLast, lambda m, x: m.conv(x).exp().as_strided((4, 8), (8, 1), 0).sum() + x),
+    "norm": (FoldBatchNorm, lambda m, x: m.norm(m.conv(x)).exp().as_strided((4, 8), (8, 1), 0).sum() + x),
+    "scale": (FoldLayerScale, lambda m, x: (m.wide(x) * m.gamma).exp().as_strided((4, 8), (8, 1), 0).sum() + x),
+    "residual": (FuseResidual, lambda m, x: (m.conv(x) + x).exp().as_strided((4, 8), (8, 1), 0).sum() + x),
 }
 
 

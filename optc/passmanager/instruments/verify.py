@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from optc.batches import at_batch
 from optc.errors import VerificationError
 from optc.passmanager.compare import Comparison, Outputs, compare, nan_in, rounding_sqnr_db
 from optc.passmanager.contract import Instrument, Pass, PassContext, PassRecord
 from optc.passmanager.reproducer import write_reproducer
 from optc.program import Program
+from optc.rewrite import is_random, label
 from optc.stages import run_stages, split, stage_count
 
 
@@ -30,7 +32,8 @@ class Verify(Instrument):
 
     Args:
         captured: the program as captured; it is run once and not kept.
-        inputs: batches to run, each a tuple of tensors.
+        inputs: batches to run, each a tuple of tensors. Where all have as many samples as passes see, and the program
+            takes any number, the first sample is run by itself as well: a pass may have taken that number for granted.
         folder: where a reproducer is left when a pass fails.
         context: the target, instruction sets and calibration data that passes are given, for the reproducer.
 
@@ -38,7 +41,7 @@ class Verify(Instrument):
         remarks: what of the model's own outputs there is nothing to compare with, for people.
 
     Raises:
-        VerificationError: an output of the model itself is NaN throughout.
+        VerificationError: an output of the model itself is NaN throughout, or the model draws random numbers.
     """
 
     name = "verify"
@@ -50,10 +53,17 @@ class Verify(Instrument):
         folder: Path,
         context: PassContext | None = None,
     ) -> None:
-        self._inputs = inputs
+        if drawn := [label(node) for node in captured.graph.nodes if is_random(node)]:
+            raise VerificationError(
+                f"the model draws random numbers ({', '.join(drawn)}), so that no two runs of it can be compared",
+                "let it compute the same each time, as dropout does in evaluation mode",
+            )
+        sizes = {len(batch[0]) for batch in inputs}
+        alone = captured.dynamic_batch and sizes == {len(captured.example_inputs[0])} - {1}
+        self._inputs = [*inputs, at_batch(inputs[0], captured, 1)] if alone else inputs
         self._folder = folder
         self._context = context or PassContext()
-        self._reference = [captured.run(*batch) for batch in inputs]
+        self._reference = [captured.run(*batch) for batch in self._inputs]
         self.remarks = _remarks(self._reference)
         self._outputs = {_path(captured): self._reference}
         self._records: list[PassRecord] = []  # kept alive, so that no other gets the id of one

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from optc.bench.compare import comparisons, contender, refuse_unless_alike
+from optc.bench.compare import Contender, comparisons, contender, refuse_unless_alike
 from optc.bench.results import Block, Candidate, CandidateResult
 from optc.bench.summary import LoadGenSummary
 from optc.errors import MeasurementError
@@ -55,6 +55,27 @@ def test_every_target_is_compared_with_the_first_and_warnings_stay_with_their_nu
     data = json.loads(json.dumps(slower.to_dict(), allow_nan=False))
     assert data["outcome"] == "slower"
     assert data["ratio"]["method"]
+
+
+def test_what_did_not_take_turns_has_to_differ_by_more_than_drift() -> None:
+    def steady(name: str, scale: float, *, saved: bool) -> Contender:
+        blocks = [Block((round(1e6 * scale * (1 + 1e-4 * i)),) * 50, 0, SUMMARY) for i in range(10)]
+        candidate = Candidate(name, "float32", False, _never)
+        return contender(name, [CandidateResult.of(candidate, "p", "float32", 0.1, tuple(blocks), None)], saved=saved)
+
+    for scale, taking_turns, apart in ((0.98, "faster", "no difference"), (1.02, "slower", "no difference"),
+                                       (0.9, "faster", "faster"), (1.1, "slower", "slower")):  # fmt: skip
+        for saved, outcome in ((False, taking_turns), (True, apart)):
+            (found,) = comparisons([steady("a", 1.0, saved=saved), steady("b", scale, saved=False)])
+            assert found.ratio.outcome == outcome
+
+
+def test_a_candidate_that_failed_is_told_of() -> None:
+    found = contender("m", [_result("compile-bf16", 1.0, 0, error="no compiler"), _result("eager-fp32", 2.0, 1)])
+    assert found.result.name == "eager-fp32"
+    assert "m: compile-bf16 was not measured: no compiler" in found.warnings
+    (beside,) = comparisons([found, contender("b", [_result("b", 1.0, 2)])])
+    assert "m: compile-bf16 was not measured: no compiler" in beside.warnings
 
 
 def test_the_fastest_candidate_that_was_measured_to_the_end_stands_for_a_target() -> None:

@@ -291,6 +291,7 @@ def edit_facts(**changes: object) -> Callable[[dict[str, bytes]], object]:
     [
         (edit_facts(torch="1.0.0"), rf"compiled with torch 1\.0\.0, this is {re.escape(torch.__version__)}"),
         (edit_facts(device="cuda"), "compiled for cuda, not for cpu"),
+        (edit_facts(architecture="sparc"), f"compiled for sparc, this is {platform.machine()}"),
         (lambda members: members.update({"model/data/weights/weight_0": b"\x80\x04."}), "data/weights/weight_0"),
         (lambda members: members.update({"model/models/model.json": b"{}"}), r"models/model\.json"),
         (lambda members: members.update({"model/data/constants/custom_obj_0": b""}), "custom_obj_0"),

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -16,6 +20,7 @@ from optc.errors import OptcError
 from optc.lowering import inductor
 from optc.lowering.eager import EagerBackend
 from optc.lowering.lowering import AUTO, Passing, backends, lower_all, reason_of
+from optc.plugins.registry import registry
 
 
 class Refuses(Backend):
@@ -49,6 +54,16 @@ def test_auto_says_why_a_backend_was_left_out() -> None:
         pytest.skip("every backend may run on this machine's GPU")
     with pytest.raises(OptcError, match=r"no backend can run here: eager: "):
         backends(AUTO, Target(device="cuda"))
+
+
+def test_auto_says_that_a_plugins_backend_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPTC_DISABLE_PLUGINS", "openvino")
+    registry.cache_clear()
+    try:
+        _, refused = backends(AUTO, Target())
+    finally:
+        registry.cache_clear()
+    assert refused["openvino"] == "backend 'openvino' is left out — take 'openvino' out of OPTC_DISABLE_PLUGINS"
 
 
 def test_a_named_backend_that_cannot_run_is_an_error() -> None:
@@ -88,6 +103,72 @@ def test_a_bug_in_one_backend_is_its_reason_and_names_its_plugin(program: Progra
         BackendError, match=r"^backend 'breaks' \(from a-plugin\) raised KeyError: 'weights' — run with"
     ):
         lower_all([Breaks()], program, Target(threads=1), alone, lambda text: None)
+
+
+class Quits(Breaks):
+    """Ends the process where its work is asked for."""
+
+    name = "quits"
+
+    def lower(self, program: Program, target: Target, folder: Path) -> Lowered:
+        sys.exit("no licence")
+
+
+class Forgets(Breaks):
+    """Names a file that it did not write."""
+
+    name = "forgets"
+
+    def lower(self, program: Program, target: Target, folder: Path) -> Lowered:
+        return Lowered(("model.bin",))
+
+
+def test_a_backend_that_quits_or_writes_nothing_leaves_the_others(program: Program, tmp_path: Path) -> None:
+    chosen = [EagerBackend(), Quits(), Forgets()]
+    done, refused = lower_all(chosen, program, Target(threads=1), tmp_path, lambda text: None)
+    assert [made.backend.name for made in done] == ["eager"]
+    assert refused == {
+        "quits": "backend 'quits' (from a-plugin) raised SystemExit: no licence",
+        "forgets": "backend 'forgets' (from a-plugin) wrote no model.bin",
+    }
+
+
+class Measures(Refuses):
+    """Says whether other processes are at work while it measures."""
+
+    name = "measures"
+    beside: ClassVar[list[bool]] = []
+
+    @classmethod
+    def measures_to_lower(cls, target: Target) -> bool:
+        return True
+
+    def lower(self, program: Program, target: Target, folder: Path) -> Lowered:
+        self.beside.append(Compiles.running)
+        raise BackendError("seen enough")
+
+
+class Compiles(Refuses):
+    """Is at work from when it was started until its end."""
+
+    name = "compiles"
+    running = False
+
+    @contextmanager
+    def started(self, program: Program, target: Target, folder: Path) -> Iterator[Callable[[], Lowered]]:
+        Compiles.running = True
+        try:
+            yield lambda: EagerBackend().lower(program, target, folder)
+        finally:
+            Compiles.running = False
+
+
+def test_nothing_compiles_beside_a_backend_that_measures(program: Program, tmp_path: Path) -> None:
+    Measures.beside.clear()
+    chosen = [Compiles(), Measures()]
+    with pytest.raises(BackendError):  # what the one wrote the other's load does not read
+        lower_all(chosen, program, Target(threads=1), tmp_path, lambda text: None)
+    assert Measures.beside == [False]
 
 
 class Killed(Refuses):

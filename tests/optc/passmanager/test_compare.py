@@ -60,6 +60,13 @@ def test_one_value_of_each_batch_is_compared_where_an_output_has_no_batch() -> N
     assert (found.samples, round(found.max_abs, 6)) == (2, 0.2)
 
 
+def test_an_output_may_have_the_batch_in_any_dimension() -> None:
+    wanted = [(torch.eye(4),), (torch.eye(3),)]
+    found = compare(wanted, [(torch.eye(4),), (torch.eye(3).roll(1, 0),)])
+    assert (found.samples, found.top1_agreement) == (7, 4 / 7)
+    assert nan_in(wanted) == []
+
+
 def test_outputs_with_nan_are_told_by_position_and_share() -> None:
     whole = torch.ones(2, 2)
     some = torch.tensor([[math.nan, 1.0], [1.0, 1.0]])

@@ -88,6 +88,15 @@ class ErasesTheOutput(Base):
         return optc.PassResult(program, modified=True)
 
 
+class ChangesTheType(Base):
+    def run(self, program: Program, context: optc.PassContext) -> optc.PassResult:
+        relu = _relu(program)
+        with program.graph.inserting_after(relu):
+            half = program.graph.call_function(torch.ops.aten.to.dtype, (relu, torch.float16))
+        relu.replace_all_uses_with(half, delete_user_cb=lambda user: user is not half)
+        return optc.PassResult(program, modified=True)
+
+
 class ReturnsNoProgram(Base):
     def run(self, program: Program, context: optc.PassContext) -> optc.PassResult:
         return optc.PassResult(program.module, modified=True)  # type: ignore[arg-type]
@@ -130,6 +139,7 @@ def _relu(program: Program) -> torch.fx.Node:
         (MistypesANode, "does not type-check"),
         (ReturnsTheWrongType, "returned Program"),
         (ErasesTheOutput, "left no output node at the end of the graph — keep the output node"),
+        (ChangesTheType, r"changed output 0 from float32 \[2, \d+\] to float16 \[2, \d+\]"),
         (ReturnsNoProgram, r"whose program is no optc\.Program"),
         (ListsWordsAsChanges, r"whose 'applied' holds something else than optc\.Change"),
         (ListsChangesAsSkips, r"whose 'skipped' holds something else than optc\.Skip"),

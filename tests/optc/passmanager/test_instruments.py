@@ -14,7 +14,7 @@ from torch import nn
 
 import optc
 from optc.batches import as_calibration
-from optc.errors import PluginError, VerificationError
+from optc.errors import OptcError, PluginError, VerificationError
 from optc.passmanager.compare import compare
 from optc.passmanager.instruments import Bisect, PrintAfter, Statistics, Timing, Verify
 from optc.passmanager.manager import PassManager
@@ -141,6 +141,39 @@ def test_the_reproducer_of_a_calibrated_pass_does_what_it_did(
         quant(program, dataclasses.replace(given, instruments=(verify,)))
     runpy.run_path(str(tmp_path / "optc-reproducer-quant" / "reproduce.py"))
     assert capsys.readouterr().out.strip() == str(compare([program.run(*inputs[0])], [result.run(*inputs[0])]))
+
+
+class TakesTheBatchForGranted(optc.Pass):
+    """Right for the number of samples that it sees."""
+
+    name = "takes-the-batch-for-granted"
+    summary = "Views with the number of samples it sees."
+
+    def run(self, program: optc.Program, context: optc.PassContext) -> optc.PassResult:
+        output: torch.fx.Node = program.graph.output_node().all_input_nodes[0]
+        size = list(output.meta["val"].shape)
+        with program.graph.inserting_after(output):
+            flat = program.graph.call_function(torch.ops.aten.reshape.default, (output, [size[0], -1]))
+        output.replace_all_uses_with(flat, delete_user_cb=lambda user: user is not flat)
+        return optc.PassResult(program, modified=True)
+
+
+def test_a_pass_that_is_right_for_one_number_of_samples_alone_is_caught(tmp_path: Path) -> None:
+    captured = optc.capture(nn.Linear(4, 6), (torch.randn(1, 4),))
+    batches = [(torch.randn(2, 4),)]
+    context = optc.PassContext(instruments=[Verify(captured, batches, tmp_path)])
+    with pytest.raises(OptcError, match=r"takes-the-batch-for-granted.*output 0 has shape \(2, 3\)"):
+        TakesTheBatchForGranted()(captured, context)
+
+
+def test_a_model_that_draws_random_numbers_is_refused(tmp_path: Path) -> None:
+    class Drops(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.dropout(x, 0.5, training=True)
+
+    captured = optc.capture(Drops(), (torch.randn(1, 4),))
+    with pytest.raises(VerificationError, match=r"draws random numbers \(dropout.*\), so that no two runs"):
+        Verify(captured, [(torch.randn(2, 4),)], tmp_path)
 
 
 def test_an_approximate_pass_is_held_to_its_budget(program: Program, inputs, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -132,6 +132,11 @@ class OpenVinoBackend(Backend):
         again, provider, precision = checked(read(folder / FILE_OF_KERNELS, folder / FILES[1]))
         return replace(made, details={**made.details, **again}, provider=provider, precision=precision)
 
+    @classmethod
+    def measures_to_lower(cls, target: Target) -> bool:
+        """Where the kernels are to be the fastest ones."""
+        return bool(cls.options(target).kernels == "measured")
+
     def variants(self, lowered: Lowered, target: Target, folder: Path) -> list[tuple[dict[str, Any], Lowered]]:
         """A stream for each thread, or as many as divide the batch as well; each with the partitioner and with the
         kernels that were measured to be faster.
