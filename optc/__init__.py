@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from optc.lowering.layer_precision import layer_precision as layer_precision
     from optc.lowering.onnx_export import export_onnx as export_onnx
     from optc.lowering.tensorrt_onnx import export_tensorrt_onnx as export_tensorrt_onnx
+    from optc.passmanager.compare import Comparison as Comparison
+    from optc.passmanager.compare import compare as compare
     from optc.passmanager.contract import Calibration as Calibration
     from optc.passmanager.contract import Change as Change
     from optc.passmanager.contract import Instrument as Instrument
@@ -71,6 +73,7 @@ _HOMES = {
     "optc.lowering.layer_precision": ("layer_precision",),
     "optc.lowering.onnx_export": ("export_onnx",),
     "optc.lowering.tensorrt_onnx": ("export_tensorrt_onnx",),
+    "optc.passmanager.compare": ("Comparison", "compare"),
     "optc.passmanager.contract": (
         "Calibration",
         "Change",

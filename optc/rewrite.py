@@ -59,6 +59,12 @@ def is_quantized(program: Program) -> bool:
     return any(is_quantize(node) or is_dequantize(node) for node in program.graph.nodes)
 
 
+def quantized_attention(program: Program) -> list[fx.Node]:
+    """The attention operators whose queries are rounded to integers, for a kernel that multiplies those by the keys."""
+    attention = calls(program, aten.scaled_dot_product_attention.default)
+    return [node for node in attention if is_dequantize(node.args[0])]
+
+
 def argument(node: fx.Node, name: str) -> Any:
     """An ATen node's argument by schema name, given by position, by keyword, or its default."""
     schema = node.target._schema  # type: ignore[union-attr]

@@ -61,9 +61,7 @@ class Data:
         self._dataset = dataset
         self._images = dataset or SyntheticDataset()
         self._big = sum(p.numel() for p in loaded.module.parameters()) > BIG_MODEL_PARAMETERS
-        self._is_image_model = [tuple(t.shape[1:]) for t in loaded.example_inputs] == [
-            loaded.info.preprocessing.input_size
-        ]
+        self._is_image_model = _takes_images(loaded)
         if dataset is not None and not self._is_image_model:
             raise DataError(
                 f"'{loaded.info.name}' does not take images, so --data has no use for it", "leave --data away"
@@ -78,20 +76,21 @@ class Data:
             dataset.check_classes(_outputs(loaded))
 
     def calibration(self) -> Calibration | None:
-        """Batches of the training split; the example inputs of a model that does not take images."""
+        """Batches of the training split; nothing for a model that does not take images."""
         from optc.data.calibration import DatasetCalibration
 
         if not self._is_image_model:
             return None
-        count = BIG_MODEL_IMAGES if self._big else CALIBRATION_IMAGES
         batch = BIG_MODEL_BATCH if self._big else CALIBRATION_BATCH
-        return DatasetCalibration(self._split("train"), batch, count // batch)
+        # A model that takes one number of images only needs as many; others have one or two.
+        count = max(BIG_MODEL_IMAGES if self._big else CALIBRATION_IMAGES, len(self._loaded.example_inputs[0]))
+        return DatasetCalibration(self._split("train"), batch, -(-count // batch))
 
     def verification(self) -> list[tuple[Tensor, ...]] | None:
         """Batches of the validation split, to compare outputs on."""
         if not self._is_image_model:
             return None
-        count = BIG_MODEL_IMAGES if self._big else VERIFICATION_IMAGES
+        count = max(BIG_MODEL_IMAGES if self._big else VERIFICATION_IMAGES, len(self._loaded.example_inputs[0]))
         return self._batches(self._split("validation"), BIG_MODEL_BATCH if self._big else 8, count)
 
     @property
@@ -137,7 +136,16 @@ class Data:
         return named_split(self._images, name, self._loaded.info.preprocessing)
 
     def _batches(self, split: Split, batch: int, count: int) -> list[tuple[Tensor, ...]]:
-        return [(images,) for images, _ in split.batches(batch, limit=count)]
+        kind = self._loaded.example_inputs[0].dtype
+        return [(images.to(kind),) for images, _ in split.batches(batch, limit=count)]
+
+
+def _takes_images(loaded: LoadedModel) -> bool:
+    """Whether the model's one input is images as its preprocessing makes them: floats, and more than a pixel."""
+    sizes = [tuple(tensor.shape[1:]) for tensor in loaded.example_inputs]
+    kinds = [tensor.is_floating_point() for tensor in loaded.example_inputs]
+    size = loaded.info.preprocessing.input_size
+    return sizes == [size] and kinds == [True] and size[1:] != (1, 1)
 
 
 def _outputs(loaded: LoadedModel) -> int:

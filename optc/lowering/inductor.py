@@ -35,7 +35,7 @@ from optc.lowering.layer_precision import layer_precision
 from optc.lowering.tf32 import without_tf32
 from optc.lowering.torch_memory import TorchOptions, keep_freed_memory, return_freed_memory
 from optc.program import Program
-from optc.rewrite import argument, is_call, is_dequantize, is_quantized, label
+from optc.rewrite import argument, is_call, is_dequantize, is_quantized, label, quantized_attention
 from optc.target import Target
 
 PACKAGE, RESULT, FACTS = "model.pt2", "result.json", "optc.json"
@@ -310,7 +310,11 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 def _not_int8(program: Program, names: Sequence[str], target: Target) -> dict[str, str]:
     """Each layer of a quantized program that computes in float, with the reason."""
     nodes = {node.name: node for node in program.graph.nodes}
-    return {label(nodes[name]) if name in nodes else name: _why_float(nodes.get(name), target) for name in names}
+    found = {label(nodes[name]) if name in nodes else name: _why_float(nodes.get(name), target) for name in names}
+    attention = (
+        "Inductor has no int8 kernel for attention: its queries and keys are rounded, and computed with in float"
+    )
+    return found | {label(node): attention for node in quantized_attention(program)}
 
 
 def _why_float(layer: fx.Node | None, target: Target) -> str:

@@ -89,7 +89,7 @@ def _pack(program: Program, node: fx.Node, row: Composite, weight: Tensor) -> fx
     assert isinstance(old, fx.Node)
     if row.is_conv:
         stride, padding, dilation, groups = args[-4:]
-        layout = (pair(padding), pair(stride), pair(dilation), groups)  # type: ignore[arg-type]
+        layout = (pair(padding), pair(stride), pair(dilation), groups)
         data = mkldnn._reorder_convolution_weight(weight.detach(), *layout, list(shape(x)))
     else:
         data = mkldnn._reorder_linear_weight(weight.detach(), math.prod(shape(x)[:-1]))

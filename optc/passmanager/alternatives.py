@@ -38,6 +38,11 @@ class Made:
     dropped: Mapping[str, str]
     given: Mapping[str, Any] = field(default_factory=dict)
 
+    def without(self, passes: str, reason: str) -> Made:
+        """The same with one list dropped."""
+        programs = {each: program for each, program in self.programs.items() if each != passes}
+        return Made(programs, {**self.dropped, passes: reason}, self.given)
+
 
 class Alternatives:
     """One or several lists of passes. Of several the one is kept whose program turns out fastest.

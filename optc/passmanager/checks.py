@@ -88,10 +88,10 @@ class ContractGuard:
             complete_meta(after)
         except Exception as error:
             raise self._broken(f"made a node that does not type-check: {error}", "check its arguments") from error
-        for number, (kind, output) in enumerate(zip(self._outputs, _outputs(after.graph), strict=True)):
-            if kind and _kind(output) != kind:
+        for number, (was, output) in enumerate(zip(self._outputs, _outputs(after.graph), strict=True)):
+            if was and _kind(output) != was:
                 raise self._broken(
-                    f"changed output {number} from {kind} to {_kind(output)}", "give out the types and shapes that were"
+                    f"changed output {number} from {was} to {_kind(output)}", "give out the types and shapes that were"
                 )
         return after
 

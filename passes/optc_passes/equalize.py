@@ -25,6 +25,8 @@ _LIMIT = 1e4
 """Largest ratio of the factors within one value, so that no weight leaves float's precise range."""
 
 
+_DEAD = 1e-6
+"""Share of the largest channel below which one says nothing: it would move the mean and not be heard."""
 _WORTHWHILE = 1.05
 """A smaller spread of factors changes nothing; so a second run finds nothing to do."""
 
@@ -33,7 +35,11 @@ class EqualizeOptions(PassOptions):
     """Options of ``equalize``."""
 
     strength: float = Field(
-        0.5, ge=0, le=1, description="how much of an activation's spread moves into the weights that read it"
+        0.5,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="how much of an activation's spread moves into the weights that read it",
     )
 
 
@@ -75,10 +81,10 @@ class Equalize(Pass):
         return PassResult(program, bool(applied), tuple(applied), tuple(skipped))
 
     def _factors(self, program: Program, source: _Source, peaks: Tensor) -> Tensor:
-        """s per channel, float64, of geometric mean 1; 1 for channels that are always 0 or that nothing reads."""
+        """s per channel, float64, of geometric mean 1; 1 for channels that are as good as always 0 or unread."""
         weights = torch.stack([_input_range(program, reader) for reader in source.readers]).amax(0)
         alpha = self.options.strength
-        usable = (peaks > 0) & (weights > 0)
+        usable = (peaks > _DEAD * peaks.max()) & (weights > _DEAD * weights.max())
         one = torch.ones_like(peaks)
         factors = torch.where(usable, peaks, one) ** alpha / torch.where(usable, weights, one) ** (1 - alpha)
         mean = factors[usable].log().mean().exp() if bool(usable.any()) else factors.new_ones(())

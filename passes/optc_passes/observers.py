@@ -233,9 +233,9 @@ class PerChannelWeightObserver(PerChannelMinMaxObserver):
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Scale (float32, > 0) and zero point (int8, all 0), each of shape [channels]."""
         scale, zero_point = super().calculate_qparams()
-        scale = torch.where(scale > _TINY, scale, torch.ones_like(scale))
+        scale = torch.where(scale > _TINY, scale, torch.zeros_like(scale))
         if self.layer is not None:
             activation, bias = self.layer
             activation_scale, _ = activation.calculate_qparams()
             scale = torch.maximum(scale, bias.detach().abs().float() / (activation_scale * _BIAS_LIMIT))
-        return scale, zero_point.to(torch.int8)
+        return torch.where(scale > 0, scale, torch.ones_like(scale)), zero_point.to(torch.int8)

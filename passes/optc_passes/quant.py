@@ -46,7 +46,11 @@ class QuantOptions(PassOptions):
         " of 91 clippings the one of least squared error",
     )
     percentile: float = Field(
-        99.99, gt=50, le=100, description="share of an activation's values, in percent, that observer=percentile keeps"
+        99.99,
+        gt=50,
+        le=100,
+        allow_inf_nan=False,
+        description="share of an activation's values, in percent, that observer=percentile keeps",
     )
 
 
@@ -88,7 +92,10 @@ class Quant(Pass):
         if not layers.plan.layers:
             return PassResult(program, modified=False, skipped=layers.skipped(None))
         if context.calibration is None and self.options.formats not in WEIGHTS_ALONE:
-            raise OptcError("pass 'quant' needs calibration data to find ranges", "give --data, or calibration=…")
+            raise OptcError(
+                "pass 'quant' needs calibration data to find ranges",
+                "give calibration=… in Python; for a model that takes no images -O quant.formats=int8-weights, or fuse",
+            )
         if layers.kernels.saturates and self.options.formats not in WEIGHTS_ALONE:
             context.note(SATURATES)
         layers.calibrate(context)

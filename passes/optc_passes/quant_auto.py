@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from optc import PassContext, Program
 from optc.rewrite import argument, shape
 from optc_passes.quant_account import Entry, Pair
-from optc_passes.quant_budget import MIN_SQNR_DB, over_budget
+from optc_passes.quant_budget import MIN_SQNR_DB, ROOM_DB, over_budget
 from optc_passes.quant_formats import FLOAT, INT8, Attempt, LayerFormats
 from optc_passes.quant_local import Half
 from optc_passes.quant_plan import Layer
@@ -121,7 +121,7 @@ def in_words(seconds: Mapping[str, float], backend: str) -> str:
 
 def choose(layers: LayerFormats, table: Sequence[Entry], context: PassContext) -> Choice:
     """Solve, make the program, and tighten the budget of noise until the program as a whole is within its budget."""
-    noise_budget = 10 ** (-MIN_SQNR_DB / 10)
+    noise_budget = 10 ** (-(MIN_SQNR_DB + ROOM_DB) / 10)
     for _ in range(_TRIES):
         formats = solve(table, noise_budget)
         attempt = layers.attempt(_quantized(formats))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from optc import Program
+from optc import Program, compare
 from optc_passes.calibration import Batch
 from optc_passes.quant_bias import mean_shift
 from optc_passes.quant_blocks import Rounded
@@ -33,17 +33,12 @@ def sqnr_db(reference: Tensor, value: Tensor) -> float:
 
 
 def output_sqnr(program: Program, batches: Sequence[Batch], references: Sequence[Batch]) -> float:
-    """SQNR in dB of a program's worst floating-point output over all batches together.
+    """SQNR in dB of a program's worst output over all batches together, as verification takes it.
 
     Args:
         references: the outputs wanted, batch by batch.
     """
-    outputs = [program.run(*batch) for batch in batches]
-    pairs = zip(zip(*references, strict=True), zip(*outputs, strict=True), strict=True)
-    return min(
-        (sqnr_db(_joined(wanted), _joined(got)) for wanted, got in pairs if wanted[0].is_floating_point()),
-        default=float("inf"),
-    )
+    return compare(references, [program.run(*batch) for batch in batches]).sqnr_db
 
 
 class NoiseMeter(fx.Interpreter):
@@ -135,7 +130,3 @@ def _behind(layer: Layer, value: Tensor) -> Tensor:
         return value
     result: Tensor = layer.tail.target(value, *layer.tail.args[1:], **layer.tail.kwargs)  # type: ignore[operator]
     return result
-
-
-def _joined(parts: tuple[Tensor, ...]) -> Tensor:
-    return torch.cat([part.flatten() for part in parts])

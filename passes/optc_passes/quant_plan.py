@@ -160,7 +160,9 @@ def make_plan(program: Program, in_float: Collection[str] = (), attention: bool 
 
 
 def _takes_float32(attention: fx.Node) -> bool:
-    """Whether an attention's queries and keys are computed, in float32."""
+    """Whether an attention's queries and keys are computed, in float32, and are not what else is to stay in float."""
+    if argument(attention, "key") is argument(attention, "value"):
+        return False
     sources = [source for source in attention.args[:2] if isinstance(source, fx.Node) and source.op == "call_function"]
     return len(sources) == 2 and all(dtype(source) is torch.float32 for source in sources)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,10 @@ from torch.utils import _pytree as pytree
 
 from optc import Program
 from optc.ops import COMPOSITES
-from optc.rewrite import arguments, is_call, shape
+from optc.rewrite import arguments, dims, is_call, shape
 from optc_passes.quant_plan import Layer
 
-IMAGES, SAMPLES = 8, 16
+IMAGES, SAMPLES = 16, 16
 """Most images, and how many random directions over all of them: the noise's power is off by some 35 %, or 1.5 dB."""
 ELEMENTS = 2**28
 """Most numbers that all gradients together may have."""
@@ -29,10 +29,12 @@ class Reach:
     Attributes:
         images: how many of the batch's first images they are for.
         gradients: by name of the layer's node, one for each random sum, shaped like the layer's output for them.
+        by_image: names of the layers whose rows are of one image after the other.
     """
 
     images: int
     gradients: Mapping[str, Sequence[Tensor]]
+    by_image: Collection[str]
 
     def sqnr_db(self, name: str, error: Tensor) -> float:
         """SQNR in dB of the model's outputs where a layer's output is off by ``error``, to first order.
@@ -47,7 +49,7 @@ class Reach:
         powers = []
         for gradient in self.gradients[name]:
             products = (gradient * error[: len(gradient)]).double()
-            parts = self.images if len(gradient) % self.images == 0 else 1
+            parts = self.images if name in self.by_image and len(gradient) % self.images == 0 else 1
             powers.append(float(products.reshape(parts, -1).sum(1).square().sum()))
         noise = sum(powers) / len(powers)
         return -10 * math.log10(noise) if noise else math.inf  # NaN stays NaN, as for a layer's own output
@@ -61,7 +63,8 @@ def reach(program: Program, layers: Sequence[Layer], batch: Sequence[Tensor]) ->
         batch: its first images are used, all of them where the model does not take other numbers.
 
     Returns:
-        With no gradients where an operator has no derivative.
+        With no gradients where an operator has no derivative, nor, where not all images are used, of layers whose rows
+        are not known to be of the first images first.
     """
     per_image = sum(math.prod(shape(layer.tail)) for layer in layers) // len(program.example_inputs[0])
     images = max(1, min(IMAGES, ELEMENTS // max(1, per_image), len(batch[0])))
@@ -84,7 +87,24 @@ def reach(program: Program, layers: Sequence[Layer], batch: Sequence[Tensor]) ->
                 break
             for name, gradient in zip(forward.values, moved, strict=True):
                 gradients[name].append(gradient)
-    return Reach(images, {name: each for name, each in gradients.items() if each})
+    by_image = _by_image(layers) if program.dynamic_batch else {layer.node.name for layer in layers}
+    known = gradients.keys() if images == len(batch[0]) else gradients.keys() & by_image
+    return Reach(images, {name: gradients[name] for name in known if gradients[name]}, by_image)
+
+
+def _by_image(layers: Sequence[Layer]) -> set[str]:
+    """The layers whose rows are of one image after the other.
+
+    Where some layer has the images elsewhere than in its first dimension, as recurrent layers and PyTorch's attention
+    have them, rows that several dimensions were joined in may be in either order.
+    """
+    sizes = {layer.node.name: dims(layer.tail) for layer in layers}
+    elsewhere = any(isinstance(size, str) for each in sizes.values() for size in (each or ())[1:])
+    return {
+        name
+        for name, each in sizes.items()
+        if each and isinstance(each[0], str) and (each[0].isidentifier() or not elsewhere)
+    }
 
 
 class _Forward(fx.Interpreter):
@@ -104,7 +124,9 @@ class _Forward(fx.Interpreter):
             value = super().run_node(node)
         if node.op == "get_attr" and isinstance(value, Tensor):
             value = value.clone() if value.is_inference() else value.detach()
-        if node in self._names and value.requires_grad:
+        if node in self._names:
+            if not value.requires_grad:  # of integers, which have no gradient
+                value = value.detach().requires_grad_()
             self.values[self._names[node]] = value
         return value
 

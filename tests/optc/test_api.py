@@ -16,7 +16,7 @@ from optc.contest import TemporaryFolder
 from optc.errors import OptcError, PluginError, VerificationError
 from optc.lowering.eager import EagerBackend
 from optc.lowering.lowering import lower
-from optc.machine import BF16_FLAGS, isa
+from optc.machine import emulates_bf16, isa
 
 
 class Net(nn.Module):
@@ -78,7 +78,7 @@ def test_measurement_has_the_baselines_and_a_verdict(net: Net) -> None:
     optimized = optc.optimize(net, torch.randn(1, 3, 16, 16), "fuse", **ORT)
     measurement = optimized.report.measurement
     assert measurement is not None
-    fourth = ["compile-fp32"] if BF16_FLAGS.isdisjoint(isa() or BF16_FLAGS) else []
+    fourth = ["compile-fp32"] if emulates_bf16(isa()) else []
     assert [r.name for r in measurement.results] == ["eager-fp32", "eager-bf16", "compile-bf16", *fourth, "optc"]
     assert all(r.blocks for r in measurement.results if r.error is None)
     assert "best unquantized PyTorch" in optimized.report.verdict

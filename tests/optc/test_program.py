@@ -51,12 +51,10 @@ def test_the_fingerprint_is_stable_over_forks_and_sees_structure_and_constants(p
 
 
 def test_the_fingerprint_of_contents_names_functions_without_their_address() -> None:
-    class Sized(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x * float(x.shape[0]) ** 0.5
-
-    program = optc.capture(Sized(), (torch.randn(2, 4),))
-    (node,) = [node for node in program.graph.nodes if isinstance(node.target, types.FunctionType)]
+    program = optc.capture(nn.Linear(4, 4), (torch.randn(1, 4),))
+    with program.graph.inserting_before(program.graph.output_node()):
+        node = program.graph.call_function(torch.sym_float, (2,))
+    assert isinstance(node.target, types.FunctionType), "one of Python's"
     before, function = program.fingerprint(contents=True), node.target
     elsewhere = types.FunctionType(function.__code__, function.__globals__, function.__name__)
     node.target = functools.update_wrapper(elsewhere, function)

@@ -86,18 +86,61 @@ def test_what_does_not_reach_the_outputs_makes_no_noise() -> None:
             a = self.a(x)
             return self.b(a.mean((2, 3))), (self.c(x) > 0).sum()
 
-    x = torch.rand(12, 3, 4, 4)
+    x = torch.rand(20, 3, 4, 4)
     with torch.inference_mode():
         images = x.clone()
     program = optc.capture(Unused().eval(), (x[:2],))
     found = reach(program, make_plan(program).layers, [images])
     assert found.images == IMAGES
     (conv, linear, unused) = (layer.node.name for layer in make_plan(program).layers)
-    error = 0.01 * torch.randn(12, 4, 4, 4)
+    error = 0.01 * torch.randn(20, 4, 4, 4)
     assert found.sqnr_db(conv, error) < 60
     assert found.sqnr_db(linear, error[:, :, 0, 0]) < 60
     assert unused not in found.gradients or found.sqnr_db(unused, error) == math.inf
     assert all(not parameter.requires_grad or parameter.grad is None for parameter in program.module.parameters())
+
+
+class TokensFirst(nn.Module):
+    """As PyTorch's own attention lays its values out: the images second, and then both in one dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.a(x.transpose(0, 1)).relu()
+        mixed = self.b(tokens.flatten(0, 1)).view(5, -1, 8)
+        return self.c(mixed.mean(0))
+
+
+@pytest.mark.parametrize("images", [10, 20])
+def test_images_may_be_in_another_dimension_than_the_first(images: int) -> None:
+    torch.manual_seed(0)
+    x = torch.rand(images, 5, 6)
+    program = optc.capture(TokensFirst().eval(), (x[:2],))
+    plan = make_plan(program)
+    found = reach(program, plan.layers, [x])
+    a, b, c = (layer.node.name for layer in plan.layers)
+    errors = {a: torch.randn(5, images, 8), b: torch.randn(5 * images, 8), c: torch.randn(images, 4)}
+    assert found.gradients.keys() == ({a, b, c} if images <= IMAGES else {c})
+    assert found.by_image == {c}
+    for name in found.gradients:
+        assert math.isfinite(found.sqnr_db(name, 0.01 * errors[name]))
+
+
+def test_noise_of_images_in_bytes_is_estimated() -> None:
+    class Bytes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(self.a(x.float() / 255).relu().mean((2, 3)))
+
+    x = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    program = optc.capture(Bytes().eval(), (x[:2],))
+    plan = make_plan(program)
+    assert reach(program, plan.layers, [x]).gradients.keys() == {layer.node.name for layer in plan.layers}
 
 
 def test_without_a_derivative_nothing_is_estimated_and_own_noise_decides() -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 import optc
 from optc.batches import as_calibration
-from optc.errors import OptcError, PluginError, VerificationError
+from optc.errors import PluginError, VerificationError
 from optc.passmanager.compare import compare
 from optc.passmanager.instruments import Bisect, PrintAfter, Statistics, Timing, Verify
 from optc.passmanager.manager import PassManager
@@ -162,7 +162,7 @@ def test_a_pass_that_is_right_for_one_number_of_samples_alone_is_caught(tmp_path
     captured = optc.capture(nn.Linear(4, 6), (torch.randn(1, 4),))
     batches = [(torch.randn(2, 4),)]
     context = optc.PassContext(instruments=[Verify(captured, batches, tmp_path)])
-    with pytest.raises(OptcError, match=r"takes-the-batch-for-granted.*output 0 has shape \(2, 3\)"):
+    with pytest.raises(PluginError, match=r"takes-the-batch-for-granted.*output 0 has shape \(2, 3\)"):
         TakesTheBatchForGranted()(captured, context)
 
 
@@ -172,7 +172,7 @@ def test_a_model_that_draws_random_numbers_is_refused(tmp_path: Path) -> None:
             return torch.nn.functional.dropout(x, 0.5, training=True)
 
     captured = optc.capture(Drops(), (torch.randn(1, 4),))
-    with pytest.raises(VerificationError, match=r"draws random numbers \(dropout.*\), so that no two runs"):
+    with pytest.raises(VerificationError, match=r"draws random numbers \(native_dropout.*\), so that no two runs"):
         Verify(captured, [(torch.randn(2, 4),)], tmp_path)
 
 
@@ -229,26 +229,6 @@ def test_print_after_prints_the_named_passes_only(program: Program) -> None:
     (text,) = written
     assert text.startswith("# graph after approximate (6 operators)")
     assert "aten.conv2d.default" in text
-
-
-class Reshapes(optc.Pass):
-    """Changes an output's shape behind optc's back."""
-
-    name = "reshapes"
-    summary = "Changes an output's shape."
-
-    def run(self, program: Program, context: optc.PassContext) -> optc.PassResult:
-        (node,) = (node for node in program.graph.nodes if node.op == "output")
-        with program.graph.inserting_before(node):
-            flat = program.graph.call_function(torch.ops.aten.flatten.using_ints, (node.args[0][0],))
-        node.args = ((flat, *node.args[0][1:]),)
-        return optc.PassResult(program, modified=True)
-
-
-def test_what_goes_wrong_while_a_pass_is_verified_names_the_pass(program: Program, inputs, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    context = verified(program, inputs, tmp_path)
-    with pytest.raises(PluginError, match=r"pass 'reshapes' \(from .*\), verify: ValueError: output 0 has shape"):
-        Reshapes()(program, context)
 
 
 def test_where_no_reproducer_can_be_written_the_verdict_stays(program: Program, inputs, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
