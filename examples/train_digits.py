@@ -93,7 +93,7 @@ def train(
 
 def half_where_fast() -> torch.autocast:
     """Autocast to bfloat16, or to nothing on a CPU that would emulate it, many times slower than float32."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=not BF16_FLAGS.isdisjoint(isa() or ()))
+    return torch.autocast("cpu", torch.bfloat16, enabled=not set(BF16_FLAGS).isdisjoint(isa() or ()))
 
 
 def grey_images(dataset: Dataset, preprocessing: Preprocessing, limit: int | None) -> tuple[Tensor, Tensor]:
