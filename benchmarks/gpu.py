@@ -24,9 +24,10 @@ from common import RESULTS, Result, publish, say, write
 
 import optc
 from optc.bench.baselines import baselines
-from optc.bench.measure import measure, one_line
+from optc.bench.measure import measure
 from optc.bench.results import Candidate, CandidateResult
 from optc.data.calibration import DatasetCalibration
+from optc.errors import first_line, one_line
 from optc.frontend.load import LoadedModel, load_model
 from optc.lowering.backend import Array, Runner
 from optc.lowering.lowering import Lowering, backends, lower
@@ -217,7 +218,7 @@ def _captured(name: str, loaded: LoadedModel, device: str) -> Row:
             expected, output = module(*inputs), program.run(*inputs)[0]
         torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-3)
     except (optc.OptcError, AssertionError, RuntimeError) as error:
-        return _row(name, f"capture on {device}", note=f"{_FAILED}{_first_line(error)}")
+        return _row(name, f"capture on {device}", note=f"{_FAILED}{first_line(error)}")
     return _row(name, f"capture on {device}", precision="float32", seconds=seconds, note="as the module computes")
 
 
@@ -264,10 +265,6 @@ def _row(
         "images/s": rate,
         "note": note,
     }
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 if __name__ == "__main__":

@@ -20,10 +20,10 @@ from peers import LEAST_SQNR_DB, sqnr_db
 from tools.onnx_runtime import StaticInt8Defaults
 from tools.open_vino import NncfInt8
 from tools.peer import JUDGED_IMAGES, Peer, Task, int8_saturates
-from tools.produce import one_line
 from tools.torchao_int8 import TorchaoInt8
 
 import optc
+from optc.errors import one_line
 from optc.lowering.backend import Array
 from optc.target import Target
 from optc.threads import available_threads

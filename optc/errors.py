@@ -89,3 +89,16 @@ class ArtifactError(OptcError):
 
 class MeasurementError(OptcError):
     """A measurement could not be made or is not valid."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, its type where it says nothing; all lines where that ends with a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines) if lines[0].endswith(":") else lines[0]
+
+
+def one_line(error: BaseException) -> str:
+    """An error as a reason: its first line, with its type unless it was meant for people."""
+    if isinstance(error, OptcError):
+        return str(error)
+    return f"{type(error).__name__}: {first_line(error)}" if str(error).strip() else type(error).__name__

@@ -17,6 +17,7 @@ from typing import Any
 
 from command import watch
 
+from optc.errors import one_line
 from tools import PEERS
 from tools.peer import Task
 
@@ -67,12 +68,6 @@ def produce(name: str, task: Task, folder: Path) -> Production:
     facts = folder / FACTS
     found = json.loads(facts.read_text()) if facts.exists() else {"error": watched.failure(folder / "log.txt")}
     return Production(watched.seconds, peak_bytes=watched.peak_bytes, **found)
-
-
-def one_line(error: BaseException) -> str:
-    """An error's type and the first line of its text that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return ": ".join([type(error).__name__, *lines[:1]])
 
 
 def main(name: str, task_text: str, folder: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from optc.bench.results import Candidate
-from optc.errors import MeasurementError
+from optc.errors import MeasurementError, one_line
 from optc.evaluation import set_evaluation_mode
 from optc.lowering.agreement import as_array
 from optc.lowering.backend import Array, Runner
@@ -159,11 +159,7 @@ def _open_compiled(source: _Converted, example: tuple[Tensor, ...]) -> Runner:
             runner = _TorchRunner(compiled, "torch.compile inductor", source.dtype, source.device)
             runner(*map(as_array, example))
     except Exception as error:
-        text = str(error)
-        hint = "install a C++ compiler such as g++" if "InvalidCxxCompiler" in text else ""
-        reason = next((line for line in text.splitlines() if line.strip()), "")
+        hint = "install a C++ compiler such as g++" if "InvalidCxxCompiler" in str(error) else ""
         elapsed = time.perf_counter() - start
-        raise MeasurementError(
-            f"torch.compile failed after {elapsed:.0f} s: {type(error).__name__}: {reason}", hint
-        ) from error
+        raise MeasurementError(f"torch.compile failed after {elapsed:.0f} s: {one_line(error)}", hint) from error
     return runner

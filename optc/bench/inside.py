@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from optc.bench.layers import LayerProfile, artifact_layers, program_layers
-from optc.bench.measure import one_line
 from optc.bench.memory import Memory, artifact_memory, program_memory
 from optc.bench.peaks_cache import peaks
+from optc.errors import one_line
 from optc.frontend.capture import capture
 from optc.lowering.artifact import Artifact
 from optc.plugins.registry import RAISED

@@ -16,18 +16,21 @@ from optc.bench.disturbance import Watch, busy_warning
 from optc.bench.loadgen import single_stream
 from optc.bench.quiet import frozen_heap, quiet_machine, torch_threads
 from optc.bench.results import Block, Candidate, CandidateResult, Measurement, conclude
-from optc.errors import OptcError
+from optc.errors import one_line
 from optc.lowering.backend import Array, Runner
 from optc.plugins.registry import RAISED
 from optc.target import Target
 
 MAX_QUERIES = 10_000
-"""Most queries in a block, so that a model of microseconds does not fill the manifest."""
+"""Most queries in a block: a model of microseconds is not to fill the manifest."""
 FAR = {2: 1.5, 3: 1.25}
 """By a number of blocks how many times the fastest one's median an optimized candidate may have taken in each of them
 at most to get more: where it is shown to be slower, they would only narrow the interval of a loser."""
 SETTLING_BLOCKS, SETTLING_SECONDS = 12, 20.0
 """Most further blocks for optimized candidates that are not told apart from the fastest one, and most time for them."""
+SETTLING_QUERIES = 3
+"""Fewest queries in one of those, within :data:`STRETCH`; where a block holds fewer, twice the time: one disturbed
+query is not to be all that is known of a block."""
 WAYS_BLOCKS = 1
 """Further blocks that all ways to run one lowering get. Beyond them the fastest goes on against the one without
 options: it replaces that only if shown to be faster, which on a noisy machine takes many blocks of the two."""
@@ -152,11 +155,11 @@ class _State:
 
     def close(self) -> None:
         runner, self.runner = self.runner, None
-        if runner is not None:
-            try:
+        try:
+            if runner is not None:
                 runner.close()
-            except RAISED as error:
-                self.error = self.error or f"closing it failed: {one_line(error)}"
+        except RAISED as error:
+            self.error = self.error or f"closing it failed: {one_line(error)}"
         del runner
         gc.collect()
 
@@ -260,9 +263,10 @@ class _Plan:
 
     def settle(self, states: Sequence[_State]) -> None:
         """Further rounds over the fastest state and those that nothing tells from it yet, each opened anew."""
-        deadline = min(self.deadline, time.perf_counter() + SETTLING_SECONDS)
         most = max((len(state.blocks) for state in states), default=0)
         contest = [state for state in states if state.runner is not None and len(state.blocks) == most]
+        slow = any(SETTLING_QUERIES * state.call_seconds > self.block_seconds for state in contest)
+        deadline = min(self.deadline, time.perf_counter() + SETTLING_SECONDS * (1 + slow))
         number = opened_anew_after = 0
         while number < SETTLING_BLOCKS and time.perf_counter() <= deadline:
             contest = _contest(contest, NEAR if number < NEAR_BLOCKS else 1.0)
@@ -273,7 +277,7 @@ class _Plan:
                 opened_anew_after += self._open_anew(contest)
             number += 1
             turn = contest if number % 2 else contest[::-1]
-            self._round(turn, f"further block {number}, the order is not settled")
+            self._round(turn, f"further block {number}, the order is not settled", SETTLING_QUERIES)
             contest = [state for state in contest if state.error is None]
 
     def _open_anew(self, states: Sequence[_State]) -> int:
@@ -286,10 +290,10 @@ class _Plan:
                 seconds = max(seconds, state.open_seconds)
         return max(1, round(seconds / self.block_seconds))
 
-    def _round(self, states: Sequence[_State], what: str) -> None:
+    def _round(self, states: Sequence[_State], what: str, least: int = 1) -> None:
         for state in states:
             self.progress(f"measuring {state.candidate.name}, {what}")
-            state.block(self.inputs, self.block_seconds, self.block_queries)
+            state.block(self.inputs, self.block_seconds, max(least, self.block_queries))
 
     def _reopening_round(self, states: Sequence[_State], what: str, keeps_open: bool) -> None:
         for state in states:
@@ -388,11 +392,3 @@ def _why_not_together(candidates: Sequence[Candidate], target: Target) -> str:
     return (
         f"their weights ({need / 1e9:.1f} GB) take over {_MEMORY_SHARE:.0%} of the free {where} ({free / 1e9:.1f} GB)"
     )
-
-
-def one_line(error: BaseException) -> str:
-    """An error as a reason: its first line, with its type unless it was meant for people."""
-    if isinstance(error, OptcError):
-        return str(error)
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

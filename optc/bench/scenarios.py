@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 
 from optc.bench.loadgen import log_files, start_test
-from optc.bench.measure import one_line
 from optc.bench.scenario_result import METRICS, ScenarioResult
 from optc.bench.settings import Scenario, loadgen_settings
 from optc.bench.summary import LoadGenSummary, read_summary
 from optc.bench.suts import BatchSystem, QueueSystem, Samples
 from optc.bench.verdict import explain
-from optc.errors import MeasurementError
+from optc.errors import MeasurementError, one_line
 from optc.lowering.backend import Runner
 from optc.plugins.registry import RAISED
 

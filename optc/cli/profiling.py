@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from optc.bench.accuracy import AccuracyResult, measure_accuracy
 from optc.bench.limits import in_force
-from optc.bench.measure import measure, one_line
+from optc.bench.measure import measure
 from optc.bench.overhead import Overhead, harness_overhead
 from optc.bench.quiet import torch_threads
 from optc.bench.reference import NONE, Reference, reference
@@ -21,7 +21,7 @@ from optc.bench.settings import Scenario
 from optc.bench.submission import Submission, slug
 from optc.bench.surroundings import surroundings
 from optc.data.dataset import named_split
-from optc.errors import MeasurementError, OptcError
+from optc.errors import MeasurementError, OptcError, one_line
 from optc.frontend.load import find_source
 from optc.lowering.backend import Runner
 from optc.plugins.registry import RAISED, blamed

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
-from optc.errors import ArtifactError, BackendError, OptcError
+from optc.errors import ArtifactError, BackendError, OptcError, first_line
 from optc.lowering.artifact import load_artifact
 from optc.lowering.backend import Runner
 from optc.lowering.manifest import NAME as MANIFEST
@@ -92,7 +92,8 @@ class Place:
                 raise OptcError(
                     f"rank {self.rank} cannot listen at {where}: the port is in use", "choose another MASTER_PORT"
                 ) from error
-            raise OptcError(f"rank {self.rank} reached nobody at {where} for {seconds:g} s: {_first(error)}") from error
+            why = f"reached nobody at {where} for {seconds:g} s: {first_line(error)}"
+            raise OptcError(f"rank {self.rank} {why}") from error
 
 
 class StageRank:
@@ -231,7 +232,3 @@ def load_stage(folder: Path, description: PipelineFile, rank: int, target: Targe
 
 def _like(wire: Wire, rows: int) -> Tensor:
     return torch.empty(wire.sizes(rows), dtype=wire.dtype, device="meta")
-
-
-def _first(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from optc.errors import BackendError
+from optc.errors import BackendError, first_line
 from optc.lowering.agreement import as_array, check_agreement
 from optc.lowering.backend import Array, Backend, Lowered, Runner
 from optc.lowering.graph_file import refusal, write_graph
@@ -170,7 +170,7 @@ class InductorRunner(Runner):
                 str(path), "model", False, 1, -1
             )
         except RuntimeError as error:
-            raise BackendError(f"torch cannot load {path.name}: {_first_line(str(error))}") from error
+            raise BackendError(f"torch cannot load {path.name}: {first_line(error)}") from error
 
     def __call__(self, *inputs: Array) -> tuple[Array, ...]:
         """Run one query: arrays in the order of the model's inputs, any batch size where the batch is dynamic."""
@@ -327,7 +327,3 @@ def _why_float(layer: fx.Node | None, target: Target) -> str:
             if not is_dequantize(argument(layer, operand)):
                 return f"its {what} is not quantized in the graph"
     return "Inductor found no oneDNN int8 kernel for it"
-
-
-def _first_line(text: str) -> str:
-    return next((line.strip() for line in text.splitlines() if line.strip()), "no reason given")

@@ -30,7 +30,7 @@ from torch._inductor.exc import CppCompileError
 from torch.export import Dim, ExportedProgram
 from torch.export.pt2_archive._package import package_pt2
 
-from optc.errors import BackendError
+from optc.errors import BackendError, first_line
 from optc.lowering import inductor_kernels
 from optc.lowering.graph_file import read_graph
 from optc.lowering.inductor_pack import packed_for
@@ -166,7 +166,7 @@ def _export(program: Program) -> ExportedProgram:
     try:
         return torch.export.export(program.module, program.example_inputs, dynamic_shapes=shapes)
     except Exception as error:
-        raise BackendError(f"the optimized graph cannot be exported: {_first_line(error)}") from error
+        raise BackendError(f"the optimized graph cannot be exported: {first_line(error)}") from error
 
 
 def _name_layers(module: fx.GraphModule, names: list[str]) -> None:
@@ -239,7 +239,7 @@ def _explain(error: BaseException) -> str:
             return f"the C++ compiler {cause.cmd[0]} failed: {reason}"
     if isinstance(error, BackendError):
         return str(error)
-    return f"{type(error).__name__}: {_first_line(error)}"
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -248,10 +248,6 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
     while cause is not None:
         yield cause
         cause = cause.__cause__ or cause.__context__
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 from torch import fx
 from torch.export import Dim, ExportedProgram
 
-from optc.errors import BackendError
+from optc.errors import BackendError, first_line
 from optc.lowering import onnx_blocks, onnx_dynamic, onnx_rewrites
 from optc.lowering.onnx_attention import fit_attention
 from optc.lowering.onnx_decompose import decomposed_where_needed
@@ -148,7 +148,7 @@ def _reexport(program: Program) -> ExportedProgram:
             return torch.export.export(program.module, program.example_inputs, dynamic_shapes=shapes)
     except Exception as error:
         raise BackendError(
-            f"the optimized graph of {program.info.name} cannot be exported for ONNX: {_first_line(error)}",
+            f"the optimized graph of {program.info.name} cannot be exported for ONNX: {first_line(error)}",
             "run with -v for the traceback",
         ) from error
 
@@ -162,10 +162,10 @@ def _untranslatable(exported: ExportedProgram, error: Exception) -> BackendError
         text += f"\n{cause}"
     quoted = re.search(r"%(\w+) : .*?target=([\w.]+)\]", text)
     if quoted is None:
-        return BackendError(f"the model has no ONNX form: {_first_line(cause)}", "run with -v for the traceback")
+        return BackendError(f"the model has no ONNX form: {first_line(cause)}", "run with -v for the traceback")
     name, target = quoted.groups()
     node = _origin(exported, name, target)
-    reason = _first_line(cause).partition(", or ")[0]
+    reason = first_line(cause).partition(", or ")[0]
     if node is None:
         what = f"operator {target.removeprefix('torch.ops.')} (node '{name}')"
     else:
@@ -224,11 +224,7 @@ def _check_file(path: Path) -> None:
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise BackendError(f"onnx.checker refuses {path.name}: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise BackendError(f"onnx.checker refuses {path.name}: {first_line(error)}") from error
 
 
 class _ToDebug(logging.Handler):

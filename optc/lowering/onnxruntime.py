@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime as ort
 
-from optc.errors import BackendError
+from optc.errors import BackendError, first_line
 from optc.lowering.backend import Array, Backend, Lowered, Runner
 from optc.lowering.onnxruntime_profile import (
     BLOCK_KERNELS,
@@ -28,7 +28,6 @@ from optc.lowering.onnxruntime_session import (
     LEVELS,
     OPTIONS,
     OnnxRuntimeOptions,
-    first_line,
     open_session,
     session_options,
 )

@@ -14,7 +14,7 @@ from typing import Literal
 import onnxruntime as ort
 from pydantic import Field
 
-from optc.errors import BackendError
+from optc.errors import BackendError, first_line
 from optc.lowering.backend import BackendOptions
 from optc.target import Target
 
@@ -132,9 +132,3 @@ def _no_kernel(path: Path, provider: str, error: Exception) -> BackendError | No
         f"onnxruntime's {provider} has no kernel for operator {operator}{kind} (node '{name}')",
         "use a backend that has one, such as --backend eager, or leave out the pass that chose the type",
     )
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says; all of them, as one, where that ends with a colon."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines) if lines[0].endswith(":") else lines[0]

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch.export import Dim, ExportedProgram
 
-from optc.errors import BackendError
+from optc.errors import BackendError, first_line
 from optc.program import Program
 from optc.target import Target
 
@@ -43,7 +43,7 @@ def export(program: Program, target: Target) -> ExportedProgram:
         with torch.no_grad():
             return torch.export.export(program.module, program.example_inputs, dynamic_shapes=shapes)
     except Exception as error:
-        raise BackendError(f"the optimized graph cannot be exported: {_first_line(error)}") from error
+        raise BackendError(f"the optimized graph cannot be exported: {first_line(error)}") from error
 
 
 def largest_batch(target: Target) -> int:
@@ -73,7 +73,7 @@ def dry_run(exported: ExportedProgram, program: Program, target: Target) -> tupl
                 exported, inputs=_inputs(program, target), dryrun=True, require_full_compilation=False, **SETTINGS
             )
     except Exception as error:
-        raise BackendError(f"Torch-TensorRT cannot partition the model: {_first_line(error)}") from error
+        raise BackendError(f"Torch-TensorRT cannot partition the model: {first_line(error)}") from error
 
     def reason(node: fx.Node) -> str:
         if node.target not in DYNAMO_CONVERTERS:
@@ -138,7 +138,7 @@ def build_engine(exported: ExportedProgram, program: Program, target: Target, sc
             **SETTINGS,
         )
     except Exception as error:
-        raise BackendError(f"TensorRT cannot build the engine: {_first_line(error)}", "run with -v for more") from error
+        raise BackendError(f"TensorRT cannot build the engine: {first_line(error)}", "run with -v for more") from error
     return engine
 
 
@@ -163,7 +163,3 @@ def _origin(node: fx.Node) -> str:
     while sources:
         name, sources = sources[0].name, list(sources[0].from_node)
     return str(name)
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
