@@ -85,7 +85,7 @@ def benchmark() -> Result:
                 query = images[:1].numpy()
                 time.sleep(1)  # PyTorch's own workers spin for a while after the last call
                 idle = {each.name: idle_cpu_ms(each, query) for each in tried}
-                measured = measure(tried, [(query,)], target, together=True, blocks=BLOCKS, block_seconds=BLOCK_SECONDS)
+                measured = measure(tried, [(query,)], target, reopen=True, blocks=BLOCKS, block_seconds=BLOCK_SECONDS)
             optimized.close()
             raw[f"{model} {kind}"] = measured.to_dict()
             ours = measured[DEFAULT]

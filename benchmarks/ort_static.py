@@ -109,7 +109,7 @@ def benchmark() -> Result:
             candidates.append(Candidate(name, "", "quantize" in name, load))
         query = [(batches[0][:1].numpy(),)]
         measured = measure(
-            candidates, query, target, together=True, blocks=BLOCKS, block_seconds=BLOCK_SECONDS, progress=say
+            candidates, query, target, reopen=True, blocks=BLOCKS, block_seconds=BLOCK_SECONDS, progress=say
         )
         sizes = {"optc": sum(file.stat().st_size for file in optimized.files)}
         sizes |= {name: file.stat().st_size for name, file in files.items()}

@@ -14,6 +14,7 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from optc import Runner, Target
 from optc.bench.measure import measure
 from optc.bench.results import Candidate, Measurement
 from optc.bench.statistics import Ratio, ratio_of_medians
+from optc.errors import one_line
 from optc.lowering.backend import Array
 from optc.lowering.torch_memory import keep_freed_memory
 from optc.machine import machine
@@ -59,18 +61,18 @@ def measure_row(task: Task, names: Sequence[str], blocks: int, scratch: Path) ->
     module = task.loaded.module
     with torch.no_grad():
         reference = [module(torch.from_numpy(images)).numpy() for images in task.judged]
-    sqnr: dict[str, float] = {}
+    made = {name: scratch / str(index) for index, name in enumerate(names) if productions[name].error is None}
+    sqnr = {name: _sqnr_db(name, task, folder, reference) for name, folder in made.items()}
     weights = sum(parameter.numel() for parameter in module.parameters())
     candidates = [
         Candidate(
             name,
             "",
             False,
-            _opener(name, task, scratch / str(index), reference, sqnr),
+            _opener(name, task, folder),
             weights * PEERS[name].weight_bytes,
         )
-        for index, name in enumerate(names)
-        if productions[name].error is None
+        for name, folder in made.items()
     ]
     target = Target(threads=task.threads, batch=task.batch)
     options = {"block_seconds": BLOCK_SECONDS, "reopen": 4 * weights < REOPENED_BYTES}
@@ -106,15 +108,22 @@ def with_finalists_again(row: Mapping[str, Any], measured: Measurement, again: M
     return {**row, "best_peer": best, "p50_ms": {**row["p50_ms"], **p50}, "ratios": ratios, "again": again.to_dict()}
 
 
-def _opener(name: str, task: Task, folder: Path, reference: list[Array], sqnr: dict[str, float]) -> Any:
+def _opener(name: str, task: Task, folder: Path) -> Any:
     def open_() -> Runner:
         say(f"opening {name}")
-        runner = PEERS[name].load().load(task, folder)
-        if name not in sqnr:  # small models are opened often
-            sqnr[name] = sqnr_db(reference, [runner(images)[0] for images in task.judged])
-        return runner
+        return PEERS[name].load().load(task, folder)
 
     return open_
+
+
+def _sqnr_db(name: str, task: Task, folder: Path, reference: list[Array]) -> float:
+    """What a tool's model keeps of the float32 model's outputs; NaN where it cannot be run, as measuring will tell."""
+    try:
+        with closing(_opener(name, task, folder)()) as runner:
+            return sqnr_db(reference, [runner(images)[0] for images in task.judged])
+    except Exception as error:
+        say(f"  {one_line(error)}")
+        return math.nan
 
 
 def sqnr_db(reference: Sequence[Array], outputs: Sequence[Array]) -> float:

@@ -40,12 +40,12 @@ def is_call(node: object, *targets: Target) -> bool:
 
 def is_quantize(node: object) -> bool:
     """Whether a node rounds to integers, by constant scales or by scales found at run time."""
-    return _operator(node).startswith("quantize_")
+    return _operator(node).startswith("quantize_per_")
 
 
 def is_dequantize(node: object) -> bool:
     """Whether a node gives what integers stand for, by constant scales or by scales found at run time."""
-    return _operator(node).startswith("dequantize_")
+    return _operator(node).startswith("dequantize_per_")
 
 
 def _operator(node: object) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from optc.errors import OptcError
 from optc.threads import available_threads
 
 
@@ -20,6 +21,9 @@ class Target:
         allow_fallback: whether a runtime may run nodes elsewhere than asked for. It lists them either way: as what fell
             back if this is true, as an error if not.
         options: by name of a backend, its options that are not at their defaults.
+
+    Raises:
+        OptcError: there are no threads or no images.
     """
 
     device: str = "cpu"
@@ -27,6 +31,11 @@ class Target:
     batch: int = 1
     allow_fallback: bool = False
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch", self.batch), ("threads", self.threads)):
+            if least < 1:
+                raise OptcError(f"a target with {name}={least} is none", "give 1 or more")
 
     def with_options(self, backend: str, options: Mapping[str, Any]) -> Target:
         """This target with further options of a backend."""

@@ -12,12 +12,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from optc.paths import user_path
+
 log = logging.getLogger(__name__)
 
 
 def cache_folder(kind: str) -> Path:
-    """``$XDG_CACHE_HOME/optc/KIND``, by default under ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "optc" / kind
+    """``$XDG_CACHE_HOME/optc/KIND``, by default under ``~/.cache``; without a home one that cannot be written."""
+    base = user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return (Path("/nonexistent") if base.parts[0] == "~" else base) / "optc" / kind
 
 
 def cache_file(folder: Path, parts: Mapping[str, Any]) -> Path:

@@ -209,7 +209,7 @@ def _nothing(*arguments: object) -> None:
 @contextmanager
 def _deferred_interrupt(sut: SystemUnderTest) -> Iterator[None]:
     """Take signals away from Python handlers, which could raise on the threshold of a C++ callback."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
     if threading.current_thread() is not threading.main_thread():
         yield

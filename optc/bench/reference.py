@@ -18,6 +18,7 @@ from optc.bench.statistics import Ratio
 from optc.errors import MeasurementError
 from optc.frontend.load import find_source
 from optc.lowering.manifest import sha256
+from optc.paths import user_path
 from optc.progress import Progress
 
 DEFAULT = "vit_huge_patch14_224"
@@ -72,7 +73,7 @@ def reference(name: str, surroundings: Mapping[str, Any], options: tuple[str, ..
 
     source, given = find_source(name)
     try:
-        contents = sha256(Path(given).expanduser()) if source.name == "pt2" else ""
+        contents = sha256(user_path(given)) if source.name == "pt2" else ""
     except OSError as error:
         raise MeasurementError(f"cannot read '{given}': {error.strerror}", f"--against another, or {NONE}") from error
     known = {"model": name, "contents": contents, "surroundings": dict(surroundings)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 from optc.errors import OptcError
 
@@ -31,9 +32,20 @@ def _of_the_system(error: OSError) -> str | None:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" while writing {error.filename}" if error.filename else ""
         done = f"no space left on the disk{where}; nothing was left half-written"
-        return f"{done} — free some or choose another -o"
+        return f"{done} — free some, choose another -o, or another TMPDIR"
+    if not error.filename and "temporary directory" in str(error.strerror):
+        return f"{error.strerror} — free some space, or set TMPDIR to a folder that can be written"
+    if not error.filename and isinstance(error, FileNotFoundError) and not _has_current_folder():
+        return "the current folder is gone — change to another"
     if not error.filename:
         return None
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"'{error.filename}' is not accessible: {error.strerror} — choose another or its permissions"
     return f"'{error.filename}': {error.strerror} — check the name, or choose another"
+
+
+def _has_current_folder() -> bool:
+    try:
+        return Path.cwd().is_dir()
+    except OSError:
+        return False

@@ -57,9 +57,11 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of the ``optc`` command.
 
     Exits 0 on success and 2 with one line on stderr on anything that went wrong; only a bug in optc prints a traceback.
-    SIGTERM cleans up as Ctrl-C does and exits with 143.
+    SIGTERM, and SIGHUP unless it is ignored, clean up as Ctrl-C does and exit with 143 and 129.
     """
     signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup has it ignored
+        signal.signal(signal.SIGHUP, _interrupt)
     sys.exit(run(argv))
 
 
@@ -77,12 +79,13 @@ def run(argv: list[str] | None = None) -> int:
         return _fail(_usage_message(error))
     except (KeyboardInterrupt, click.Abort) as error:
         status = _fail("interrupted; nothing was left half-written")
-        return 128 + signal.SIGTERM if (error.__cause__ or error).args == (signal.SIGTERM,) else status
+        number = next(iter((error.__cause__ or error).args), None)
+        return 128 + number if number in (signal.SIGTERM, signal.SIGHUP) else status
     except ReaderLeft:
-        with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left as it ends
-        return 0
+        return _silent()
     except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):  # click's own, of --help
+            return _silent()
         line = None if _COMPLETION in os.environ else in_one_line(error)  # click ends with sys.exit() then
         if line is None:
             raise
@@ -91,6 +94,13 @@ def run(argv: list[str] | None = None) -> int:
 
             traceback.print_exc()
         return _fail(line)
+
+
+def _silent() -> int:
+    """Nothing more is read of standard output, where Python writes what is left as it ends."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def _fail(message: str) -> int:

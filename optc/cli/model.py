@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from optc.errors import DataError
@@ -45,6 +46,9 @@ def load(
         step.done(f"from {loaded.info.source}, weights: {loaded.info.weights}")
     for note in loaded.info.notes:
         progress.note(note)
+    if dataset and loaded.info.source == "factory" and not loaded.info.notes:
+        assumed = f"{model} does not say how images are prepared for it: ImageNet's mean and std were assumed"
+        loaded = replace(loaded, info=replace(loaded.info, notes=(assumed,)))  # for the report
     return loaded, dataset
 
 

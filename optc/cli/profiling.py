@@ -24,6 +24,7 @@ from optc.data.dataset import named_split
 from optc.errors import MeasurementError, OptcError, one_line
 from optc.frontend.load import find_source
 from optc.lowering.backend import Runner
+from optc.paths import user_path
 from optc.plugins.registry import RAISED, blamed
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def profile(subjects: list[Subject], request: Request, progress: Progress) -> Pr
     """
     if request.against != NONE:
         source, given = find_source(request.against)
-        if source.name == "pt2" and not Path(given).expanduser().is_file():
+        if source.name == "pt2" and not user_path(given).is_file():
             raise MeasurementError(f"model file '{given}' does not exist", f"give another --against, or {NONE}")
     request = replace(request, target=_of_one_size(subjects, request))
     target, submission = request.target, None

@@ -5,13 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from optc.errors import DataError, UnknownNameError
+from optc.paths import user_path
 from optc.plugins.registry import blamed, registry
 
 if TYPE_CHECKING:
@@ -182,7 +182,8 @@ def stratified_split(labels: NDArray[np.int64], seed: int = SPLIT_SEED) -> dict[
     """Split indices 0…N-1 into disjoint train (70 %), validation (10 %) and test (20 %), class by class.
 
     Each class is shuffled by ``seed`` and cut in the same proportions, shares rounded to whole images; a class gives at
-    least one image to train. The order within each split is shuffled too, so any prefix mixes the classes.
+    least one image to train, and of three or more one to validation. The order within each split is shuffled too, so
+    any prefix mixes the classes.
 
     Args:
         labels: shape (N,), class index of each image; all zero for unlabeled images.
@@ -192,7 +193,8 @@ def stratified_split(labels: NDArray[np.int64], seed: int = SPLIT_SEED) -> dict[
     for label in np.unique(labels):
         members = generator.permutation(np.flatnonzero(labels == label))
         test = min(round(TEST_SHARE * len(members)), len(members) - 1)
-        validation = min(round(VALIDATION_SHARE * len(members)), len(members) - 1 - test)
+        least = 1 if len(members) > 2 else 0
+        validation = min(max(least, round(VALIDATION_SHARE * len(members))), len(members) - 1 - test)
         parts["test"].append(members[:test])
         parts["validation"].append(members[test : test + validation])
         parts["train"].append(members[test + validation :])
@@ -213,7 +215,7 @@ def open_dataset(spec: str) -> Dataset:
     if spec in table:
         dataset: Dataset = registry().make("dataset", spec)
         return dataset
-    path = Path(spec).expanduser()
+    path = user_path(spec)
     if spec and path.is_dir():
         return FolderDataset(path)
     raise UnknownNameError("dataset", spec, table, f"give {', '.join(table)}, or a folder of images that exists")

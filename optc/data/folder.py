@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, cached_property
@@ -27,12 +28,11 @@ _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What is decoded, whatever a file is called: Pillow hands EPS to Ghostscript, which executes it."""
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
 _SPLIT_FOLDERS: dict[str, SplitName] = {
-    "train": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "test": "test",
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev", "eval"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
 }
+"""What folders of splits are called, in any case and with or without ``_set`` behind."""
 _HASHED_BYTES = 1 << 30
 """Reading more than this only to hash it would take long: then the hash covers names and sizes."""
 _Image = tuple[Path, str]
@@ -115,10 +115,10 @@ class FolderDataset(Dataset):
     def _find_parts(self) -> dict[SplitName | None, list[_Image]]:
         """Images by the split they are given for, or all under ``None`` if the folder gives no splits."""
         subfolders = [path for path in sorted(self._root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
-        given = [path for path in subfolders if path.name in _SPLIT_FOLDERS]
+        given = [path for path in subfolders if _split_of(path)]
         others = [path for path in subfolders if path not in given and _images(path)]
         if given and not others:
-            parts: dict[SplitName | None, list[_Image]] = {_SPLIT_FOLDERS[path.name]: _images(path) for path in given}
+            parts: dict[SplitName | None, list[_Image]] = {_split_of(path): _images(path) for path in given}
             if "train" in parts and "test" not in parts and "validation" in parts:
                 parts["test"] = parts.pop("validation")
             return {None: parts["train"]} if parts.keys() == {"train"} else parts
@@ -240,3 +240,8 @@ def _imagenet_synsets() -> dict[str, int]:
     from timm.data import ImageNetInfo
 
     return {name: index for index, name in enumerate(ImageNetInfo("imagenet-1k").label_names())}
+
+
+def _split_of(folder: Path) -> SplitName | None:
+    """The split that a folder's name stands for."""
+    return _SPLIT_FOLDERS.get(re.sub(r"[_-]?set$", "", folder.name.lower()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,8 @@ from optc.program import ModelInfo, Program, complete_meta, graph_module
 from optc.rewrite import argument, calls, set_argument, shape
 
 aten = torch.ops.aten
+_ONE_AT_A_TIME = threading.RLock()
+"""torch.export keeps state of the process's while it traces."""
 
 
 def capture(
@@ -187,11 +190,11 @@ def _quiet() -> Iterator[None]:
     # It prints the half-made graph of a failed export; shadowing its print leaves everybody else's stderr alone.
     vars(_trace)["print"] = lambda *args, **kwargs: None
     try:
-        with warnings.catch_warnings():
+        with _ONE_AT_A_TIME, warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
             yield
     finally:
-        del vars(_trace)["print"]
+        vars(_trace).pop("print", None)
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from optc.errors import OptcError, UnknownNameError, WeightsError
 from optc.evaluation import set_evaluation_mode
 from optc.frontend.source import BuiltModel, ModelSource, PretrainedUnavailable
 from optc.frontend.weights import Checkpoint, apply_checkpoint, classes_in_checkpoint, read_checkpoint
+from optc.paths import user_path
 from optc.plugins.registry import blamed, registry
 from optc.program import ModelInfo
 
@@ -43,7 +43,7 @@ def load_model(spec: str, weights: str = "pretrained", num_classes: int | None =
         PluginError: the model source raised something else; names the plugin.
     """
     source, name = find_source(spec)
-    checkpoint = None if weights in ("pretrained", "random") else read_checkpoint(Path(weights).expanduser())
+    checkpoint = None if weights in ("pretrained", "random") else read_checkpoint(user_path(weights))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if weights == "pretrained":
@@ -59,7 +59,27 @@ def load_model(spec: str, weights: str = "pretrained", num_classes: int | None =
         raise WeightsError(f"'{spec}' brings its own weights", "leave --weights random away")
     info = ModelInfo(name, source.name, built.weights, built.weights_detail, built.preprocessing, built.notes)
     set_evaluation_mode(built.module)
+    _initialize(built.module, inputs)
     return LoadedModel(built.module, info, inputs)
+
+
+def _initialize(module: nn.Module, inputs: Sequence[Tensor]) -> None:
+    """Let lazy layers take the sizes that the example inputs have.
+
+    Raises:
+        CaptureError: the model does not run on them.
+    """
+    import torch
+    from torch.nn.parameter import is_lazy
+
+    from optc.frontend.capture import capture_error
+
+    if any(map(is_lazy, (*module.parameters(), *module.buffers()))):
+        try:
+            with torch.no_grad():
+                module(*inputs)
+        except Exception as error:
+            raise capture_error(module, error) from error
 
 
 def find_source(spec: str) -> tuple[ModelSource, str]:

@@ -11,6 +11,7 @@ from optc.errors import OptcError
 from optc.frontend.batch_sizes import CONDITIONS, OWN_BATCHES, limits
 from optc.frontend.pt2_safety import checked_copy
 from optc.frontend.source import BuiltModel, ModelSource
+from optc.paths import user_path
 from optc.program import Preprocessing
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class Pt2Source(ModelSource):
     def build(self, name: str, *, pretrained: bool, num_classes: int | None, seed: int) -> BuiltModel:
         from torch import Tensor
 
-        path = Path(name).expanduser()
+        path = user_path(name)
         if num_classes is not None:
             raise OptcError(f"'{name}' has its number of classes built in", "leave num_classes away")
         exported = load_exported(path)

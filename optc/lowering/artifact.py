@@ -20,6 +20,7 @@ from optc.lowering.backend import Array, Backend, Lowered, Runner
 from optc.lowering.inputs import described
 from optc.lowering.manifest import NAME, Manifest, TensorEntry, check_files, file_entry, read_manifest
 from optc.machine import INT8_FLAGS, cpu_flags, cpu_name, isa, machine
+from optc.paths import encodable
 from optc.plugins.registry import registry
 from optc.target import Target
 from optc.threads import most_threads
@@ -149,7 +150,7 @@ def write_artifact(
             load=lowered.files,
             files=files,
             inputs=tuple(TensorEntry(**each) for each in described(program)),
-            model=asdict(program.info),
+            model={key: _encodable(value) for key, value in asdict(program.info).items()},
             target=asdict(target),
             machine=asdict(machine()),
             required_isa=_required_isa(lowered, str(report.get("precision", "")), target),
@@ -157,6 +158,12 @@ def write_artifact(
         )
         (temporary / NAME).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
     return path
+
+
+def _encodable(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return [_encodable(item) for item in value]
+    return encodable(value) if isinstance(value, str) else value
 
 
 @contextmanager

@@ -25,9 +25,9 @@ from optc.lowering.kernel_times import KernelTime
 from optc.lowering.prepack import LAYERS, prepack
 from optc.lowering.tf32 import without_tf32
 from optc.lowering.torch_memory import TorchOptions, keep_freed_memory, return_freed_memory
-from optc.ops import COMPOSITES
+from optc.ops import COMPOSITES, cuda
 from optc.program import Program, complete_meta
-from optc.rewrite import add_constant, constant_of, is_dequantize, is_quantize, label, replace
+from optc.rewrite import add_constant, arguments, calls, constant_of, is_dequantize, is_quantize, label, replace
 from optc.target import Target
 
 aten = torch.ops.aten
@@ -73,7 +73,8 @@ class EagerBackend(Backend):
     def lower(self, program: Program, target: Target, folder: Path) -> Lowered:
         """Write ``graph.json`` and ``weights.safetensors``, and compare what the kernels compute with the graph.
 
-        ``details["not_onednn"]`` has the layers without a oneDNN primitive on a CPU, with reasons, if there are any.
+        ``details["not_onednn"]`` has the layers without a oneDNN primitive on a CPU, ``details["not_cudnn"]`` the
+        composites without a fused kernel on CUDA, with reasons, if there are any.
 
         Raises:
             BackendError: the graph holds something that is not a call of a PyTorch operator, or the outputs on the
@@ -95,7 +96,8 @@ class EagerBackend(Backend):
         runner = self.load(folder, files, target)
         if isinstance(runner, EagerRunner) and runner.left:
             labels = {node.name: label(node) for node in program.graph.nodes}
-            details["not_onednn"] = {labels.get(name, name): reason for name, reason in runner.left.items()}
+            library = "onednn" if target.device == "cpu" else "cudnn"
+            details[f"not_{library}"] = {labels.get(name, name): reason for name, reason in runner.left.items()}
         details["check"] = check_agreement(self.name, program, runner, target.batch).details()
         runner.close()
         return Lowered(files, details, provider=runner.provider, precision=runner.precision)
@@ -130,7 +132,8 @@ class EagerRunner(Runner):
     """A graph in eager PyTorch. Takes the program over: its weights are repacked in place.
 
     Attributes:
-        left: why layers did not get a oneDNN primitive, by the names of their nodes; empty on CUDA.
+        left: by the names of their nodes, why layers did not get a oneDNN primitive, or on CUDA why composites are
+            computed by their parts.
     """
 
     def __init__(self, program: Program, target: Target) -> None:
@@ -146,6 +149,8 @@ class EagerRunner(Runner):
             packed = prepack(program)
             self.left = packed.left
             library = f"oneDNN: {packed.layers} of {packed.layers + len(packed.left)} layers"
+        elif self._device.type == "cuda":
+            self.left = _decomposed_on_cuda(program)
         self.provider = f"eager {target.device} ({library})"
         self._graph: fx.GraphModule | None = program.module.to(self._device)
 
@@ -210,6 +215,16 @@ def _dequantize_weights(program: Program) -> None:
         if not node.users:
             program.graph.erase_node(node)
     complete_meta(program)
+
+
+def _decomposed_on_cuda(program: Program) -> dict[str, str]:
+    """The composites that have no fused kernel on CUDA, by the names of their nodes, with reasons."""
+    found = {}
+    for node in calls(program, *COMPOSITES):
+        fakes = fx.map_arg(arguments(node), lambda n: n.meta["val"])
+        if reason := cuda.why_decomposed(COMPOSITES[node.target], fakes):  # type: ignore[index]
+            found[node.name] = reason
+    return found
 
 
 def _precision(program: Program) -> str:

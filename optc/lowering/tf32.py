@@ -5,23 +5,31 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 _ONE_AT_A_TIME = threading.Lock()
-"""The setting is the process's: with calls that overlap the first to end would change it under the others."""
+"""The settings are the process's: with calls that overlap the first to end would change them under the others."""
 
 
 @contextmanager
 def without_tf32(device: torch.device) -> Iterator[None]:
-    """Convolutions on a GPU compute in float32 meanwhile, not in TF32, which keeps 10 bits of 23; elsewhere they do."""
+    """Convolutions and products on a GPU compute in float32 meanwhile, not in TF32, which keeps 10 bits of 23.
+
+    By the settings for each kind of operator: PyTorch's older flags cannot be read once somebody has used these.
+    """
     if device.type != "cuda":
         yield
         return
+    cudnn: Any = torch.backends.cudnn
+    settings: tuple[Any, ...] = (cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul)
     with _ONE_AT_A_TIME:
-        before = torch.backends.cudnn.allow_tf32
-        torch.backends.cudnn.allow_tf32 = False
+        before = [each.fp32_precision for each in settings]
         try:
+            for each in settings:
+                each.fp32_precision = "ieee"
             yield
         finally:
-            torch.backends.cudnn.allow_tf32 = before
+            for each, precision in zip(settings, before, strict=True):
+                each.fp32_precision = precision

@@ -37,6 +37,17 @@ def refusal(composite: Composite, args: tuple[Any, ...]) -> str | None:
     return None
 
 
+def why_decomposed(composite: Composite, args: tuple[Any, ...]) -> str | None:
+    """Why a call runs its decomposition on CUDA, or ``None`` if it has a fused kernel there."""
+    if not _is_fused(composite):
+        return f"cuDNN has no fused kernel for {composite.name}"
+    return refusal(composite, args)
+
+
+def _is_fused(composite: Composite) -> bool:
+    return composite.is_conv and composite.activation == "relu"
+
+
 def _kernel(composite: Composite) -> Callable[..., Tensor]:
     def run(*args: Any) -> Tensor:
         args = composite.complete(args)
@@ -54,5 +65,5 @@ def _kernel(composite: Composite) -> Callable[..., Tensor]:
 def register() -> None:
     """Register the fused kernel of the convolutions cuDNN has one for, those ending in relu, for CUDA tensors."""
     for composite in COMPOSITES.values():
-        if composite.is_conv and composite.activation == "relu":
+        if _is_fused(composite):
             register_kernel(composite.name, "CUDA", _kernel(composite))

@@ -11,6 +11,7 @@ from optc.bench.statistics import ratio_of_medians
 from optc.budget import exceeds
 from optc.passmanager.alternatives import QUANT
 from optc.passmanager.contract import Pass, PassRecord
+from optc.paths import encodable
 from optc.program import ModelInfo
 
 if TYPE_CHECKING:
@@ -167,13 +168,15 @@ class Report:
 
 
 def jsonable(value: Any) -> Any:
-    """``value`` with tuples as lists and non-finite numbers as text, which JSON cannot hold."""
+    """``value`` with tuples as lists, and as text what JSON cannot hold: non-finite numbers, names that are no text."""
     if isinstance(value, dict):
-        return {str(key): jsonable(item) for key, item in value.items()}
+        return {encodable(str(key)): jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [jsonable(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    if value is None or isinstance(value, (str, int, float, bool)):
+    if isinstance(value, str):
+        return encodable(value)
+    if value is None or isinstance(value, (int, float, bool)):
         return value
     return str(value)

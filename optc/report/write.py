@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from optc.errors import OptcError
+from optc.paths import encodable
 from optc.report.document import Document
 from optc.report.markdown import markdown
 from optc.report.page import page
@@ -94,4 +95,4 @@ def write_report(path: Path, document: Document, data: Mapping[str, Any]) -> Non
             text = markdown(document)
         case _:
             text = json.dumps(data, indent=1, allow_nan=False) + "\n"
-    write_whole(path, text.encode(), "the report")
+    write_whole(path, encodable(text).encode(), "the report")

@@ -52,7 +52,7 @@ class Batches:
 
 def test_auto_makes_one_program_for_each_precision(captured: optc.Program, images: list[torch.Tensor]) -> None:
     made = Alternatives.of("auto").run(captured, context(images))
-    assert set(made.programs) | set(made.dropped) == set(AUTO_PASSES)
+    assert set(made.programs) | set(made.dropped) == {each for each in AUTO_PASSES if "fp16" not in each}
     assert made.given == {"calibration": "noise", "budget": None}
     records = {text: [r.name for r in p.history if r.modified] for text, p in made.programs.items()}
     assert "quant" in records["fuse,quant"]
@@ -122,7 +122,8 @@ def test_lists_without_quantization() -> None:
         "fuse,bf16": ["fuse", "bf16"],
     }
     assert named("fuse,quant") == {"": ["fuse"]}
-    assert named("auto") == {"fuse": ["fuse"], "fuse,bf16": ["fuse", "bf16"]}
+    both = {"fuse,bf16": ["fuse", "bf16"], "fuse,fp16": ["fuse", "fp16"]}
+    assert named("auto") == {"fuse": ["fuse"], **both}
     assert Alternatives.of("auto").unquantized().automatic
 
 
@@ -159,7 +160,7 @@ def test_lists_that_differ_in_options_alone_are_both_kept(captured: optc.Program
 def test_options_go_to_every_list_that_has_the_pass() -> None:
     asked = Alternatives.of("auto", {"quant": {"observer": "mse"}})
     observers = [each.options.observer for m in asked.lists.values() for each in m.passes if each.name == "quant"]
-    assert observers == ["mse"] * 3
+    assert observers == ["mse"] * 4
 
 
 def test_options_for_passes_that_are_made_already_are_refused() -> None:
@@ -208,3 +209,11 @@ def test_stages_have_one_list() -> None:
 
 def test_the_exact_passes_of_several_lists() -> None:
     assert all(each.numerics.exact for each in Alternatives.of("auto").exact().first.leaves())
+
+
+@pytest.mark.parametrize(("device", "half"), [("cpu", "bf16"), ("cuda", "fp16")])
+def test_auto_tries_the_half_precision_of_the_device(captured: optc.Program, device: str, half: str) -> None:
+    given = optc.PassContext(target=optc.Target(device=device, threads=1), isa=("avx512_bf16",))
+    made = Alternatives.of("auto").run(captured, given)
+    assert {f"fuse,{half}", "fuse"} <= set(made.programs)
+    assert all("bf16" not in each if half == "fp16" else "fp16" not in each for each in (*made.programs, *made.dropped))
