@@ -20,7 +20,7 @@ venv: $(VENV) ## set up .venv
 $(VENV): pyproject.toml constraints.txt $(addsuffix /pyproject.toml,$(PLUGINS))
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "optc needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@echo "Installing into .venv (the first time: some minutes, about 2 GB)"
+	@echo "Installing into .venv (the first time: some minutes, about 3 GB)"
 	$(PIP) --editable '.[cpu,dev]' $(addprefix --editable ,$(PLUGINS))
 	@touch $@
 

@@ -62,7 +62,8 @@ def measure_row(task: Task, names: Sequence[str], blocks: int, scratch: Path) ->
     with torch.no_grad():
         reference = [module(torch.from_numpy(images)).numpy() for images in task.judged]
     made = {name: scratch / str(index) for index, name in enumerate(names) if productions[name].error is None}
-    sqnr = {name: _sqnr_db(name, task, folder, reference) for name, folder in made.items()}
+    levels = {name: _sqnr_db(name, task, folder, reference) for name, folder in made.items()}
+    sqnr = {name: level for name, level in levels.items() if not math.isnan(level)}
     weights = sum(parameter.numel() for parameter in module.parameters())
     candidates = [
         Candidate(
@@ -144,8 +145,9 @@ def row(
             out[result.name] = result.error or "was not measured"
             continue
         p50[result.name] = result.percentiles.p50_ns / 1e6
-        if not sqnr[result.name] >= LEAST_SQNR_DB:
-            out[result.name] = f"output differs: {sqnr[result.name]:.1f} dB of the float32 model's"
+        level = sqnr.get(result.name, math.nan)
+        if not level >= LEAST_SQNR_DB:
+            out[result.name] = f"output differs: {level:.1f} dB of the float32 model's"
     sound = sorted((name for name in p50 if name not in out), key=p50.__getitem__)
     best_peer = next((name for name in sound if not is_optc(name)), None)
     ratios = {}

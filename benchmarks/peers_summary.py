@@ -204,7 +204,7 @@ def _summary_row(row: Mapping[str, Any]) -> dict[str, str | float]:
         "model": row["model"],
         "batch": str(row["batch"]),
         "on": _where(row["machine"]),
-        "commit": row.get("commit") or "not noted",
+        "commit": row.get("commit") or "an earlier one",
         "best peer": best or "–",
         "its p50 ms": row["p50_ms"].get(best, "–"),
         "optc auto p50 ms": row["p50_ms"].get(AUTO, "–"),
@@ -226,7 +226,8 @@ def _all_peers(row: Mapping[str, Any]) -> float | None:
 
 def _quick(rows: Sequence[Mapping[str, Any]]) -> str:
     """In how many rows optc made its model no slower than all peers together, and than the best one alone."""
-    own = [row["productions"].get(AUTO, {}).get("seconds") for row in rows]
+    autos = [row["productions"].get(AUTO, {}) for row in rows]
+    own = [None if made.get("error") else made.get("seconds") for made in autos]
     best = [row["productions"].get(row["best_peer"], {}).get("seconds") for row in rows]
     counts = [
         sum(a is not None and b is not None and a <= b for a, b in zip(own, each, strict=True))

@@ -23,7 +23,7 @@ def block() -> str:
         held = "yes" if result["held"] else "**no**"
         command = result.get("command", f"python benchmarks/{result['benchmark']}.py")
         on = result.get("measured_on") or ascii_uppercase[machines.index(_machine(result))]
-        commit = result.get("commit") or "not noted"
+        commit = result.get("commit") or "an earlier one"
         lines.append(f"| {result['claim']} | {held} | {result['finding']} | {on} | {commit} | `{command}` |")
     where = "; ".join(f"{letter}: {name}" for letter, name in zip(ascii_uppercase, machines, strict=False))
     return "\n".join(

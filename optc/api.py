@@ -133,7 +133,8 @@ def optimize(
         example_inputs: one tensor per positional argument of ``model``, batch first.
         passes: names as in ``"fuse,quant"``, or a list of names and :class:`Pass` objects. Of several lists, as in
             ``"fuse,quant | fuse,bf16"``, each is run and the fastest result kept; ``"auto"`` stands for those that are
-            worth trying: int8, a format for each layer, int8 with bf16 between, bf16, and float.
+            worth trying: int8, a format for each layer, int8 with bf16 between, bf16, and float;
+            on a GPU fp16 takes the place of bf16.
         pass_options: by pass name, its options.
         backend: name of the runtime to lower to, or ``"auto"``: lower to every one that runs here and takes the model,
             and keep the fastest. What was measured before on this machine with these versions is not measured again.
@@ -270,13 +271,14 @@ def optimize(
             held = max_drop is None or accuracy.drop is None or not exceeds(accuracy.drop, max_drop)
             if held:
                 break
-            what = lowered.kept.passes if len(made.programs) > 1 else trial.what
+            what = trial.what if len(made.programs) + len(made.dropped) == 1 else lowered.kept.passes
             tried.append(f"{what} lost {accuracy.drop:.2f} points")
             if len(made.programs) == 1 or is_quantized(program):
                 least_db = _sqnr_db(captured, program, batches) + _MORE_DB
                 break
             # Less noise in quantized layers would not mend it: another list may keep the budget as it is.
             made = made.without(lowered.kept.passes, tried[-1])
+            program = next(iter(made.programs.values()))
         if held:
             break
     kept = asked.lists.get(lowered.kept.passes, asked.first)

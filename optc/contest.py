@@ -83,7 +83,7 @@ class Contest:
         """Lower the programs.
 
         Raises:
-            BackendError: no backend takes any of them.
+            OptcError: no backend takes any of them.
         """
         failure: OptcError | None = None
         for number, (passes, program) in enumerate(programs.items()):
@@ -156,6 +156,11 @@ class Contest:
         """Lower one program; to backends that compute its quantized layers in float only where no other takes it."""
         failure: OptcError | None = None
         groups = _by_arithmetic(program, apt, self._target)
+        if is_quantized(program) and all(each.simulates_quantization(self._target) for each in apt):
+            self._run.note(
+                f"{', '.join(each.name for each in apt)}: no kernels for integers on {self._target.device}, so that"
+                " quantized layers are computed in float, and take no less time for it"
+            )
         for number, group in enumerate(groups):
             try:
                 promising = self._first and not measured_on(program)

@@ -27,7 +27,7 @@ class Preprocessing:
     Attributes:
         input_size: (channels, height, width) of one sample.
         mean, std: per-channel normalisation of values in [0, 1].
-        interpolation: ``"bilinear"``, ``"bicubic"`` or ``"nearest"``.
+        interpolation: ``"bilinear"``, ``"bicubic"``, ``"lanczos"`` or ``"nearest"``.
         resize: length in pixels the image's shorter side is resized to before the centre crop to ``input_size``.
     """
 

@@ -217,7 +217,7 @@ def is_random(node: fx.Node) -> bool:
         return False
     names = {each.name for each in node.target._schema.arguments}  # type: ignore[union-attr]
     chance = next((argument(node, name) for name in ("dropout_p", "dropout") if name in names), None)
-    return chance != 0.0 and not ("train" in names and not argument(node, "train"))
+    return chance != 0.0 and not any(each in names and not argument(node, each) for each in ("train", "training"))
 
 
 def needed_copy(program: Program, node: fx.Node, source: fx.Node) -> str | None:

@@ -101,8 +101,9 @@ def select(
         kept, outcomes = choose(names, left, measurement)
         passing = any(isinstance(each.reason, Passing) for each in contest.left)
         if remembered and not failed and not passing:  # what failed may run another time
-            warnings = (each for result in measurement.results for each in result.warnings) if measurement else ()
-            choice_cache.remember(remembered, outcomes, by_others(warnings))
+            seen = list(measurement.warnings) if measurement else []
+            seen += [each for result in (measurement.results if measurement else ()) for each in result.warnings]
+            choice_cache.remember(remembered, outcomes, by_others(seen))
     if not several and len(outcomes) == 1:
         outcomes = ()  # there was nothing to choose
     for folder in {each.folder for each in contest.lowerings} - {kept.folder}:

@@ -72,11 +72,14 @@ def _code() -> str:
     entries = (each.entry for kind in ("pass", "backend") for each in registry().all(kind).values())
     found = hashlib.sha256()
     for name in sorted({entry.target.partition(":")[0].partition(".")[0] for entry in entries}):
-        spec = importlib.util.find_spec(name)
+        try:
+            spec = importlib.util.find_spec(name)
+        except (ImportError, ValueError):
+            continue
         folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
         files = [file for folder in folders for file in folder.rglob("*.py")]
         files += [Path(spec.origin)] if spec and spec.origin and not folders else []
-        for file in sorted(files):
+        for file in sorted(filter(Path.is_file, files)):
             found.update(file.read_bytes())
     return found.hexdigest()
 

@@ -58,7 +58,8 @@ class Comparison:
         value, low, high = self.ratio.value, self.ratio.low, self.ratio.high
         numbers = f"{value:.3f} times [{low:.3f}, {high:.3f}] the latency of {self.base}"
         if self.ratio.outcome == "no difference":
-            return f"{self.target}: {numbers}: no difference shown"
+            drift = "" if self.ratio.low <= 1 <= self.ratio.high else f" ({self.ratio.doubt})"
+            return f"{self.target}: {numbers}: no difference shown{drift}"
         return f"{self.target}: {numbers}: {self.ratio.outcome}"
 
     def to_dict(self) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from optc.bench.quiet import frozen_heap, quiet_machine, torch_threads
 from optc.bench.results import Block, Candidate, CandidateResult, Measurement, conclude
 from optc.errors import one_line
 from optc.lowering.backend import Array, Runner
-from optc.plugins.registry import RAISED
 from optc.target import Target
 
 MAX_QUERIES = 10_000
@@ -147,7 +146,7 @@ class _State:
         start = time.perf_counter()
         try:
             self.runner = self.candidate.open()
-        except RAISED as error:
+        except Exception as error:
             self.error = one_line(error)
             return
         self.open_seconds = max(self.open_seconds, time.perf_counter() - start)
@@ -158,7 +157,7 @@ class _State:
         try:
             if runner is not None:
                 runner.close()
-        except RAISED as error:
+        except Exception as error:
             self.error = self.error or f"closing it failed: {one_line(error)}"
         del runner
         gc.collect()
@@ -177,7 +176,7 @@ class _State:
                 folder = self.logs(self.candidate.name, len(self.blocks) + 1) if self.logs else None
                 with self.watch:
                     run = single_stream(self.runner, inputs, queries, name=self.candidate.name, log_folder=folder)
-        except RAISED as error:
+        except Exception as error:
             self.error = one_line(error)
             self.close()
             return

@@ -22,7 +22,6 @@ from optc.bench.suts import BatchSystem, QueueSystem, Samples
 from optc.bench.verdict import explain
 from optc.errors import MeasurementError, one_line
 from optc.lowering.backend import Runner
-from optc.plugins.registry import RAISED
 
 OFFLINE_BATCHES = (1, 8, 32)
 SECONDS = 8.0
@@ -219,7 +218,7 @@ class _Run:
                 start = time.perf_counter()
                 self.runner(*inputs)
                 taken.append(time.perf_counter() - start)
-        except RAISED as error:
+        except Exception as error:
             if batch == 1:
                 raise MeasurementError(f"'{self.name}' failed on sample 0 (warming up): {one_line(error)}") from error
             self.notes.append(f"takes no batch of {batch} ({type(error).__name__}): its samples run one by one")

@@ -66,6 +66,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    if number == signal.SIGHUP:  # a terminal that is closed sends it twice: not while cleaning up
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt(number)
 
 
@@ -84,8 +86,8 @@ def run(argv: list[str] | None = None) -> int:
     except ReaderLeft:
         return _silent()
     except (Exception, SystemExit) as error:
-        if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):  # click's own, of --help
-            return _silent()
+        if isinstance(error, SystemExit) and type(sys.stdout).__name__ == "_PacifyFlushWrapper":
+            return _silent()  # click's way to end a --help that nobody reads to its end
         line = None if _COMPLETION in os.environ else in_one_line(error)  # click ends with sys.exit() then
         if line is None:
             raise
@@ -104,7 +106,8 @@ def _silent() -> int:
 
 
 def _fail(message: str) -> int:
-    click.echo(f"optc: {message}", err=True)
+    with suppress(OSError):  # the terminal may be gone
+        click.echo(f"optc: {message}", err=True)
     return 2
 
 

@@ -10,7 +10,7 @@ from optc.errors import DataError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from optc.budget import Metric
+    from optc.budget import Call, Metric
     from optc.data.dataset import Dataset, Split, SplitName
     from optc.frontend.load import LoadedModel
     from optc.passmanager.contract import Calibration
@@ -66,6 +66,7 @@ class Data:
         self._images = dataset or SyntheticDataset()
         self._big = sum(p.numel() for p in loaded.module.parameters()) > BIG_MODEL_PARAMETERS
         self._is_image_model = _takes_images(loaded)
+        self._kind = loaded.example_inputs[0].dtype
         if dataset is not None and not self._is_image_model:
             raise DataError(
                 f"'{loaded.info.name}' does not take images, so --data has no use for it", "leave --data away"
@@ -88,7 +89,7 @@ class Data:
         batch = BIG_MODEL_BATCH if self._big else CALIBRATION_BATCH
         # A model that takes one number of images only needs as many; others have one or two.
         count = max(BIG_MODEL_IMAGES if self._big else CALIBRATION_IMAGES, len(self._loaded.example_inputs[0]))
-        return DatasetCalibration(self._split("train"), batch, -(-count // batch))
+        return DatasetCalibration(self._split("train"), batch, -(-count // batch), self._kind)
 
     def verification(self) -> list[tuple[Tensor, ...]] | None:
         """Batches of the validation split, to compare outputs on."""
@@ -123,7 +124,11 @@ class Data:
         part = self._split(split)
         if not self.no_accuracy:
             what = f"{len(part)} {split} images of {part.dataset}"
-            return Metric(ACCURACY, lambda call: evaluate(call, part, EVALUATION_BATCH).top1, what)
+
+            def top1(call: Call) -> float:
+                return evaluate(lambda images: call(images.to(self._kind)), part, EVALUATION_BATCH).top1
+
+            return Metric(ACCURACY, top1, what)
         count = min(BIG_MODEL_IMAGES if self._big else AGREEMENT_IMAGES, len(part))
         batches = self._batches(part, min(EVALUATION_BATCH, count), count)
 
@@ -140,8 +145,7 @@ class Data:
         return named_split(self._images, name, self._loaded.info.preprocessing)
 
     def _batches(self, split: Split, batch: int, count: int) -> list[tuple[Tensor, ...]]:
-        kind = self._loaded.example_inputs[0].dtype
-        return [(images.to(kind),) for images, _ in split.batches(batch, limit=count)]
+        return [(images.to(self._kind),) for images, _ in split.batches(batch, limit=count)]
 
 
 def _takes_images(loaded: LoadedModel) -> bool:

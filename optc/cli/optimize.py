@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Passes to run, in order, comma-separated, with options as in 'fuse,quant<observer=mse;formats=auto>'. Of"
     " several lists, separated by '|', the fastest is kept; auto stands for int8, a format for each layer, int8 with"
-    " bf16 between, bf16 and float.",
+    " bf16 between, bf16 (on a GPU fp16) and float.",
 )
 @click.option(
     "-O", "assignments", multiple=True, metavar="NAME.OPTION=VALUE", help="Set an option of a pass or backend."

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import click
-from rich.console import Console
 from rich.table import Column, Table
 
 from optc.cli.streams import ReaderLeft, stdout_to_stderr
-from optc.cli.terminal import TerminalProgress, silence_third_parties
+from optc.cli.terminal import TerminalProgress, silence_third_parties, stderr
 from optc.cli.values import SEED, TEXT, THREADS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -134,7 +133,7 @@ def command_line() -> str:
 def progress_for(verbose: bool, quiet: bool) -> TerminalProgress:
     """The progress display for a verbosity; silences third parties unless verbose."""
     silence_unless(verbose)
-    return TerminalProgress(Console(stderr=True, highlight=False, markup=False), 1 if verbose else -1 if quiet else 0)
+    return TerminalProgress(stderr(), 1 if verbose else -1 if quiet else 0)
 
 
 def silence_unless(verbose: bool) -> None:

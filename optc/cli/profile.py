@@ -204,7 +204,9 @@ def _print(found: Profile, target: Target, output: Path | None) -> None:
             console.print(each.sentence)
     notes = [*found.notes, *problems(found.measurement, found.scenarios)]
     if found.measurement.results and not found.accuracies:
-        notes += [f"{each.name}: its top-1 is of {each.accuracy_data}" for each in found.subjects if each.accuracy]
+        notes += [
+            f"{each.name}: its top-1 was measured {each.accuracy_data}" for each in found.subjects if each.accuracy
+        ]
     if reference is not None:
         notes += [f"the reference, {reference.name}: {warning}" for warning in reference.warnings]
     for line in dict.fromkeys(notes):

@@ -25,7 +25,7 @@ from optc.errors import MeasurementError, OptcError, one_line
 from optc.frontend.load import find_source
 from optc.lowering.backend import Runner
 from optc.paths import user_path
-from optc.plugins.registry import RAISED, blamed
+from optc.plugins.registry import blamed
 
 if TYPE_CHECKING:
     from optc.cli.targets import Subject
@@ -317,7 +317,7 @@ class _Opened:
     def __enter__(self) -> _Opened:
         try:
             self.runner = self._candidate.open()
-        except RAISED as error:
+        except Exception as error:
             self.reason = one_line(error)
         return self
 
@@ -325,7 +325,7 @@ class _Opened:
         try:
             if self.runner is not None:
                 self.runner.close()
-        except RAISED as failure:
+        except Exception as failure:
             self._notes.append(f"{self._candidate.name}: closing it failed: {one_line(failure)}")
 
     @property

@@ -27,6 +27,16 @@ def stdout() -> Console:
     return _Console(highlight=False, markup=False)
 
 
+def stderr() -> Console:
+    """Standard error, for progress. The work goes on if nobody reads that."""
+    return _Unread(stderr=True, highlight=False, markup=False)
+
+
+class _Unread(Console):
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 class _Console(Console):
     def on_broken_pipe(self) -> None:
         raise ReaderLeft  # rich would end the process as if it had failed

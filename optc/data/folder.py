@@ -43,10 +43,10 @@ class FolderDataset(Dataset):
     """Images under a folder, split as its subfolders say or else by a fixed seed.
 
     ``root/CLASS/*.jpg`` is labeled; ``root/*.jpg`` is not. ``root/train``, ``root/validation`` (or ``val``) and
-    ``root/test`` hold such folders each. Where one of the latter two is given, it is the test split, and validation is
-    cut from ``train``; without ``train`` it is both. ``root/train`` alone is split by the seed. If every class is named
-    by an ImageNet-1k synset (``n01440764``), labels are ImageNet's. Links are followed; what begins with a dot is
-    hidden.
+    ``root/test`` hold such folders each (``Training``, ``test_set`` and the like are understood). Where one of the
+    latter two is given, it is the test split, and validation is cut from ``train``; without ``train`` it is both.
+    ``root/train`` alone is split by the seed. If every class is named by an ImageNet-1k synset (``n01440764``), labels
+    are ImageNet's. Links are followed; what begins with a dot is hidden.
 
     Raises:
         DataError: there is no such folder, one in it cannot be read, or there is no image in it.
@@ -118,7 +118,12 @@ class FolderDataset(Dataset):
         given = [path for path in subfolders if _split_of(path)]
         others = [path for path in subfolders if path not in given and _images(path)]
         if given and not others:
-            parts: dict[SplitName | None, list[_Image]] = {_split_of(path): _images(path) for path in given}
+            parts: dict[SplitName | None, list[_Image]] = {}
+            for path in given:
+                if _split_of(path) in parts:
+                    both = " and ".join(f"'{each.name}'" for each in given if _split_of(each) == _split_of(path))
+                    raise DataError(f"dataset folder '{self._root}' has both {both}", "move one of them away")
+                parts[_split_of(path)] = _images(path)
             if "train" in parts and "test" not in parts and "validation" in parts:
                 parts["test"] = parts.pop("validation")
             return {None: parts["train"]} if parts.keys() == {"train"} else parts

@@ -184,19 +184,20 @@ def _quiet() -> Iterator[None]:
     )  # brings all of torch's compiler along: a second, so only when something is exported
 
     loggers = [logging.getLogger(f"torch.{name}") for name in ("_subclasses.fake_tensor", "fx.experimental", "_export")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    # It prints the half-made graph of a failed export; shadowing its print leaves everybody else's stderr alone.
-    vars(_trace)["print"] = lambda *args, **kwargs: None
-    try:
-        with _ONE_AT_A_TIME, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
-            yield
-    finally:
-        vars(_trace).pop("print", None)
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    with _ONE_AT_A_TIME:
+        levels = [logger.level for logger in loggers]
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        # It prints the half-made graph of a failed export; shadowing its print leaves everybody else's stderr alone.
+        vars(_trace)["print"] = lambda *args, **kwargs: None
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+                yield
+        finally:
+            vars(_trace).pop("print", None)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 def capture_error(model: torch.nn.Module, error: Exception) -> CaptureError:

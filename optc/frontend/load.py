@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from optc.errors import OptcError, UnknownNameError, WeightsError
-from optc.evaluation import set_evaluation_mode
+from optc.evaluation import evaluation_mode, set_evaluation_mode
 from optc.frontend.source import BuiltModel, ModelSource, PretrainedUnavailable
 from optc.frontend.weights import Checkpoint, apply_checkpoint, classes_in_checkpoint, read_checkpoint
 from optc.paths import user_path
@@ -53,13 +53,13 @@ def load_model(spec: str, weights: str = "pretrained", num_classes: int | None =
         inputs = built.example_inputs
         if inputs is None:
             inputs = (torch.randn(1, *built.preprocessing.input_size),)
+        _initialize(built.module, inputs)
         if checkpoint is not None:
             built = _with_checkpoint(source, name, built, num_classes, seed, checkpoint)
     if weights == "random" and built.weights != "random":
         raise WeightsError(f"'{spec}' brings its own weights", "leave --weights random away")
     info = ModelInfo(name, source.name, built.weights, built.weights_detail, built.preprocessing, built.notes)
     set_evaluation_mode(built.module)
-    _initialize(built.module, inputs)
     return LoadedModel(built.module, info, inputs)
 
 
@@ -76,7 +76,7 @@ def _initialize(module: nn.Module, inputs: Sequence[Tensor]) -> None:
 
     if any(map(is_lazy, (*module.parameters(), *module.buffers()))):
         try:
-            with torch.no_grad():
+            with torch.no_grad(), evaluation_mode(module):
                 module(*inputs)
         except Exception as error:
             raise capture_error(module, error) from error

@@ -85,7 +85,9 @@ def check_agreement(
     graph, outputs = _outputs(program, examples), run(*map(as_array, examples))
     names = ["output"] if len(outputs) == 1 else [f"output_{index}" for index in range(len(outputs))]
     found = _compare(runtime, names, program, examples, graph, outputs)
-    if batch is None or not program.dynamic_batch or batch == len(examples[0]):
+    if not program.dynamic_batch:
+        return replace(found, batches=tuple(examples[0].shape[:1]))
+    if batch is None or batch == len(examples[0]):
         return replace(found, batches=(len(examples[0]),))
     query = at_batch(examples, program, batch)
     outputs = run(*map(as_array, query))

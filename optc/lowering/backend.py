@@ -19,7 +19,7 @@ from optc.options import Options, checked
 from optc.target import Target
 
 if TYPE_CHECKING:
-    from torch import Tensor, fx
+    from torch import Tensor
 
     from optc.program import Program
 
@@ -121,10 +121,6 @@ class Backend(ABC):
     def simulates_quantization(cls, target: Target) -> bool:
         """Whether quantized layers are computed in float there, so that no format of them saves time."""
         return False
-
-    def supports(self, node: fx.Node) -> str | None:
-        """``None`` if the backend can lower ``node``, else the reason in plain words."""
-        return None
 
     @classmethod
     def measures_to_lower(cls, target: Target) -> bool:

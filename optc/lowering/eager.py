@@ -19,7 +19,7 @@ from optc.errors import BackendError
 from optc.lowering.agreement import as_array, check_agreement
 from optc.lowering.backend import Array, Backend, Lowered, Runner
 from optc.lowering.eager_times import kernel_times
-from optc.lowering.graph_file import read_graph, refusal, write_graph
+from optc.lowering.graph_file import read_graph, refuse_unwritable, write_graph
 from optc.lowering.inputs import check_inputs, described
 from optc.lowering.kernel_times import KernelTime
 from optc.lowering.prepack import LAYERS, prepack
@@ -66,10 +66,6 @@ class EagerBackend(Backend):
         """PyTorch has no kernels of explicit quantization."""
         return True
 
-    def supports(self, node: fx.Node) -> str | None:
-        """Why the graph file cannot hold ``node``, or ``None``."""
-        return refusal(node)
-
     def lower(self, program: Program, target: Target, folder: Path) -> Lowered:
         """Write ``graph.json`` and ``weights.safetensors``, and compare what the kernels compute with the graph.
 
@@ -80,11 +76,7 @@ class EagerBackend(Backend):
             BackendError: the graph holds something that is not a call of a PyTorch operator, or the outputs on the
                 example inputs differ from the graph's.
         """
-        refused = [(node, reason) for node in program.graph.nodes if (reason := self.supports(node))]
-        if refused:
-            node, reason = refused[0]
-            more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
-            raise BackendError(f"the eager backend cannot write {label(node)}: {reason}{more}", "use another backend")
+        refuse_unwritable(program, "the eager backend cannot write")
         files = write_graph(program, folder)
         composites = Counter(str(node.target) for node in program.graph.nodes if node.target in COMPOSITES)
         operators = sum(node.op == "call_function" for node in program.graph.nodes)

@@ -25,6 +25,7 @@ from torch._ops import OpOverload
 from optc.errors import BackendError
 from optc.lowering.inputs import described
 from optc.program import Program, complete_meta, graph_module
+from optc.rewrite import label
 
 GRAPH, WEIGHTS = "graph.json", "weights.safetensors"
 VERSION = 2
@@ -91,6 +92,21 @@ def refusal(node: fx.Node) -> str | None:
     except TypeError as error:
         return str(error)
     return None
+
+
+def refuse_unwritable(program: Program, what: str) -> None:
+    """Refuse a program that cannot be written.
+
+    Args:
+        what: the beginning of the message, such as ``"the eager backend cannot write"``.
+
+    Raises:
+        BackendError: names the nodes, with reasons.
+    """
+    refused = [f"{label(node)}: {reason}" for node in program.graph.nodes if (reason := refusal(node))]
+    if refused:
+        more = f" (and {len(refused) - 3} more)" if len(refused) > 3 else ""
+        raise BackendError(f"{what} {'; '.join(refused[:3])}{more}", "use another backend")
 
 
 def write_graph(program: Program, folder: Path) -> tuple[str, str]:

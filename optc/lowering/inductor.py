@@ -27,7 +27,7 @@ from torch import Tensor, fx
 from optc.errors import BackendError, first_line
 from optc.lowering.agreement import as_array, check_agreement
 from optc.lowering.backend import Array, Backend, Lowered, Runner
-from optc.lowering.graph_file import refusal, write_graph
+from optc.lowering.graph_file import refuse_unwritable, write_graph
 from optc.lowering.inductor_times import kernel_times
 from optc.lowering.inputs import check_inputs
 from optc.lowering.kernel_times import KernelTime
@@ -45,7 +45,7 @@ _MEMBER = re.compile(
     r"|data/aotinductor/model/[\w.+-]+\.(so|cpp|json|cubin|fatbin))"
 )
 """What a package may hold: nothing that a loader of .pt2 files unpickles (weights, example inputs, custom objects)."""
-_FACTS = ("torch", "device", "architecture", "capability", "compiler", "inputs", "layers")
+_FACTS = ("torch", "device", "capability", "compiler", "inputs", "layers")
 
 
 class InductorBackend(Backend):
@@ -83,10 +83,6 @@ class InductorBackend(Backend):
         """It has int8 kernels on the CPU alone."""
         return target.device != "cpu"
 
-    def supports(self, node: fx.Node) -> str | None:
-        """Why ``node`` cannot be handed to the compiling process, or ``None``."""
-        return refusal(node)
-
     def lower(self, program: Program, target: Target, folder: Path) -> Lowered:
         """Compile ``model.pt2`` in a process of its own and compare what it computes with the graph.
 
@@ -103,9 +99,7 @@ class InductorBackend(Backend):
     @contextmanager
     def started(self, program: Program, target: Target, folder: Path) -> Iterator[Callable[[], Lowered]]:
         """Start to compile in a process of its own; leaving the context before it is done stops it."""
-        refused = [f"{label(node)}: {reason}" for node in program.graph.nodes if (reason := self.supports(node))]
-        if refused:
-            raise BackendError(f"the inductor backend cannot compile {'; '.join(refused)}", "use another backend")
+        refuse_unwritable(program, "the inductor backend cannot compile")
         with tempfile.TemporaryDirectory(prefix="optc-inductor-", dir=folder) as scratch:
             write_graph(program, Path(scratch))
             with _compiling(Path(scratch), target) as process:
@@ -240,8 +234,9 @@ def _refuse_others(path: Path, facts: Mapping[str, Any], target: Target) -> None
     again = "optimize the model again here"
     if facts["torch"] != torch.__version__:
         raise BackendError(f"{path.name} was compiled with torch {facts['torch']}, this is {torch.__version__}", again)
-    if facts["architecture"] != platform.machine():
-        raise BackendError(f"{path.name} was compiled for {facts['architecture']}, this is {platform.machine()}", again)
+    made, here = facts.get("architecture", platform.machine()), platform.machine()
+    if made != here:
+        raise BackendError(f"{path.name} was compiled for {made}, this is {here}", again)
     if facts["device"] != target.device:
         raise BackendError(f"{path.name} was compiled for {facts['device']}, not for {target.device}", again)
     if target.device == "cuda" and not torch.cuda.is_available():

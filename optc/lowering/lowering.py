@@ -15,7 +15,7 @@ from optc.errors import BackendError, OptcError
 from optc.lowering.backend import Backend, Lowered, Runner
 from optc.machine import available_memory
 from optc.options import options_text
-from optc.plugins.registry import ELSEWHERE, RAISED, registry
+from optc.plugins.registry import ELSEWHERE, registry
 from optc.target import Target
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def backends(name: str, target: Target) -> tuple[list[Backend], dict[str, str]]:
                 cls.simulates_quantization(target)  # asked for later where nothing keeps what goes wrong as a reason
                 found.append(cls())
     for kind, each in ELSEWHERE:
-        if kind == "backend" and each not in registry().all(kind):
+        if kind == "backend" and target.device == "cpu" and each not in registry().all(kind):  # none is of another's
             refused[each] = str(registry().absent(kind, each))
     if not found:
         reasons = "; ".join(f"{each}: {reason}" for each, reason in refused.items())
@@ -244,7 +244,7 @@ def kept(
         if alone:
             raise
         refused[key] = reason_of(error)
-    except RAISED as error:
+    except Exception as error:
         text = next(iter(str(error).strip().splitlines()), "")
         what = f"backend '{name}' (from {origin}) raised {type(error).__name__}: {text}"
         if alone:

@@ -263,6 +263,7 @@ def _check(program: Program, run: Runner, parts: int, rows: int) -> dict[str, An
     return {
         **worst.details(),
         "against": "the unsplit graph, microbatch by microbatch",
+        "batches": [rows, parts * rows],
         "microbatches": [each.details()["sqnr_db"] for each in found],
     }
 

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
 
 from optc.errors import BackendError
 from optc.lowering.agreement import check_agreement
 from optc.lowering.backend import Backend, Lowered, Runner
-from optc.lowering.graph_file import read_graph, refusal, write_graph
+from optc.lowering.graph_file import read_graph, refuse_unwritable, write_graph
+from optc.lowering.inputs import described
 from optc.lowering.prepack import LAYERS
 from optc.lowering.tensorrt_build import build_engine, dry_run, export, largest_batch, refuse_partition
 from optc.lowering.tensorrt_engine import ENGINE, FACTS, TensorRtRunner
@@ -73,10 +73,6 @@ class TensorRtBackend(Backend):
             return "this PyTorch sees no GPU: install a CUDA build of torch and NVIDIA's driver"
         return None
 
-    def supports(self, node: fx.Node) -> str | None:
-        """Why ``node`` cannot be moved to the GPU to be exported, or ``None``. What TensorRT takes, a dry run tells."""
-        return refusal(node)
-
     def lower(self, program: Program, target: Target, folder: Path) -> Lowered:
         """Build ``model.engine``, write ``engine.json`` beside it, and compare what the engine computes with the graph.
 
@@ -88,9 +84,7 @@ class TensorRtBackend(Backend):
                 quantization is not symmetric int8, modelopt is missing for a quantized program, TensorRT fails to
                 build, or the outputs on the example inputs differ from the graph's.
         """
-        refused = [f"{label(node)}: {reason}" for node in program.graph.nodes if (reason := self.supports(node))]
-        if refused:
-            raise BackendError(f"the tensorrt backend cannot take {'; '.join(refused)}", "use another backend")
+        refuse_unwritable(program, "the tensorrt backend cannot take")
         form = tensorrt_form(program)
         layers = layer_types(form)
         quantized = is_quantized(form)
@@ -168,20 +162,12 @@ def _facts(program: Program, target: Target, layers: Mapping[str, int]) -> dict[
     import tensorrt
 
     outputs = [node.meta["val"].dtype for node in program.graph.output_node().args[0]]  # type: ignore[union-attr]
-    inputs = program.graph.find_nodes(op="placeholder")
     return {
         "tensorrt": tensorrt.__version__,
         "torch_tensorrt": importlib.metadata.version("torch-tensorrt"),
         "gpu": torch.cuda.get_device_name(),
         "capability": torch.cuda.get_device_capability(),
-        "inputs": [
-            {
-                "name": node.name,
-                "shape": [None if axis == 0 and program.dynamic_batch else size for axis, size in enumerate(x.shape)],
-                "dtype": str(x.dtype).removeprefix("torch."),
-            }
-            for node, x in zip(inputs, program.example_inputs, strict=True)
-        ],
+        "inputs": described(program),
         "outputs": [{"dtype": str(dtype).removeprefix("torch.")} for dtype in outputs],
         "batches": [1, largest_batch(target)] if program.dynamic_batch else None,
         "layers": dict(layers),

@@ -25,11 +25,11 @@ def without_tf32(device: torch.device) -> Iterator[None]:
     cudnn: Any = torch.backends.cudnn
     settings: tuple[Any, ...] = (cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul)
     with _ONE_AT_A_TIME:
-        before = [each.fp32_precision for each in settings]
+        changed = [each for each in settings if each.fp32_precision == "tf32"]
         try:
-            for each in settings:
+            for each in changed:
                 each.fp32_precision = "ieee"
             yield
         finally:
-            for each, precision in zip(settings, before, strict=True):
-                each.fp32_precision = precision
+            for each in changed:
+                each.fp32_precision = "tf32"

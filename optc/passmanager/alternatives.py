@@ -20,7 +20,8 @@ AUTO_PASSES = ("fuse,quant", MIXED, "fuse,quant,bf16", "fuse,quant,fp16", "fuse,
 """Each precision a CPU or GPU may be fastest in; of the half ones :data:`OTHER_HALF` is left out. The first list tells
 which backends are worth trying the others on."""
 OTHER_HALF = {"cpu": "fp16", "cuda": "bf16"}
-"""The pass for the type of 16 bits that is not tried on a device: GPUs compute in both, and more kernels take fp16."""
+"""The pass for the type of 16 bits that is not tried on a device: GPUs compute in both, and more kernels take fp16.
+Where that comes to nothing, as its numbers end at 65504, the other one is tried there."""
 INTENSITY = 10.0
 """Operations for each byte of weights below which reading them takes most of a model's time (S. Williams et al.,
 "Roofline", CACM 52(4), 2009). At batch 1 AlexNet has 6, MobileNetV3 11 and 20, ResNet-50 and transformers over 80."""
@@ -133,9 +134,11 @@ class Alternatives:
         prints: dict[str, str] = {}
         dropped: dict[str, str] = {}
         failure: OptcError | None = None
-        other = OTHER_HALF.get(context.target.device) if self.automatic else None
-        for text, manager in self.lists.items():
-            if any(each.name == other for each in manager.passes):
+        device = context.target.device
+        other = OTHER_HALF.get(device) if self.automatic else None
+        instead = {each: [own.name for own in manager.passes].count(str(other)) for each, manager in self.lists.items()}
+        for text, manager in sorted(self.lists.items(), key=lambda item: instead[item[0]]):
+            if instead[text] and (device == "cpu" or text.replace("bf16", "fp16") in programs):
                 continue
             if reason := self._pointless(text, manager, program, context):
                 dropped[text] = reason

@@ -33,19 +33,22 @@ class Entry:
 
 @hookspec
 def optc_passes() -> Iterable[Entry]:  # type: ignore[empty-body]
-    """Provide passes; targets are subclasses of :class:`optc.Pass`. Called when passes are first listed."""
+    """Provide passes; targets are subclasses of :class:`optc.Pass`. Called when anything is first looked up."""
 
 
 @hookspec
 def optc_backends() -> Iterable[Entry]:  # type: ignore[empty-body]
-    """Provide backends; targets are subclasses of :class:`optc.Backend`. Called when backends are first listed."""
+    """Provide backends; targets are subclasses of :class:`optc.Backend`. Called when anything is first looked up."""
 
 
 @hookspec
 def optc_model_sources() -> Iterable[Entry]:  # type: ignore[empty-body]
-    """Provide model sources; targets are subclasses of :class:`optc.ModelSource`. Called when a model is looked up."""
+    """Provide model sources; targets are subclasses of :class:`optc.ModelSource`.
+
+    Called when anything is first looked up.
+    """
 
 
 @hookspec
 def optc_datasets() -> Iterable[Entry]:  # type: ignore[empty-body]
-    """Provide datasets; targets are subclasses of :class:`optc.Dataset`. Called when ``--data`` names one."""
+    """Provide datasets; targets are subclasses of :class:`optc.Dataset`. Called when anything is first looked up."""

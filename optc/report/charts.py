@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from optc.report.document import Chart
 from optc.report.svg import INK, MUTED, SERIES, element, figure
-from optc.report.words import short, shortened
+from optc.report.words import P99_QUERIES, short, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,6 +45,9 @@ class Point:
     strong: bool = False
 
 
+_REST = "p90 and, from a hundred queries on, p99; the slowest 1 % are left out."
+
+
 def latency_chart(candidates: Sequence[Latencies]) -> Chart:
     """The distribution of each candidate's latencies, with p50, p90 and p99 marked; needs at least one candidate."""
     values = [np.asarray(each.milliseconds, dtype=np.float64) for each in candidates]
@@ -60,7 +63,8 @@ def latency_chart(candidates: Sequence[Latencies]) -> Chart:
             shape = 0.5 * counts / max(counts.max(), 1)
             colour = SERIES[1] if each.strong else SERIES[0]
             axes.stairs(row - shape, edges, baseline=row, fill=True, color=colour, alpha=0.55)
-            for value, length in zip(mark, (0.56, 0.34, 0.2), strict=True):
+            shown = mark if len(taken) >= P99_QUERIES else mark[:2]
+            for value, length in zip(shown, (0.56, 0.34, 0.2), strict=False):
                 axes.plot([value, value], [row, row - length], color=INK, linewidth=1.6, solid_capstyle="butt")
             axes.annotate(
                 short(mark[0]), (mark[0], row - 0.56), (3, -3), textcoords="offset points", va="center", fontsize=9
@@ -78,12 +82,13 @@ def latency_chart(candidates: Sequence[Latencies]) -> Chart:
         axes.set_xlabel("latency of a query (ms)" + (", logarithmic" if wide else ""))
         title = "How long queries took (ms)"
         told = "; ".join(
-            f"{each.name} {short(mark[0])} ms at the median, {short(mark[1])} at p90, {short(mark[2])} at p99"
-            for each, mark in zip(candidates, marks, strict=True)
+            f"{each.name} {short(mark[0])} ms at the median, {short(mark[1])} at p90"
+            + (f", {short(mark[2])} at p99" if len(taken) >= P99_QUERIES else "")
+            for each, mark, taken in zip(candidates, marks, values, strict=True)
         )
         alt = f"Distribution of the latencies of {len(candidates)} candidates: {told}."
         note = "Each hill shows how often a latency occurred. The three strokes mark p50 (longest, with its value), "
-        return Chart(title, alt, element(drawn, title, alt), note + "p90 and p99; the slowest 1 % are left out.")
+        return Chart(title, alt, element(drawn, title, alt), note + _REST)
 
 
 def pareto_chart(points: Sequence[Point], metric: str = "accuracy") -> Chart:

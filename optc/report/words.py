@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from optc.bench.statistics import Percentiles
 from optc.passmanager.contract import PassRecord
 
-_P99_QUERIES = 100
+P99_QUERIES = 100
+"""From so many on there is a 99th percentile."""
 
 
 def what(record: PassRecord) -> str:
@@ -53,7 +54,7 @@ def times(ratio: float) -> str:
 def latency_cells(found: Percentiles, digits: int = 2) -> tuple[str, str, str]:
     """p50, p90 and p99 in ms; fewer than a hundred queries have no 99th percentile."""
     p50, p90, p99 = (f"{ns / 1e6:.{digits}f}" for ns in (found.p50_ns, found.p90_ns, found.p99_ns))
-    return p50, p90, p99 if found.count >= _P99_QUERIES else "–"
+    return p50, p90, p99 if found.count >= P99_QUERIES else "–"
 
 
 def milliseconds(seconds: float) -> str:

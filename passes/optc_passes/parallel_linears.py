@@ -16,6 +16,7 @@ from optc.rewrite import (
     argument,
     calls,
     constant_of,
+    dims,
     erase_unused,
     label,
     loosen_layout,
@@ -101,6 +102,9 @@ def _merge(program: Program, group: list[fx.Node]) -> list[fx.Node]:
         merged = graph.call_function(aten.linear.default, (argument(first, "input"), weight, bias))
         pieces = graph.call_function(aten.split_with_sizes.default, (merged, sizes, len(shape(first)) - 1))
         outputs = [graph.call_function(operator.getitem, (pieces, i)) for i in range(len(group))]
+    known = dims(first)
+    if known is not None:
+        merged.meta["dims"] = (*known[:-1], sum(sizes))
     for key in ("nn_module_stack", "stack_trace"):
         if key in first.meta:
             merged.meta[key] = pieces.meta[key] = first.meta[key]

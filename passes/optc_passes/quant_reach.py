@@ -16,6 +16,8 @@ from optc.ops import COMPOSITES
 from optc.rewrite import arguments, dims, is_call, shape
 from optc_passes.quant_plan import Layer
 
+ROUNDS = 8
+"""Random directions where some layer's images are not told apart, so that each direction is a single sample of it."""
 IMAGES, SAMPLES = 16, 16
 """Most images, and how many random directions over all of them: the noise's power is off by some 35 %, or 1.5 dB."""
 ELEMENTS = 2**28
@@ -70,7 +72,9 @@ def reach(program: Program, layers: Sequence[Layer], batch: Sequence[Tensor]) ->
     images = max(1, min(IMAGES, ELEMENTS // max(1, per_image), len(batch[0])))
     if not program.dynamic_batch:
         images = len(batch[0])
-    rounds = max(1, min(math.ceil(SAMPLES / images), ELEMENTS // max(1, per_image * images)))
+    by_image = _by_image(layers, program, images)
+    wanted = max(math.ceil(SAMPLES / images), 0 if len(by_image) == len(layers) else ROUNDS)
+    rounds = max(1, min(wanted, ELEMENTS // max(1, per_image * images)))
     random = torch.Generator().manual_seed(0)
     with torch.inference_mode(False), torch.enable_grad():
         forward = _Forward(program.module, layers)
@@ -87,17 +91,18 @@ def reach(program: Program, layers: Sequence[Layer], batch: Sequence[Tensor]) ->
                 break
             for name, gradient in zip(forward.values, moved, strict=True):
                 gradients[name].append(gradient)
-    by_image = _by_image(layers) if program.dynamic_batch else {layer.node.name for layer in layers}
     known = gradients.keys() if images == len(batch[0]) else gradients.keys() & by_image
     return Reach(images, {name: gradients[name] for name in known if gradients[name]}, by_image)
 
 
-def _by_image(layers: Sequence[Layer]) -> set[str]:
+def _by_image(layers: Sequence[Layer], program: Program, images: int) -> set[str]:
     """The layers whose rows are of one image after the other.
 
     Where some layer has the images elsewhere than in its first dimension, as recurrent layers and PyTorch's attention
     have them, rows that several dimensions were joined in may be in either order.
     """
+    if not program.dynamic_batch:
+        return {layer.node.name for layer in layers if shape(layer.tail)[0] == images}
     sizes = {layer.node.name: dims(layer.tail) for layer in layers}
     elsewhere = any(isinstance(size, str) for each in sizes.values() for size in (each or ())[1:])
     return {

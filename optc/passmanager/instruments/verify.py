@@ -82,7 +82,12 @@ class Verify(Instrument):
         reason = _exceeded(pass_, after, step if exact else total, math.inf if exact else self._noise_db(last))
         if reason:
             noisy = not exact and total.finite
-            raise self._failure(pass_, before, after, record, reason, pass_.numerics.min_sqnr_db if noisy else None)
+            judged = zip(last if exact else self._reference, outputs, strict=True)
+            noise = math.inf if exact else self._noise_db(last)
+            parts = (_exceeded(pass_, after, compare([wanted], [got]), noise) for wanted, got in judged)
+            batch = next((batch for batch, part in zip(self._inputs, parts, strict=True) if part), self._inputs[0])
+            least = pass_.numerics.min_sqnr_db if noisy else None
+            raise self._failure(pass_, before, after, record, reason, batch, least)
         self._outputs[(*path, id(record))] = outputs
         return {
             "exact": exact,
@@ -102,13 +107,16 @@ class Verify(Instrument):
         after: Program,
         record: PassRecord,
         reason: str,
+        batch: tuple[Tensor, ...],
         min_sqnr_db: float | None,
     ) -> VerificationError:
-        where = first_divergence(before, after, self._inputs[0])
+        where = first_divergence(before, after, batch)
+        if len(batch[0]) == 1 and len(self._inputs[0][0]) > 1:
+            where += f"; a sample by itself shows it: was a batch of {len(self._inputs[0][0])} taken for granted?"
         path = None
         try:
             told = f"{reason}; {where}"
-            path = write_reproducer(self._folder, pass_, before, after, self._inputs[0], told, self._context)
+            path = write_reproducer(self._folder, pass_, before, after, batch, told, self._context)
             measured = any(row.get("backend") for row in record.notes.get("account", ()))
             hint = f"a reproducer is in {path}{', but it cannot measure layers as this run did' if measured else ''}"
         except Exception as error:

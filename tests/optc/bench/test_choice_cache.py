@@ -11,7 +11,8 @@ import torch
 import optc
 from optc import Target
 from optc.bench.choice import Outcome
-from optc.bench.choice_cache import file_of, folder, recall, remember
+from optc.bench.choice_cache import _code, file_of, folder, recall, remember
+from optc.bench.disturbance import by_others
 from optc.lowering.lowering import AUTO, backends
 
 OUTCOMES = (Outcome("a", True, "lowest", "int8", 1.5, 100, 2.0), Outcome("b", False, "pip install b"))
@@ -108,3 +109,21 @@ def test_fingerprint_of_contents_sees_a_changed_weight() -> None:
     with torch.no_grad():
         next(two.constants())[1].view(-1)[0] += 1
     assert one.fingerprint(contents=True) != two.fingerprint(contents=True)
+
+
+def test_a_change_of_the_code_is_another_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = file_of({"": program()}, TARGET, [])
+    assert file_of({"": program()}, TARGET, []) == before
+    monkeypatch.setattr("optc.bench.choice_cache._code", lambda: "of another day")
+    assert file_of({"": program()}, TARGET, []) != before
+    monkeypatch.undo()
+    assert len(_code()) == 64
+
+
+def test_what_disturbed_a_choice_is_remembered_with_it(tmp_path: Path) -> None:
+    seen = ["unsteady: the medians of its blocks lie 12% apart", "other processes took 40% of the CPUs meanwhile"]
+    remember(tmp_path / "choice.json", OUTCOMES, by_others(seen))
+    known = recall(tmp_path / "choice.json")
+    assert known is not None
+    assert known.disturbed == seen[1]
+    assert by_others(seen[:1]) == ""

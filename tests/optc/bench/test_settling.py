@@ -12,7 +12,7 @@ import pytest
 
 from optc import Runner, Target
 from optc.bench.loadgen import SingleStreamRun
-from optc.bench.measure import FAR, NEAR_BLOCKS, SETTLING_BLOCKS, WAYS_BLOCKS, measure
+from optc.bench.measure import FAR, NEAR_BLOCKS, SETTLING_BLOCKS, SETTLING_QUERIES, WAYS_BLOCKS, measure
 from optc.bench.results import Candidate, Measurement
 from optc.bench.summary import LoadGenSummary
 
@@ -96,6 +96,20 @@ def test_candidates_that_are_not_told_apart_get_further_blocks() -> None:
     assert result.ratio is not None
     assert result.ratio.outcome == "faster"
     assert result.baseline == "baseline"
+
+
+def test_further_blocks_of_slow_candidates_hold_several_queries() -> None:
+    measured = Counter[str]()
+
+    def twin(name: str, lead: int) -> Candidate:
+        return Candidate(name, "", True, lambda: Told(lambda: 0.03 if (measured[name] + lead) % 2 else 0.02))
+
+    result = settled(
+        [twin("first twin", 0), twin("second twin", 1)], ("first twin", "second twin"), Counter(), measured
+    )
+    queries = [len(block.latencies_ns) for block in result["first twin"].blocks]
+    assert queries[:4] == [1] * 4
+    assert set(queries[4:]) == {SETTLING_QUERIES}
 
 
 def test_the_further_behind_the_fewer_blocks() -> None:

@@ -231,3 +231,17 @@ def test_an_image_too_long_to_be_resized_is_named(tmp_path: Path) -> None:
     Image.new("RGB", (100_000, 1)).save(tmp_path / "a" / "x.png")
     with pytest.raises(DataError, match=r"x\.png' cannot be read: 100000x1 pixels are too long and thin"):
         list(FolderDataset(tmp_path).split("train", Preprocessing()).batches(1))
+
+
+def test_splits_are_known_by_names_like_theirs(tmp_path: Path) -> None:
+    for split in ("Training", "test_set"):
+        (tmp_path / split).mkdir()
+        write_class(tmp_path / split, "apple", 6)
+        write_class(tmp_path / split, "leaf", 6)
+    dataset = FolderDataset(tmp_path)
+    assert dataset.num_classes == 2
+    assert len(dataset.split("test", SMALL)) == 12
+    (tmp_path / "test").mkdir()
+    write_class(tmp_path / "test", "apple", 6)
+    with pytest.raises(DataError, match="has both 'test' and 'test_set'"):
+        FolderDataset(tmp_path)

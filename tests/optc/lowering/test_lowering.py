@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,15 +104,6 @@ def test_a_bug_in_one_backend_is_its_reason_and_names_its_plugin(program: Progra
         lower_all([Breaks()], program, Target(threads=1), alone, lambda text: None)
 
 
-class Quits(Breaks):
-    """Ends the process where its work is asked for."""
-
-    name = "quits"
-
-    def lower(self, program: Program, target: Target, folder: Path) -> Lowered:
-        sys.exit("no licence")
-
-
 class Forgets(Breaks):
     """Names a file that it did not write."""
 
@@ -123,14 +113,11 @@ class Forgets(Breaks):
         return Lowered(("model.bin",))
 
 
-def test_a_backend_that_quits_or_writes_nothing_leaves_the_others(program: Program, tmp_path: Path) -> None:
-    chosen = [EagerBackend(), Quits(), Forgets()]
+def test_a_backend_that_writes_nothing_leaves_the_others(program: Program, tmp_path: Path) -> None:
+    chosen = [EagerBackend(), Forgets()]
     done, refused = lower_all(chosen, program, Target(threads=1), tmp_path, lambda text: None)
     assert [made.backend.name for made in done] == ["eager"]
-    assert refused == {
-        "quits": "backend 'quits' (from a-plugin) raised SystemExit: no licence",
-        "forgets": "backend 'forgets' (from a-plugin) wrote no model.bin",
-    }
+    assert refused == {"forgets": "backend 'forgets' (from a-plugin) wrote no model.bin"}
 
 
 class Measures(Refuses):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import optc
 from optc import Program, Target
+from optc.batches import as_calibration
 from optc.errors import BackendError
 from optc.lowering.lowering import Lowering, lower
 from optc.lowering.onnxruntime import OnnxRuntimeBackend
@@ -167,3 +168,11 @@ def test_the_cuda_provider_has_no_int8_kernels_whatever_follows() -> None:
     assert "quantized at once" in layer.why_float(Kernel("c", "Conv", "CPUExecutionProvider"))
     on_cuda = layer.why_float(Kernel("c", "Conv", "CUDAExecutionProvider"))
     assert on_cuda == "onnxruntime's CUDA provider has no int8 kernels"
+
+
+def test_attention_that_stays_in_float_is_listed(block: Program, tmp_path: Path) -> None:
+    calibration = as_calibration([torch.randn(8, 3, 16, 16)], block)
+    made = build_passes("quant", {})(block, PassContext(TARGET, calibration)).program
+    found = lowered(made, tmp_path).lowered.details["not_int8"]
+    (attention,) = [name for name, reason in found.items() if "no int8 kernel for attention" in reason]
+    assert attention.startswith("scaled_dot_product_attention")

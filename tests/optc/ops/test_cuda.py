@@ -68,3 +68,10 @@ def test_says_why_not(monkeypatch: pytest.MonkeyPatch, row: Composite, case: str
     make, reason = REFUSED[case]
     assert reason in (cuda.refusal(row, make(row)) or "")
     assert cuda.refusal(row, arguments(row, torch.float32, "cpu")) is None
+
+
+def test_what_cudnn_has_no_kernel_for_says_so() -> None:
+    row = next(row for row in COMPOSITES.values() if not row.is_conv)
+    assert cuda.why_decomposed(row, ()) == f"cuDNN has no fused kernel for {row.name}"
+    convolution = arguments(FUSED[0], torch.float64, "cpu")
+    assert cuda.why_decomposed(FUSED[0], convolution) == cuda.refusal(FUSED[0], convolution)

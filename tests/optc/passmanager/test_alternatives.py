@@ -217,3 +217,20 @@ def test_auto_tries_the_half_precision_of_the_device(captured: optc.Program, dev
     made = Alternatives.of("auto").run(captured, given)
     assert {f"fuse,{half}", "fuse"} <= set(made.programs)
     assert all("bf16" not in each if half == "fp16" else "fp16" not in each for each in (*made.programs, *made.dropped))
+
+
+def test_on_a_gpu_bf16_stands_in_for_fp16_that_overflows() -> None:
+    class Large(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(x) * 1e6) * 1e-6
+
+    captured = optc.capture(Large(), (torch.randn(2, 8),))
+    verify = Verify(captured, [(torch.randn(4, 8),)], Path())
+    given = optc.PassContext(target=optc.Target(device="cuda", threads=1), instruments=[verify], isa=None)
+    made = Alternatives.of("auto").run(captured, given)
+    assert "fuse,bf16" in made.programs
+    assert "fuse,fp16" in made.dropped

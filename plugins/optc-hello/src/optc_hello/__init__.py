@@ -9,5 +9,5 @@ from optc import Entry, hookimpl
 
 @hookimpl
 def optc_passes() -> Iterable[Entry]:
-    """Called when passes are first listed or looked up."""
+    """Called when anything is first looked up."""
     return [Entry("relu-once", "Drop a ReLU whose input is already a ReLU's output.", "optc_hello.relu_once:ReluOnce")]

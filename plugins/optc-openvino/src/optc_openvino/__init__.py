@@ -9,7 +9,7 @@ from optc import Entry, hookimpl
 
 @hookimpl
 def optc_backends() -> Iterable[Entry]:
-    """Called when backends are first listed or looked up."""
+    """Called when anything is first looked up."""
     return [
         Entry(
             "openvino",

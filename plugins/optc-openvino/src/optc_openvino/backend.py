@@ -98,7 +98,7 @@ class OpenVinoBackend(Backend):
             "inference_precision": "bfloat16" if own else "as in the graph",
         }
 
-        batch = target.batch if program.dynamic_batch else len(program.example_inputs[0])
+        batch = target.batch if program.dynamic_batch else program.example_inputs[0].shape[:1].numel()
 
         def checked(model: ov.Model) -> tuple[dict[str, Any], str, str]:
             """Details, and what the runner tells of itself if it is the one that the target asks for."""
