@@ -96,7 +96,8 @@ def _convert(module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.
 def _precision(dtype: torch.dtype, device: torch.device) -> str:
     """What a model in ``dtype`` computes in. TF32 stays as the user has it: a baseline is the best that a user gets."""
     text = str(dtype).removeprefix("torch.")
-    tf32 = device.type == "cuda" and dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    cudnn: Any = torch.backends.cudnn
+    tf32 = device.type == "cuda" and dtype == torch.float32 and cudnn.conv.fp32_precision == "tf32"
     return f"{text}, convolutions in TF32" if tf32 else text
 
 

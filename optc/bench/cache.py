@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 def cache_folder(kind: str) -> Path:
     """``$XDG_CACHE_HOME/optc/KIND``, by default under ``~/.cache``; without a home one that cannot be written."""
     base = user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    return (Path("/nonexistent") if base.parts[:1] == ("~",) else base) / "optc" / kind
+    return (Path("/nonexistent") if str(base).startswith("~") else base) / "optc" / kind
 
 
 def cache_file(folder: Path, parts: Mapping[str, Any]) -> Path:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import os
 import re
 import subprocess
 import sys
@@ -37,12 +36,6 @@ def small():
     body = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     net = nn.Sequential(*body, nn.Linear(8, 10))
     return net, (torch.randn(1, 3, 16, 16),)
-
-def double():
-    return small()[0].double(), (torch.randn(1, 3, 16, 16, dtype=torch.float64),)
-
-def lazy():
-    return nn.Sequential(nn.LazyConv2d(8, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(10)), (torch.randn(1, 3, 16, 16),)
 
 class Branches(nn.Module):
     def forward(self, x):
@@ -101,32 +94,6 @@ def test_optimize_writes_an_artifact_that_runs_without_optc(folder: Path, optc: 
     ran = subprocess.run([sys.executable, "out/run.py"], capture_output=True, text=True, cwd=folder, check=False)
     assert ran.returncode == 0, ran.stderr
     assert "(1, 10)" in ran.stdout
-
-
-def test_images_have_the_models_own_type_of_floats(folder: Path, optc: Run) -> None:
-    arguments = ("--data", "digits", "--passes", "fuse", "--backend", "eager", "--no-measure", "--json", "-o", "out")
-    done = optc("optimize", "mine:double", *arguments)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
-    assert 0 <= report["accuracy"]["after"] <= 1
-    assert any("ImageNet's mean and std were assumed" in note for note in report["notes"])
-
-
-def test_lazy_layers_take_the_sizes_of_the_example_inputs(folder: Path, optc: Run) -> None:
-    done = optc("optimize", "mine:lazy", "--passes", "fuse", "--backend", "eager", "--no-measure", "-o", "out", "-q")
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["passes"]])
-def test_output_that_nobody_reads_to_its_end_is_no_failure(arguments: list[str]) -> None:
-    read, write = os.pipe()
-    os.close(read)
-    try:
-        command = [sys.executable, "-m", "optc.cli.main", *arguments]
-        done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
-    finally:
-        os.close(write)
-    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_real_process_fails_with_one_line_and_code_2(folder: Path) -> None:
