@@ -58,9 +58,10 @@ class Verify(Instrument):
                 f"the model draws random numbers ({', '.join(drawn)}), so that no two runs of it can be compared",
                 "let it compute the same each time, as dropout does in evaluation mode",
             )
-        sizes = {len(batch[0]) for batch in inputs}
-        alone = captured.dynamic_batch and sizes == {len(captured.example_inputs[0])} - {1}
-        self._inputs = [*inputs, at_batch(inputs[0], captured, 1)] if alone else inputs
+        self._alone = captured.dynamic_batch and (
+            {len(batch[0]) for batch in inputs} == {len(captured.example_inputs[0])} - {1}
+        )
+        self._inputs = [*inputs, at_batch(inputs[0], captured, 1)] if self._alone else inputs
         self._folder = folder
         self._context = context or PassContext()
         self._reference = [captured.run(*batch) for batch in self._inputs]
@@ -111,7 +112,7 @@ class Verify(Instrument):
         min_sqnr_db: float | None,
     ) -> VerificationError:
         where = first_divergence(before, after, batch)
-        if len(batch[0]) == 1 and len(self._inputs[0][0]) > 1:
+        if self._alone and batch is self._inputs[-1]:
             where += f"; a sample by itself shows it: was a batch of {len(self._inputs[0][0])} taken for granted?"
         path = None
         try:
