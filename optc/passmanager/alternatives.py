@@ -136,9 +136,9 @@ class Alternatives:
         failure: OptcError | None = None
         device = context.target.device
         other = OTHER_HALF.get(device) if self.automatic else None
-        instead = {each: [own.name for own in manager.passes].count(str(other)) for each, manager in self.lists.items()}
-        for text, manager in sorted(self.lists.items(), key=lambda item: instead[item[0]]):
-            if instead[text] and (device == "cpu" or text.replace("bf16", "fp16") in programs):
+        stands_in = {text: any(each.name == other for each in manager.passes) for text, manager in self.lists.items()}
+        for text, manager in sorted(self.lists.items(), key=lambda item: stands_in[item[0]]):
+            if stands_in[text] and (device == "cpu" or text.replace("bf16", "fp16") in programs):
                 continue
             if reason := self._pointless(text, manager, program, context):
                 dropped[text] = reason

@@ -6,7 +6,7 @@ from optc.bench.inside import Inside
 from optc.bench.memory import Memory
 from optc.report.charts import steps_chart
 from optc.report.document import Chart, Section, Table
-from optc.report.where import where_section
+from optc.report.where import is_beyond, where_section
 from optc.report.words import megabytes, milliseconds
 
 _WANTED = {"compute": "arithmetic units", "memory": "memory bandwidth"}
@@ -32,12 +32,14 @@ def inside_in_words(inside: Inside) -> list[str]:
     lines = []
     after = inside.layers_after
     if after is not None and after.operations and after.seconds:
-        least = (
-            f"not do their work in less than {milliseconds(after.floor_seconds)}, for want of {_WANTED[after.bound]}"
-        )
-        known = after.floor_seconds < after.seconds and not after.peaks.disturbed
-        could = f"could {least}" if known else "was busy when what it can do at most was measured"
-        lines.append(f"Its operators take {milliseconds(after.seconds)}; this machine {could}.")
+        took = f"Its operators take {milliseconds(after.seconds)}"
+        if is_beyond(after) or after.peaks.disturbed:
+            lines.append(f"{took}; what this machine can do at most was measured too low to say how far off that is.")
+        else:
+            lines.append(
+                f"{took}; this machine could not do their work in less than {milliseconds(after.floor_seconds)},"
+                f" for want of {_WANTED[after.bound]}."
+            )
     if len(inside.memory) > 1:
         first, last = inside.memory[0], inside.memory[-1]
         lines.append(

@@ -160,9 +160,9 @@ def _points(report: Report) -> list[Point]:
             points.append(Point(result.name, p50, size, report.accuracy.before))
         elif not result.quantized and not result.name.startswith("optc "):
             points.append(Point(result.name, p50, size / 2 if result.precision in _HALF else size))
-    here = {result.name for result in measurement.results}  # a choice that is recalled has latencies of another day
+    here = {result.percentiles.p50_ns / 1e6 for result in measurement.results if result.percentiles is not None}
     others = (each for each in report.backends if not each.chosen and each.p50_ms and each.file_bytes)
-    others = (each for each in others if f"optc {each.title}" in here)
+    others = (each for each in others if each.p50_ms in here)  # a choice that is recalled has those of another day
     points += [Point(f"optc {each.title}", each.p50_ms or 0.0, (each.file_bytes or 0) / 1e6) for each in others]
     return points
 

@@ -83,12 +83,18 @@ def in_words(profile: LayerProfile) -> list[str]:
     told = [f"{shares[bound]:.0%} {text}" for bound, text in words.items() if round(shares[bound], 2)]
     if told:
         lines.append(f"Of the time, {'; '.join(told)}.")
-    beyond = any(layer.share > _BEYOND and layer.seconds > _TICK for layer in profile.layers)
-    if beyond or (profile.operations and profile.floor_seconds >= profile.seconds > _TICK):
+    if is_beyond(profile):
         file = peaks_file(profile.peaks.threads)
         again = "the next report measures" if profile.peaks.disturbed else f"delete {file} to measure"
         lines.append(f"Some operators go beyond their roof: its peaks were measured too low; {again} them again.")
     return lines
+
+
+def is_beyond(profile: LayerProfile) -> bool:
+    """Whether operators, or all of them together, are faster than the machine was seen to go."""
+    if profile.operations and profile.floor_seconds >= profile.seconds > _TICK:
+        return True
+    return any(layer.share > _BEYOND and layer.seconds > _TICK for layer in profile.layers)
 
 
 _WIDEST_OPERATOR = 26

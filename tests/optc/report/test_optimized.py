@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from optc.bench.choice import Outcome
 from optc.machine import Machine, machine
 from optc.report import optimized
 from optc.report.document import Code, Document, Table
@@ -48,3 +49,14 @@ def test_a_candidate_that_failed_after_some_blocks_says_so(report: Report) -> No
     assert "! eager-fp32: does not count, it failed later: out of cheese" in console.export_text()
     document = optimized.optimized_document(failed, Path("net"), [])
     assert document.verdict == f"{report.model.name} was optimized, and failed when it was measured: out of cheese."
+
+
+def test_what_was_measured_another_day_is_not_among_the_points(report: Report) -> None:
+    assert report.measurement is not None
+    (percentiles,) = {each.percentiles for each in report.measurement.results if each.name == "eager-fp32"}
+    assert percentiles is not None
+    measured = Outcome("here", False, "slower", "int8", percentiles.p50_ns / 1e6, 100, 1.0, "fuse,quant")
+    recalled = replace(measured, backend="earlier", p50_ms=measured.p50_ms * 1.01)
+    names = [point.name for point in optimized._points(replace(report, backends=(measured, recalled)))]
+    assert "optc here fuse,quant" in names
+    assert not any("earlier" in name for name in names)
